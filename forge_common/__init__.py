@@ -1,0 +1,1 @@
+"""What both scripts share: a flat package, one noun a file."""

@@ -1,0 +1,160 @@
+"""From the settings' sources to what a run reads: the tokenizer, the training stream and the held-out windows."""
+
+import hashlib
+import itertools
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from ..files import publish
+from .order import Mixture
+from .sources import facts, parse, read
+from .store import prepare
+from .tokenizer import Tokenizer, load_tokenizer, resolve
+from .windows import Tokens, Windows
+from .writer import in_validation
+
+GENERAL_FRACTION = 0.02  # of the general sample's documents; none of them is trained on
+TOKENIZER_SAMPLE = 64 * 2**20  # bytes of text that a tokenizer is trained on, all sources together
+
+
+class Corpora(NamedTuple):
+    """training: the endless stream. held_out: windows to validate on (may be none). digests: source -> SHA-256 of tokens."""
+
+    training: Mixture
+    held_out: list[Windows]
+    digests: dict[str, str]
+    report: list[str]
+
+
+def _reading(settings: Any) -> dict[str, Any]:
+    names = ("text_column", "document_separator", "on_bad_text", "on_bad_line")
+    return {name: getattr(settings, name) for name in names}
+
+
+def held_out_fraction(settings: Any) -> float:
+    """The share of the training sources' documents that is held out: none where there is --val-data."""
+    return 0.0 if settings.val_data else settings.val_fraction
+
+
+def tokenizer_for(settings: Any) -> Tokenizer:
+    """--tokenizer as a Tokenizer. One that is trained is trained once for its sources, and cached."""
+    if not settings.tokenizer.startswith("train:"):
+        return resolve(settings.tokenizer, iter(()), settings.eos_token)
+    known = [settings.tokenizer, held_out_fraction(settings), _reading(settings)]
+    known += [facts(parse(source)[0]) for source in settings.data]
+    name = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    folder = Path(settings.cache_dir).expanduser() / "tokenizers" / name
+    if folder.is_dir():
+        return load_tokenizer(folder)
+    tokenizer = resolve(settings.tokenizer, _training_texts(settings), settings.eos_token)
+    publish(folder, tokenizer.save)
+    return tokenizer
+
+
+def _training_texts(settings: Any) -> Iterator[str]:
+    """Text that may be trained on, a document from each source in turn, each source up to its part of the sample."""
+    share = TOKENIZER_SAMPLE // len(settings.data)
+
+    def texts(source: str) -> Iterator[str]:
+        taken = 0
+        for document in read(parse(source)[0], counts=Counter(), **_reading(settings)):
+            if in_validation(document.digest, held_out_fraction(settings)):
+                continue
+            for piece in document.pieces:
+                taken += len(piece)
+                yield piece
+            if taken > share:
+                return
+
+    for turn in itertools.zip_longest(*(texts(source) for source in settings.data)):
+        yield from (text for text in turn if text is not None)
+
+
+def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: Callable[[str], None]) -> Corpora:
+    """Tokenizes what is not in the cache yet, and opens it. Too little text for one update is an error."""
+    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": say, **_reading(settings)}
+    parsed = [parse(source) for source in settings.data]
+    weights = [weight for _, weight in parsed]
+    if any(weights) and not all(weights):
+        raise UserError("--data: give every source a weight (SOURCE@0.7), or none of them")
+    if len(set(settings.data)) < len(settings.data):
+        raise UserError("--data names a source twice; name it once, with a weight if it should come more often")
+    fraction = held_out_fraction(settings)
+    corpora = [prepare(spec, tokenizer, val_fraction=fraction, **options) for spec, _ in parsed]
+    outside = [prepare(parse(source)[0], tokenizer, val_fraction=0.0, **options).train for source in settings.val_data]
+    T, pack = settings.sequence_length, settings.pack
+
+    training = [Windows(corpus.train, T, pack=pack, filler=ignore_index) for corpus in corpora]
+    for source, windows in zip(settings.data, training, strict=True):
+        if not len(windows):
+            raise UserError(
+                f"{source}: {windows.tokens.documents} training documents give no window of {T} + 1 tokens. "
+                "Add text, or lower --sequence-length."
+            )
+    count = sum(len(windows) for windows in training)
+    if count < settings.batch_size:
+        raise UserError(
+            f"the training text gives {count} windows of {T} tokens, fewer than one update of --batch-size "
+            f"{settings.batch_size}. Add text, or lower --batch-size or --sequence-length."
+        )
+    kept: list[Tokens] = outside or [corpus.validation for corpus in corpora if fraction > 0]
+    held_out = [
+        Windows(tokens, T, pack=pack, filler=ignore_index, tail=pack) for tokens in kept if len(tokens.tokens) > 1
+    ]
+    if kept and not held_out:
+        raise UserError(
+            f"no document was held out: --val-fraction {settings.val_fraction} of {sum(c.train.documents for c in corpora)} "
+            "documents is none. Raise --val-fraction, name --val-data, or split a text file with --document-separator."
+        )
+    digests = {source: corpus.train.digest for source, corpus in zip(settings.data, corpora, strict=True)}
+    digests |= {f"held out {i}": windows.tokens.digest for i, windows in enumerate(held_out)}
+    mixture = Mixture(training, [weight or 0.0 for weight in weights] if any(weights) else None, settings.seed)
+    return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out))
+
+
+class Excerpt:
+    """The first windows of a store, up to so many tokens. `tokens.bytes` is the whole store's: it has no bits per byte."""
+
+    def __init__(self, windows: Windows, labels: int):
+        self.windows, self.tokens = windows, windows.tokens
+        self.length = min(len(windows), -(-labels // windows.sequence_length))
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        return self.windows[index]
+
+
+def general_sample(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: Callable[[str], None]) -> list[Excerpt]:
+    """Held-out windows of --general-data, at most --general-tokens of them all together; [] where it is 0."""
+    if not settings.general_tokens:
+        return []
+    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": say, **_reading(settings)}
+    share = settings.general_tokens // len(settings.general_data)
+    stores = [
+        prepare(parse(source)[0], tokenizer, val_fraction=GENERAL_FRACTION, **options).validation
+        for source in settings.general_data
+    ]
+    opened = [
+        Windows(t, settings.sequence_length, pack=settings.pack, filler=ignore_index, tail=settings.pack)
+        for t in stores
+    ]
+    return [Excerpt(windows, share) for windows in opened if len(windows)]
+
+
+def _report(sources: tuple[str, ...], training: list[Windows], held_out: list[Windows]) -> list[str]:
+    lines = [
+        f"data        {source}: {w.tokens.documents:,} documents, {len(w):,} windows, {w.labels:,} tokens to learn "
+        f"({w.dropped} too few for a window at the end)"
+        for source, w in zip(sources, training, strict=True)
+    ]
+    labels = sum(windows.labels for windows in held_out)
+    documents = sum(windows.tokens.documents for windows in held_out)
+    return [*lines, f"held out    {documents:,} documents, {labels:,} tokens"]

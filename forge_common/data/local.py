@@ -1,0 +1,156 @@
+"""Three corpora of different domains that are on every machine with Python and torch: python, cpp, docs.
+
+Nothing is downloaded. What they hold depends on the versions of Python and of the packages (`versions`), not on the
+file system's order: documents come sorted by the digest of their text, each at most once.
+"""
+
+import hashlib
+import os
+import platform
+import re
+import sysconfig
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module, metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..errors import UserError
+from .document import Document
+
+CAP = 16_000_000  # characters of a corpus
+SIZES = range(200, 256 << 10)  # bytes of a document: below is little to learn, above are mostly tables
+SEEN_BEFORE = 0.7  # of a document's lines: from here on it is a near copy (or a licence with little below it)
+
+# Who goes where decides that the domains do not share text: a package whose code is in `python` gives `docs` nothing.
+CODE_PACKAGES = ("accelerate", "datasets", "torch")
+HEADER_PACKAGES = ("torch", "pyarrow", "numpy")
+NOT_DOCUMENTED = {*CODE_PACKAGES, "torchgen", "functorch", "caffe2", "pip", "setuptools", "pkg_resources"}
+NOT_DOCUMENTED |= {"multiprocess"}  # a copy of the standard library's multiprocessing
+NOT_CODE = {"site-packages", "dist-packages", "test", "tests", "testing", "idlelib", "idle_test", "lib2to3"}
+NOT_CODE |= {"ensurepip", "encodings", "pydoc_data", "__pycache__", "_vendor", "_distutils", "node_modules"}
+
+GENERATED = re.compile(r"@generated|torchgen|DO NOT EDIT|[Gg]enerated (?:by|from)|[Aa]uto-?generated")
+# A string alone on its lines after a header's colon, or first in its file. Ten times as fast as `ast`, and enough here.
+DOCSTRING = re.compile(r'(?::[ \t]*(?:#[^\n]*)?\n\s*|\A(?:#[^\n]*\n|\s)*)[rRuU]?"""(.*?)"""', re.DOTALL)
+
+Named = Iterator[tuple[str, str]]  # (name, text)
+
+
+def documents(name: str) -> Iterator[Document]:
+    """The corpus of that name. Origin: local:NAME:file. UserError listing the names for an unknown one."""
+    corpus = {"python": _python, "cpp": _cpp, "docs": _docs}.get(name)
+    if corpus is None:
+        raise UserError(f"local:{name}: no such corpus; use local:python, local:cpp or local:docs")
+    for origin, text, digest in _distinct(corpus()):
+        yield Document(f"local:{name}:{origin}", digest, (text,))
+
+
+def versions(name: str) -> dict[str, str]:
+    """What the corpus depends on: the versions of Python and of the packages read."""
+    wanted = {"python": CODE_PACKAGES, "cpp": HEADER_PACKAGES, "docs": None}.get(name, ())
+    found = {d.name: d.version for d in metadata.distributions() if d.name}  # a broken installation has no name
+    packages = {package: found[package] for package in sorted(found) if wanted is None or package in wanted}
+    return {"python": platform.python_version(), **packages}
+
+
+def _python() -> list[Named]:
+    standard = Path(sysconfig.get_path("stdlib"))
+    packages = (_files(_site(), package, {".py"}) for package in CODE_PACKAGES)
+    return [_files(standard.parent, standard.name, {".py"}), (named for files in packages for named in files)]
+
+
+def _cpp() -> list[Named]:
+    headers = {".h", ".hpp", ".cpp", ".cc", ".cuh", ".cu", ".inl"}
+    folders = ("torch/include", "pyarrow/include", "numpy/_core/include")
+    return [_files(_site(), folder, headers) for folder in folders]
+
+
+def _docs() -> list[Named]:
+    return [_topics(), _descriptions(), _docstrings()]
+
+
+def _site() -> Path:
+    """Where torch is installed; all the other packages are expected beside it."""
+    torch = find_spec("torch")  # finds it without importing it
+    return Path(torch.origin).parent.parent if torch and torch.origin else Path(sysconfig.get_path("platlib"))
+
+
+def _files(root: Path, below: str, suffixes: set[str], keep: Callable[[str], bool] = lambda name: True) -> Named:
+    """(path below root, text) of the files of these suffixes, without generated ones, other sizes and other text."""
+    for here, folders, names in os.walk(root / below):
+        folders[:] = [folder for folder in folders if folder not in NOT_CODE and not folder.startswith(".")]
+        if here.endswith(os.path.join("ATen", "ops")):
+            continue  # all of it generated, and by far the largest folder of the headers
+        for name in names:
+            path = Path(here, name)
+            if path.suffix not in suffixes or not keep(name) or not path.is_file() or path.stat().st_size not in SIZES:
+                continue
+            try:
+                text = path.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError):
+                continue
+            if "\0" not in text and not GENERATED.search(text, 0, 2048):
+                yield path.relative_to(root).as_posix(), text
+
+
+def _topics() -> Named:
+    """The language reference that `help()` shows, topic by topic."""
+    try:
+        topics = import_module("pydoc_data.topics").topics
+    except ImportError:
+        return
+    for topic, text in topics.items():
+        yield f"pydoc/{topic}", text
+
+
+def _descriptions() -> Named:
+    """What packages say of themselves: the body of METADATA, and the text files they bring."""
+    for distribution in metadata.distributions():
+        if not distribution.name:
+            continue
+        body = (distribution.read_text("METADATA") or "").partition("\n\n")[2]
+        yield f"{distribution.name}/METADATA", body
+    legal = re.compile(r"licen[cs]e|copying|notice|authors|top_level|entry_points|requirements|sources|cmake", re.I)
+    yield from _files(_site(), "", {".md", ".rst", ".txt"}, keep=lambda name: not legal.search(name))
+
+
+def _docstrings() -> Named:
+    """Module by module, the docstrings of packages whose code is not in `python`."""
+    for folder in sorted(_site().iterdir()):
+        if folder.name in NOT_DOCUMENTED or not (folder / "__init__.py").is_file():
+            continue
+        for name, source in _files(_site(), folder.name, {".py"}):
+            found = (_dedented(match[1]) for match in DOCSTRING.finditer(source))
+            text = "\n\n".join(docstring for docstring in found if len(docstring) >= 80)
+            if len(text) >= 400:
+                yield name, text + "\n"
+
+
+def _dedented(docstring: str) -> str:
+    first, *rest = docstring.expandtabs().strip().split("\n")
+    margin = min((len(line) - len(line.lstrip()) for line in rest if line.strip()), default=0)
+    return "\n".join([first, *(line[margin:].rstrip() for line in rest)])
+
+
+def _distinct(parts: Iterable[Named]) -> Iterator[tuple[str, str, bytes]]:
+    """(name, text, digest) in the order of the digests, part by part, up to CAP, without copies and near copies.
+
+    A near copy is a text most of whose lines (longer than 15 characters; digits and spaces do not count) came before.
+    """
+    size, seen, digests = 0, set(), set()
+    for part in parts:
+        found = [(hashlib.sha256(text.encode("utf-8", "replace")).digest(), name, text) for name, text in part]
+        for digest, name, text in sorted(found):
+            if size + len(text) > CAP or digest in digests or len(text.encode("utf-8", "replace")) not in SIZES:
+                continue
+            squeezed = text.translate(_NO_DIGITS_OR_SPACES).split("\n")
+            lines = {hash(line) for line in squeezed if len(line) > 15}
+            if not lines or len(lines & seen) >= SEEN_BEFORE * len(lines):
+                continue
+            digests.add(digest)
+            seen |= lines
+            size += len(text)
+            yield name, text, digest
+
+
+_NO_DIGITS_OR_SPACES = {ord(character): None for character in "0123456789 \t\r"}

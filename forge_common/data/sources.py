@@ -1,0 +1,138 @@
+"""A SOURCE, as the user writes it, becomes documents: a file, folder or glob, hf:ID[:CONFIG[:SPLIT]] or local:NAME."""
+
+import glob
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from . import local, records, tables, text
+from .document import Document, Reading
+
+READERS = {
+    ".jsonl": records.documents,
+    ".json": records.documents,
+    ".csv": records.documents,
+    ".parquet": tables.documents,
+    ".arrow": tables.documents,
+}
+# Named like text, so taken as text in a folder without a look inside: what is wrong in them is not passed over.
+TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".py", ".c", ".h", ".cc", ".cpp", ".js"}
+WEIGHTS = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".safetensors", ".gguf", ".ckpt", ".npy", ".npz", ".onnx", ".h5"}
+PACKED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"}
+
+
+def parse(source: str) -> tuple[str, float | None]:
+    """Split 'SPEC@0.7' into the spec and its weight (None without one).
+
+    '@' counts only before a number at the end, and never where a path of that whole name exists. UserError when the
+    weight is not a positive number.
+    """
+    match = re.fullmatch(r"(.+)@([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", source, re.DOTALL)
+    if match is None or os.path.lexists(source):
+        return source, None
+    weight = float(match[2])
+    if not 0 < weight < math.inf:
+        raise UserError(f"{source}: the weight {match[2]} is not greater than 0; write a positive number after '@'")
+    return match[1], weight
+
+
+def files_of(spec: str) -> list[Path]:
+    """The files of a file, folder (all text and table files below it, hidden ones left out) or glob, sorted.
+
+    UserError when there are none, or when one is named that holds weights or is packed.
+    """
+    path = Path(spec).expanduser()
+    if not spec.strip():
+        raise UserError("a source is empty; name a file, folder, glob, hf:ID or local:NAME")
+    if path.is_dir():
+        files = _files_below(path)
+        if not files:
+            raise UserError(f"{spec}: no text in this folder (hidden files do not count); name one that holds text")
+        return files
+    found = [path] if os.path.lexists(path) else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files = [name for name in found if name.is_file()]
+    if not files:
+        reason = "not a regular file" if found else "no such file, and as a glob it matches nothing"
+        raise UserError(f"{spec}: {reason}; name a file, folder, glob, hf:ID or local:NAME")
+    for file in files:
+        if file.suffix.lower() in WEIGHTS:
+            raise UserError(f"{file}: holds weights or pickles, not text, and is not opened; name text files")
+        if file.suffix.lower() in PACKED:
+            raise UserError(f"{file}: is packed; unpack it and name what was inside")
+    return files
+
+
+def _files_below(folder: Path) -> list[Path]:
+    files = []
+    for here, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(here, name) for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file() and _is_text(file))
+
+
+def _is_text(file: Path) -> bool:
+    """Whether a file of a folder is one to read: by its suffix, else by its first bytes."""
+    suffix = file.suffix.lower()
+    if suffix in READERS or suffix in TEXT_SUFFIXES:
+        return True
+    if suffix in WEIGHTS or suffix in PACKED:
+        return False
+    try:
+        with open(file, "rb") as opened:
+            head = opened.read(4096)
+        head.decode()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); check its permissions") from error
+    except UnicodeDecodeError as error:
+        # The cut at 4096 may go through a character: only a fault before the last one makes it binary.
+        return error.start >= 4093 and b"\0" not in head
+    return b"\0" not in head
+
+
+def facts(spec: str) -> dict[str, Any]:
+    """What tells whether a source has changed, without reading it: files with size in bytes and mtime in ns; versions.
+
+    A hub data set is known by its name alone: a new revision under the same name is not noticed.
+    """
+    if spec.startswith("hf:"):
+        return {"hub": spec}
+    if spec.startswith("local:"):
+        return {"local": spec, "versions": local.versions(spec.removeprefix("local:"))}
+    stats = [(file, file.stat()) for file in files_of(spec)]
+    return {"files": [[str(file.absolute()), stat.st_size, stat.st_mtime_ns] for file, stat in stats]}
+
+
+def read(
+    spec: str,
+    *,
+    text_column: str = "text",
+    document_separator: str | None = None,
+    on_bad_text: str = "refuse",
+    on_bad_line: str = "refuse",
+    counts: Counter | None = None,
+) -> Iterator[Document]:
+    """Read a source (without its weight) as documents, in a fixed order, in bounded memory.
+
+    `counts` receives skipped_empty, skipped_bad_text, replaced_bad_text, skipped_bad_line (documents or rows),
+    skipped_empty_file and skipped_bad_file. UserError, with file and line and the mend, for whatever cannot be read.
+    """
+    counts = Counter() if counts is None else counts
+    reading = Reading(text_column, document_separator, on_bad_text, on_bad_line)
+    if spec.startswith("hf:"):
+        yield from tables.hub_documents(spec, reading, counts)
+    elif spec.startswith("local:"):
+        yield from local.documents(spec.removeprefix("local:"))
+    else:
+        files = files_of(spec)
+        for file in files:
+            if file.stat().st_size:
+                yield from READERS.get(file.suffix.lower(), text.documents)(file, reading, counts)
+            elif len(files) == 1:
+                raise UserError(f"{file}: the file is empty; name one that holds text")
+            else:
+                counts["skipped_empty_file"] += 1

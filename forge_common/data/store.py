@@ -1,0 +1,155 @@
+"""Documents -> tokens on disk: written once, found again by a fingerprint of all that decides them, memory-mapped.
+
+cache_dir/<fingerprint>/ holds, for train and validation, <split>.tokens (uint16 or uint32), <split>.offsets (uint64:
+each document's first token, and the total) and <split>.origins (a line a document), and facts.json. Little endian.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+from . import sources
+from .document import Reading
+from .tokenizer import Tokenizer
+from .windows import Tokens, Windows
+from .writer import SplitWriter, batches, in_validation
+
+__all__ = ["Corpus", "Tokens", "Windows", "in_validation", "prepare"]
+
+FORMAT = 1  # raise it when the files or the way to them change
+SPLITS = ("train", "validation")
+REPORT_SECONDS = 5.0
+ABANDONED_SECONDS = 24 * 3600.0
+
+
+class Corpus(NamedTuple):
+    """A source, tokenized. `facts`: counts per split, counters of what was skipped, digests, settings."""
+
+    source: str
+    train: Tokens
+    validation: Tokens
+    facts: dict[str, Any]
+
+
+def prepare(
+    source: str,
+    tokenizer: Tokenizer,
+    *,
+    cache_dir: Path,
+    val_fraction: float,
+    text_column: str = "text",
+    document_separator: str | None = None,
+    on_bad_text: str = "refuse",
+    on_bad_line: str = "refuse",
+    report: Callable[[str], None] = print,
+) -> Corpus:
+    """Tokenize a source (without its weight), or open what was tokenized before.
+
+    A document is held out iff its digest's first 8 bytes, as a fraction of 2**64, are below `val_fraction` (0..1): so
+    copies of a text are always on the same side. UserError when the source cannot be read, changes meanwhile or holds
+    no document, when the tokenizer yields PAD, or when the cache cannot be written.
+    """
+    reading = Reading(text_column, document_separator, on_bad_text, on_bad_line)
+    if not 0 <= val_fraction <= 1:
+        raise UserError(f"--val-fraction is {val_fraction}; it must be between 0 and 1")
+    decides = {
+        "format": FORMAT,
+        "source": source,
+        "files": sources.facts(source),
+        "tokenizer": tokenizer.digest,
+        "val_fraction": val_fraction,
+        "reading": asdict(reading),
+    }
+    fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+    folder = Path(cache_dir) / fingerprint
+    if folder.is_dir():
+        try:
+            return _open(folder)
+        except (OSError, ValueError, KeyError) as error:
+            report(f"{folder}: damaged ({error}); it is made anew")
+            shutil.rmtree(folder, ignore_errors=True)
+    partial = Path(cache_dir) / f".tmp-{fingerprint}-{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        _remove_abandoned(Path(cache_dir), fingerprint)
+        partial.mkdir(parents=True)
+        _write(partial, source, tokenizer, decides, reading, report)
+        _publish(partial, folder)
+    except OSError as error:
+        mend = "mend that, or choose another --cache-dir"
+        raise UserError(f"{source}: cannot be tokenized into {cache_dir}: {error}; {mend}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _open(folder)
+
+
+def _write(
+    folder: Path, source: str, tokenizer: Tokenizer, decides: dict, reading: Reading, report: Callable[[str], None]
+) -> None:
+    counts: Counter = Counter()
+    dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
+    writers = {split: SplitWriter(folder, split, dtype, tokenizer) for split in SPLITS}
+    began = reported = time.monotonic()
+    try:
+        for batch in batches(sources.read(source, **asdict(reading), counts=counts)):
+            # Prefix and suffix are put on by the writer, since a long document comes in several pieces.
+            encodings = tokenizer.encode_batch([piece.text for piece in batch], continued=True)
+            for piece, ids in zip(batch, encodings, strict=True):
+                held_out = in_validation(piece.document.digest, decides["val_fraction"])
+                writers["validation" if held_out else "train"].add(piece, ids)
+            if time.monotonic() - reported >= REPORT_SECONDS:
+                reported = time.monotonic()
+                done = sum(writer.bytes for writer in writers.values()) / 1e6
+                report(f"{source}: tokenized {done:.1f} MB, {done / (reported - began):.1f} MB/s")
+    finally:
+        written = {split: writer.close() for split, writer in writers.items()}
+    skipped = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()) if number)
+    if not sum(facts["documents"] for facts in written.values()):
+        raise UserError(f"{source}: no document in it ({skipped or 'nothing was read'}); name a source with text")
+    if skipped:
+        report(f"{source}: {skipped}")
+    if sources.facts(source) != decides["files"]:
+        raise UserError(f"{source}: changed while it was being read; leave it alone and start again")
+    facts = {**decides, **written, "dtype": dtype, "counters": +counts}
+    (folder / "facts.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _publish(partial: Path, folder: Path) -> None:
+    """Give the finished folder its name; whoever was first with the same fingerprint wrote the same."""
+    for path in (partial / "facts.json", partial):
+        _sync(path)
+    try:
+        os.rename(partial, folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+    _sync(folder.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_abandoned(cache_dir: Path, fingerprint: str) -> None:
+    """Partial folders that a killed run left: nobody wrote in them for a day (its pid may be of another host)."""
+    for partial in cache_dir.glob(f".tmp-{fingerprint}-*"):
+        times = [path.stat().st_mtime for path in (partial, *partial.glob("*"))]
+        if time.time() - max(times) > ABANDONED_SECONDS:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _open(folder: Path) -> Corpus:
+    facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    return Corpus(facts["source"], *(Tokens(folder, split) for split in SPLITS), facts)

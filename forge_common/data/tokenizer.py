@@ -1,0 +1,215 @@
+"""Tokenizers: the bytes, one trained here, or a pretrained one from disk; all of them `tokenizers`' backends.
+
+A document's text never yields a special id, whatever is written in it: '<pad>' in a text is five characters.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from ..errors import UserError
+from .document import nearest
+
+PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
+SMALLEST_VOCABULARY = 2 + 256
+TRAINING_CHARACTERS = 64 << 20
+EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|im_end|>")
+PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
+FORMS = "a folder with tokenizer.json, such a file, train:VOCAB (as train:4096) or bytes"
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A backend set up for training: no truncation, no padding, special tokens only where we put them.
+
+    `prefix` and `suffix` are the ids that the backend's own post-processor puts around a document (a BOS, say).
+    """
+
+    backend: Backend
+    eos_token_id: int
+    pad_token_id: int | None
+    vocab_size: int = field(init=False)  # greatest id + 1
+    prefix: tuple[int, ...] = field(init=False)
+    suffix: tuple[int, ...] = field(init=False)
+    digest: str = field(init=False)  # SHA-256 of the backend's JSON (keys sorted) and the two ids
+
+    def __post_init__(self):
+        # Files of sentence encoders truncate to 512 tokens: text would be lost without a word.
+        self.backend.no_truncation()
+        self.backend.no_padding()
+        self.backend.encode_special_tokens = True
+        inside, whole = self.backend.encode("x", add_special_tokens=False).ids, self.backend.encode("x").ids
+        start = next(i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside)
+        facts = {"tokenizer": json.loads(self.backend.to_str()), "eos": self.eos_token_id, "pad": self.pad_token_id}
+        canonical = json.dumps(facts, sort_keys=True, ensure_ascii=True)
+        for name, value in {
+            "vocab_size": max(self.backend.get_vocab(with_added_tokens=True).values()) + 1,
+            "prefix": tuple(whole[:start]),
+            "suffix": tuple(whole[start + len(inside) :]),
+            "digest": hashlib.sha256(canonical.encode()).hexdigest(),
+        }.items():
+            object.__setattr__(self, name, value)
+
+    def encode_batch(self, texts: list[str], *, continued: bool = False) -> list[list[int]]:
+        """Ids of each text, in parallel. `continued`: without prefix and suffix, for the middle of a document."""
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=not continued)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of ids; special tokens are left out."""
+        return self.backend.decode(list(ids), skip_special_tokens=True)
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
+        name = self.backend.id_to_token
+        config = {
+            "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is; others rebuild parts of it
+            "eos_token": name(self.eos_token_id),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": int(1e30),  # transformers' own mark for 'no limit'
+        }
+        if self.pad_token_id is not None:
+            config["pad_token"] = name(self.pad_token_id)
+        if len(self.prefix) == 1:
+            config["bos_token"] = name(self.prefix[0])
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
+        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
+        (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+def byte_tokenizer() -> Tokenizer:
+    """PAD 0, EOS 1, then the 256 bytes in order: vocabulary 258."""
+    vocabulary = {PAD: 0, EOS: 1} | {character: 2 + byte for byte, character in enumerate(_byte_characters())}
+    backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
+    backend.add_special_tokens([PAD, EOS])
+    # Without merges there is nothing to keep apart, so no regular expression is run either.
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return Tokenizer(backend, eos_token_id=1, pad_token_id=0)
+
+
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte in a byte-level vocabulary (GPT-2's encoder.py)."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = iter(range(256, 512))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE with PAD 0 and EOS 1 from the first 64 MiB of the texts; the same texts give the same tokenizer.
+
+    UserError when vocab_size is below 258, or the text has too few different pairs to reach it.
+    """
+    if vocab_size < SMALLEST_VOCABULARY:
+        raise UserError(f"--tokenizer train:{vocab_size}: the smallest vocabulary is {SMALLEST_VOCABULARY} (bytes)")
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[PAD, EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(_first(texts, TRAINING_CHARACTERS), trainer)
+    reached = backend.get_vocab_size()
+    if reached < vocab_size:
+        raise UserError(
+            f"--tokenizer train:{vocab_size}: the text is too little, it gives a vocabulary of {reached} at most;"
+            f" use train:{reached}, bytes, or more text"
+        )
+    return Tokenizer(backend, eos_token_id=1, pad_token_id=0)
+
+
+def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
+    for text in texts:
+        yield text[:characters]
+        characters -= len(text)
+        if characters <= 0:
+            return
+
+
+def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tokenizer:
+    """Load a folder with tokenizer.json, or such a file, and find out its EOS and PAD.
+
+    EOS: `eos_token`, else what tokenizer_config.json, special_tokens_map.json, config.json or generation_config.json
+    beside it declare, else a common name. PAD: a declared one that is not EOS, else a common name, else None.
+    UserError when there is no such tokenizer, it cannot be read, or EOS cannot be found.
+    """
+    path = Path(path).expanduser()
+    file = path / "tokenizer.json" if path.is_dir() else path
+    if not file.is_file():
+        mend = "; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one" if path.is_dir() else ""
+        raise UserError(f"--tokenizer {path}: there is no file {file}{mend}; give {FORMS}")
+    try:
+        backend = Backend.from_file(str(file))
+    except Exception as error:  # the Rust library raises plain Exception for all its faults
+        raise UserError(f"{file}: not a tokenizer that the tokenizers library reads: {error}") from error
+    if not backend.get_vocab_size():
+        raise UserError(f"{file}: the vocabulary is empty; give another tokenizer")
+    declared = _declared(file.parent) if file.name == "tokenizer.json" else {}
+    eos = _eos_id(backend, file, eos_token, declared)
+    pads = (_id_of(backend, declared.get("pad_token")), declared.get("pad_token_id"))
+    pads += tuple(map(backend.token_to_id, PAD_NAMES))
+    return Tokenizer(backend, eos, next((pad for pad in pads if pad is not None and pad != eos), None))
+
+
+def _declared(folder: Path) -> dict:
+    """eos_token, pad_token (names), eos_token_id, pad_token_id: the first file that declares one counts."""
+    found: dict = {}
+    for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / name}: cannot be read as JSON: {error}; mend or remove it") from error
+        for key in ("eos_token", "pad_token", "eos_token_id", "pad_token_id"):
+            value = content.get(key)
+            value = value[0] if isinstance(value, list) and value else value  # Llama 3 lists several ends
+            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, int if key.endswith("id") else str):
+                found.setdefault(key, value)
+    return found
+
+
+def _id_of(backend: Backend, name: str | None) -> int | None:
+    return None if name is None else backend.token_to_id(name)
+
+
+def _eos_id(backend: Backend, file: Path, wanted: str | None, declared: dict) -> int:
+    if wanted is not None:
+        found = backend.token_to_id(wanted)
+        if found is None:
+            near = nearest(wanted, backend.get_vocab())
+            raise UserError(f"--eos-token {wanted!r} is not in the vocabulary of {file}{near}; name one that is")
+        return found
+    candidates = [_id_of(backend, declared.get("eos_token")), declared.get("eos_token_id")]
+    candidates += map(backend.token_to_id, EOS_NAMES)
+    found = next((id for id in candidates if id is not None and backend.id_to_token(id) is not None), None)
+    if found is None:
+        raise UserError(f"{file}: no end-of-text token is declared beside it; name it with --eos-token")
+    return found
+
+
+def resolve(spec: str, texts: Iterable[str], eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer that the command line names; `texts` is read only for train:VOCAB. UserError for a bad spec."""
+    if eos_token is not None and (spec == "bytes" or spec.startswith("train:")):
+        raise UserError(f"--eos-token has no meaning with --tokenizer {spec}, whose end is {EOS!r}; leave it out")
+    if spec == "bytes":
+        return byte_tokenizer()
+    if spec.startswith("train:"):
+        size = spec.removeprefix("train:")
+        if not (size.isascii() and size.isdigit()):
+            raise UserError(f"--tokenizer {spec}: {size!r} is not a number of tokens; give {FORMS}")
+        return train_tokenizer(texts, int(size))
+    if not os.path.exists(os.path.expanduser(spec)):
+        raise UserError(f"--tokenizer {spec}: no such file or folder; give {FORMS}")
+    return load_tokenizer(spec, eos_token)

@@ -1,0 +1,160 @@
+"""Tokens on disk -> windows of T + 1 tokens: the inputs are all but the last, the labels all but the first.
+
+Every token but the very first (packed), or but the first of each document (not packed), is a label exactly once.
+"""
+
+import json
+import os
+import secrets
+from itertools import islice, pairwise
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+
+CHUNK = 1 << 20  # documents whose windows are counted at once
+
+
+class Tokens:
+    """One split, opened. UserError when its files are not of the size that facts.json says."""
+
+    def __init__(self, folder: Path, split: str):
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        self.folder, self.split = folder, split
+        self.documents, self.bytes, self.digest = (facts[split][key] for key in ("documents", "bytes", "digest"))
+        self.tokens = _mapped(folder / f"{split}.tokens", facts["dtype"], facts[split]["tokens"])
+        self.offsets = _mapped(folder / f"{split}.offsets", "<u8", self.documents + 1)
+
+    def __reduce__(self):
+        return Tokens, (self.folder, self.split)  # a memory map would pickle as the whole corpus
+
+    def origins(self, first: int, last: int) -> list[str]:
+        """Origins of documents first..last-1; reads the file of origins up to there."""
+        with open(
+            self.folder / f"{self.split}.origins", encoding="utf-8", errors="surrogateescape", newline="\n"
+        ) as file:
+            return [line.removesuffix("\n") for line in islice(file, first, last)]
+
+    def origin(self, document_index: int) -> str:
+        """Where a document came from. IndexError when there is no such document."""
+        if not 0 <= document_index < self.documents:
+            raise IndexError(f"document {document_index} of {self.documents}")
+        return self.origins(document_index, document_index + 1)[0]
+
+
+class Windows:
+    """The windows of one split, `windows[i] -> int64 [T + 1]`; nothing of the corpus is held in memory.
+
+    pack=True: window i is tokens[i*T : i*T + T + 1], across documents. What is left at the end and too little for one
+    is dropped (`dropped` labels) unless `tail`, which adds a last, partly filled window for it.
+    pack=False: each document alone, in windows of stride T, the last one partly filled; nothing is dropped. A document
+    of one token has no label and no window.
+
+    A window's first `scored(i)` labels are real; the rest of it is `filler`.
+    """
+
+    def __init__(self, tokens: Tokens, sequence_length: int, *, pack: bool, filler: int, tail: bool = False):
+        if sequence_length < 1:
+            raise UserError(f"--sequence-length is {sequence_length}; it must be at least 1")
+        self.tokens, self.sequence_length = tokens, sequence_length
+        self.pack, self.filler, self.tail = pack, filler, tail
+        total = len(tokens.tokens)
+        if pack:
+            possible = max(total - 1, 0)
+            self._length = -(-possible // sequence_length) if tail else possible // sequence_length
+            self.labels = min(self._length * sequence_length, possible)
+            self.dropped = possible - self.labels
+        else:
+            self._firsts = _first_windows(tokens, sequence_length)
+            self._length = int(self._firsts[-1])
+            self.labels = total - tokens.documents
+            self.dropped = 0
+
+    def __reduce__(self):
+        # A memory map pickles as the whole corpus; a worker process opens the files itself.
+        return _reopen, (self.tokens, self.sequence_length, self.pack, self.filler, self.tail)
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        start, end = self._range(index)
+        window = np.full(self.sequence_length + 1, self.filler, dtype=np.int64)
+        window[: end - start] = self.tokens.tokens[start:end]
+        return window
+
+    def scored(self, index: int) -> int:
+        """How many labels of the window are real: its first ones."""
+        start, end = self._range(index)
+        return end - start - 1
+
+    def spans(self, index: int) -> list[tuple[int, int, int]]:
+        """(document, start, end) of each document's part of the window, in places of the window (0 .. T + 1)."""
+        start, end = self._range(index)
+        offsets = self.tokens.offsets
+        first = int(np.searchsorted(offsets, np.uint64(start), side="right")) - 1
+        last = int(np.searchsorted(offsets, np.uint64(end), side="left"))
+        bounds = np.clip(offsets[first : last + 1].astype(np.int64), start, end) - start
+        return [(first + i, int(a), int(b)) for i, (a, b) in enumerate(pairwise(bounds))]
+
+    def documents_of(self, index: int) -> list[str]:
+        """Origins of the documents in the window, in order."""
+        spans = self.spans(index)
+        return self.tokens.origins(spans[0][0], spans[-1][0] + 1)
+
+    def _range(self, index: int) -> tuple[int, int]:
+        """Where a window's real tokens stand: [start, end) in the corpus."""
+        if not -self._length <= index < self._length:
+            raise IndexError(f"window {index} of {self._length}")
+        index = int(index) % self._length
+        if self.pack:
+            start, stop = index * self.sequence_length, len(self.tokens.tokens)
+        else:
+            # In the array's own type: NumPy would turn all of a memory map into floats to compare it with an int.
+            document = int(np.searchsorted(self._firsts, np.uint64(index), side="right")) - 1
+            start = int(self.tokens.offsets[document])
+            start += (index - int(self._firsts[document])) * self.sequence_length
+            stop = int(self.tokens.offsets[document + 1])
+        return start, min(start + self.sequence_length + 1, stop)
+
+
+def _reopen(tokens: Tokens, sequence_length: int, pack: bool, filler: int, tail: bool) -> Windows:
+    return Windows(tokens, sequence_length, pack=pack, filler=filler, tail=tail)
+
+
+def _first_windows(tokens: Tokens, sequence_length: int) -> np.ndarray:
+    """Each document's first window and, last, their number: uint64 [documents + 1], a file beside the tokens."""
+    path = tokens.folder / f"{tokens.split}.windows-{sequence_length}"
+    size = 8 * (tokens.documents + 1)
+    if not path.is_file() or path.stat().st_size != size:
+        partial = Path(f"{path}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+        try:
+            with open(partial, "wb") as file:
+                _count(tokens, sequence_length, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise UserError(
+                f"{path}: cannot be written ({error.strerror}); free space or choose another --cache-dir"
+            ) from error
+    return np.memmap(path, dtype="<u8", mode="r")
+
+
+def _count(tokens: Tokens, sequence_length: int, file) -> None:
+    before = np.uint64(0)
+    np.zeros(1, dtype="<u8").tofile(file)
+    for start in range(0, tokens.documents, CHUNK):
+        lengths = np.diff(tokens.offsets[start : start + CHUNK + 1])
+        windows = (lengths - np.uint64(1) + np.uint64(sequence_length - 1)) // np.uint64(sequence_length)
+        total = np.cumsum(windows, dtype="<u8") + before
+        total.tofile(file)
+        before = total[-1]
+
+
+def _mapped(path: Path, dtype: str, length: int) -> np.ndarray:
+    if path.stat().st_size != length * np.dtype(dtype).itemsize:
+        raise UserError(f"{path}: not of the size that facts.json says; remove the folder, it will be made anew")
+    return np.memmap(path, dtype=dtype, mode="r") if length else np.empty(0, dtype=dtype)

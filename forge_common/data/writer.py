@@ -1,0 +1,98 @@
+"""Documents -> one split's files: in pieces, batch by batch, so that memory does not grow with the text."""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..errors import UserError
+from .document import PIECE, Document
+from .tokenizer import Tokenizer
+
+BATCH_PIECES, BATCH_CHARACTERS = 1024, 4 * PIECE  # tokenized at once: enough for all cores, little in memory
+
+
+def in_validation(digest: bytes, fraction: float) -> bool:
+    """Whether a document is held out: its digest's first 8 bytes, as a fraction of 2**64, lie below `fraction`."""
+    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+
+
+class Piece(NamedTuple):
+    document: Document
+    text: str
+    first: bool
+    last: bool
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Piece]]:
+    """Pieces of documents, in order, in batches of bounded size."""
+    batch, characters = [], 0
+    for document in documents:
+        for piece in _pieces(document):
+            batch.append(piece)
+            characters += len(piece.text)
+            if len(batch) >= BATCH_PIECES or characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _pieces(document: Document) -> Iterator[Piece]:
+    waiting = None
+    for text in document.pieces:
+        if waiting is not None:
+            yield waiting
+        waiting = Piece(document, text, first=waiting is None, last=False)
+    if waiting is not None:
+        yield waiting._replace(last=True)
+
+
+class SplitWriter:
+    """Appends documents to one split's files."""
+
+    def __init__(self, folder: Path, split: str, dtype: str, tokenizer: Tokenizer):
+        self.tokenizer, self.dtype, self.hash = tokenizer, dtype, hashlib.sha256()
+        self.documents = self.tokens = self.bytes = 0
+        suffix = tokenizer.suffix
+        self.end = suffix if suffix[-1:] == (tokenizer.eos_token_id,) else (*suffix, tokenizer.eos_token_id)
+        # They stay open as long as the writer; close() syncs them.
+        kinds = ("tokens", "offsets", "origins")
+        files = [open(folder / f"{split}.{kind}", "wb", buffering=PIECE) for kind in kinds]  # noqa: SIM115
+        self.token_file, self.offset_file, self.origin_file = files
+
+    def add(self, piece: Piece, ids: list[int]) -> None:
+        if piece.first:
+            self.documents += 1
+            self.offset_file.write(self.tokens.to_bytes(8, "little"))
+            line = piece.document.origin.replace("\n", "\\n") + "\n"
+            self.origin_file.write(line.encode("utf-8", "surrogateescape"))
+            ids = [*self.tokenizer.prefix, *ids]
+        if piece.last:
+            ids = [*ids, *self.end]
+        array = np.array(ids, dtype=np.int64)
+        self._check(piece.document, array)
+        data = array.astype(self.dtype).tobytes()
+        self.hash.update(data)
+        self.token_file.write(data)
+        self.tokens += len(ids)
+        self.bytes += len(piece.text.encode())
+
+    def _check(self, document: Document, ids: np.ndarray) -> None:
+        if ids.size and ids.max() >= self.tokenizer.vocab_size:
+            raise UserError(f"{document.origin}: token {ids.max()} is beyond the vocabulary; repair tokenizer.json")
+        if self.tokenizer.pad_token_id is not None and (ids == self.tokenizer.pad_token_id).any():
+            mend = "mark PAD as special in tokenizer.json, or declare another one"
+            raise UserError(f"{document.origin}: its text yields PAD, token {self.tokenizer.pad_token_id}; {mend}")
+
+    def close(self) -> dict[str, Any]:
+        self.offset_file.write(self.tokens.to_bytes(8, "little"))
+        for file in (self.token_file, self.offset_file, self.origin_file):
+            with file:
+                file.flush()
+                os.fsync(file.fileno())
+        counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+        return {**counts, "digest": self.hash.hexdigest()}

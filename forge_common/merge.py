@@ -1,0 +1,35 @@
+"""A trunk with one module merged into it, as a Transformers checkpoint.
+
+python -m forge_common.merge --trunk DIR --module DIR --output-dir DIR
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import config
+from .errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    trunk: str  # folder or hub id
+    module: Path  # a module of this trunk
+    output_dir: Path  # a new folder, which AutoModelForCausalLM loads
+
+
+def main(settings: Settings) -> int:
+    from .artifact import read_model, write_trunk
+
+    if settings.output_dir.exists():
+        raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
+    trunk, tokenizer, facts, passport = read_model(settings.trunk, settings.module)
+    origin = {"merged_from": {"trunk": facts["digest"], "module": passport["digest"], "name": passport["name"]}}
+    fractions = [value for value in (facts.get("val_fraction"), passport.get("val_fraction")) if value]
+    origin |= {"kind": "trunk", "val_fraction": min(fractions, default=0.0), "licence": passport.get("licence")}
+    digest = write_trunk(settings.output_dir, trunk.state_dict(), trunk.config, tokenizer, origin)
+    print(f"published   {settings.output_dir} (digest {digest[:12]})")
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main, config.read(Settings, __doc__))

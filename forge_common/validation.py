@@ -1,0 +1,52 @@
+"""The loss on held-out windows, exact: every label once, whatever the processes and the batch."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+
+class Validation(NamedTuple):
+    """loss: nats per token. tokens: scored labels. bits_per_byte: of the UTF-8 text (0 bytes: NaN)."""
+
+    loss: float
+    tokens: int
+    bits_per_byte: float
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def validate(accelerator: Any, model: torch.nn.Module, stores: Sequence[Any], batch_size: int) -> Validation:
+    """Scores all windows of `stores` (each gives windows [T + 1], and has `.tokens.bytes`) without gradients. A collective.
+
+    Rank r takes the windows r, r + P, r + 2P, ...; nothing is padded to even batches; sums of nats and of tokens are local
+    and reduced once at the end. Under FSDP every forward is a collective, so all ranks run as many as the longest; the
+    surplus ones see only fillers and add nothing.
+    """
+    training = model.training
+    model.eval()
+    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    places = [(store, index) for store in stores for index in range(len(store))]
+    processes, rank = accelerator.num_processes, accelerator.process_index
+    total = torch.zeros(2, dtype=_exact(accelerator.device), device=accelerator.device)
+    for start in range(0, len(places), processes * batch_size):
+        mine = places[start + rank : start + processes * batch_size : processes]
+        length = len(places[0][0][0])
+        windows = np.stack([store[i] for store, i in mine] or [np.full(length, bare.config.ignore_index)])
+        sums = model(torch.from_numpy(windows).to(accelerator.device))
+        total += torch.stack((sums.nats, sums.tokens)).to(total.dtype)
+    total = accelerator.reduce(total, "sum")
+    model.train(training)
+    nats, tokens = total.tolist()
+    size = sum(store.tokens.bytes for store in stores)
+    return Validation(nats / max(tokens, 1), int(tokens), nats / math.log(2) / size if size else math.nan)
+
+
+def _exact(device: torch.device) -> torch.dtype:
+    """float64 wherever the device has it (MPS has not)."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -1,0 +1,287 @@
+"""Phase 1: a broad corpus -> the trunk that modules are trained on.
+
+    accelerate launch train_shared.py --data my_corpus/ --output-dir runs/trunk --steps 10000
+
+Everything that can be set stands in Settings; main reads from top to bottom. To experiment, edit this file.
+"""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from forge_common import config
+from forge_common.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    # -- what is read --
+
+    data: tuple[str, ...]  # file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs; SOURCE@0.7 weights it
+    output_dir: Path  # settings, metrics, checkpoints, and at the end trunk/
+    val_data: tuple[str, ...] = ()  # sources to validate on; none: a part of --data
+    val_fraction: float = 0.01  # of the documents of --data is held out, by hash of content (without --val-data)
+    tokenizer: str = "train:4096"  # DIR, FILE (tokenizer.json), train:VOCAB (a BPE of the data) or bytes
+    eos_token: str | None = None  # the end of a document, where the tokenizer's files do not say it
+    sequence_length: int = 512  # tokens a window
+    pack: bool = True  # fill windows with documents end to end; --no-pack: one document a window, cut or padded
+    text_column: str = "text"  # of jsonl, json, csv, parquet, arrow and hub data
+    document_separator: str | None = None  # splits text files into documents; none: a file is a document
+    on_bad_text: Literal["refuse", "replace", "skip"] = "refuse"  # bytes that are not UTF-8
+    on_bad_line: Literal["refuse", "skip"] = "refuse"  # rows that cannot be read
+    cache_dir: Path = Path("~/.cache/forge")  # tokens, once made
+
+    # -- what is trained --
+
+    trunk_from: str | None = None  # continue from a Transformers checkpoint (folder or hub id); sizes are then its own
+    preset: Literal["tiny", "small", "base", "large"] = "small"
+    hidden_size: int | None = None  # this and the next four: over the preset's
+    intermediate_size: int | None = None
+    num_hidden_layers: int | None = None
+    num_attention_heads: int | None = None
+    num_key_value_heads: int | None = None
+    tie_word_embeddings: bool = True
+    cross_document_attention: bool = True  # may a token see the documents before its own in the same window
+    num_experts: int = 0  # a sparse feed-forward (Mixtral's) with so many experts; 0: dense
+    experts_per_token: int = 2
+    router_aux_loss_coef: float = 0.01  # weight of the balance loss
+    router_z_loss_coef: float = 0.001
+    dtype: Literal["float32", "float64"] = "float32"  # of the weights; bf16 is the launcher's --mixed_precision
+
+    # -- how --
+
+    steps: int = 10_000  # updates of the optimizer
+    batch_size: int = 64  # windows an update, over all processes
+    micro_batch_size: int = 16  # windows a device holds at once
+    lr: float = 3e-4
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    min_lr_ratio: float = 0.0
+    weight_decay: float = 0.1  # on matrices; not on norms, biases and embeddings
+    max_grad_norm: float = 1.0
+    max_bad_updates: int = 10  # stop after so many updates in a row with NaN or Inf
+    seed: int = 42
+
+    # -- what is told and kept --
+
+    val_every: int = 250  # updates; 0: at the end alone
+    save_every: int = 250  # updates; 0: at the end alone (and whenever validation improves)
+    keep: int = 2  # newest checkpoints; the best by validation stays besides
+    patience: int = 0  # stop after so many validations without a better one; 0: never
+    log_every: int = 10
+    tracker: Literal["auto", "none", "wandb", "trackio", "tensorboard"] = "auto"
+    project: str = "forge"
+    run_name: str | None = None
+    resume: Literal["auto", "never", "require"] = "auto"
+    accept_change: tuple[str, ...] = ()  # settings that may differ from the checkpoint's, such as steps
+    dry_run: bool = False  # print the plan, time a few updates, write nothing
+
+
+def main(settings: Settings) -> int:
+    """Trains a trunk; returns the exit code (0, or 143 or 130 when it was asked to stop)."""
+    # Heavy, so only after the settings were checked.
+    import secrets
+    from datetime import timedelta
+
+    import torch
+    from accelerate import Accelerator
+    from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
+
+    from forge_common import artifact, checkpoint, schedule, tracking
+    from forge_common.data.corpora import held_out_fraction, open_corpora, tokenizer_for
+    from forge_common.data.order import updates
+    from forge_common.files import write_json
+    from forge_common.model import Trunk, even_load, load_of, parameter_groups
+    from forge_common.stopping import StopRequest
+    from forge_common.validation import validate
+
+    # ---- Set up ----
+    tracker, tracked = tracking.choose(settings.tracker)
+    accumulation = config.accumulation_steps(settings)
+    accelerator = Accelerator(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
+        log_with=tracker,
+        project_dir=settings.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the main process may tokenize that long
+    )
+    config.check_launch(accelerator, accumulation)
+    if accelerator.state.deepspeed_plugin:  # there is no prepared loader that it could read the size off
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
+            settings.micro_batch_size
+        )
+    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+
+    # ---- Data, model, optimizer ----
+    set_seed(settings.seed)
+    with accelerator.local_main_process_first():
+        if settings.trunk_from:
+            trunk, tokenizer, origin = artifact.read_trunk(settings.trunk_from, settings.eos_token)
+        else:
+            tokenizer, origin = tokenizer_for(settings), {}
+            sizes = config.model_config(
+                settings,
+                vocab_size=tokenizer.vocab_size,
+                max_position_embeddings=settings.sequence_length,
+                pad_token_id=tokenizer.pad_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                num_local_experts=settings.num_experts,
+                num_experts_per_tok=settings.experts_per_token,
+            )
+            trunk = Trunk(sizes)
+        corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
+    config.check_context(settings, trunk.config)
+    trunk = trunk.to(getattr(torch, settings.dtype))
+    optimizer = torch.optim.AdamW(
+        parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps"
+    )
+    flops = trunk.flops_per_token(settings.sequence_length)
+    plan = tracking.plan(
+        trunk,
+        settings,
+        accumulation=accumulation,
+        processes=processes,
+        windows=corpora.training.size,
+        labels=sum(windows.labels for windows in corpora.training.sources),
+    )
+    accelerator.print("\n".join([*corpora.report, plan, f"tracking    {tracked}"]))
+    model, optimizer = accelerator.prepare(trunk, optimizer)
+    checkpoint.keep_only_trained(accelerator)
+
+    # ---- Where were we? ----
+    checkpoints = settings.output_dir / "checkpoints"
+    digests = {**corpora.digests, "tokenizer": tokenizer.digest, "trunk": origin.get("digest")}
+    progress = checkpoint.begin(settings, digests, secrets.token_hex(4))
+    found = checkpoint.newest(accelerator, checkpoints) if settings.resume != "never" and not settings.dry_run else None
+    if found:
+        progress = checkpoint.resume(accelerator, found, progress, settings.accept_change)
+        accelerator.print(f"resumed     {found} at update {progress.global_step} of {settings.steps}")
+    checkpoint.check_fresh(settings, found)
+    if accelerator.is_main_process and not settings.dry_run:
+        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(settings.output_dir / "settings.json", config.to_json(settings))
+
+    # ---- Train ----
+    # This chapter is the same text in train_shared.py and train_module.py; a test holds them together.
+    last = min(settings.steps, 4) if settings.dry_run else settings.steps
+    log = tracking.RunLog(
+        accelerator, None if settings.dry_run else settings.output_dir, steps=last, done=progress.global_step
+    )
+    log.start_tracker(tracker, settings, progress.run_id)
+    stop = StopRequest()
+    peak, stopping = tracking.peak_flops(device), False
+    interval = tracking.Interval(accelerator, progress.interval)
+    load = even_load(trunk.config, device)  # f of the balance loss; from the second update on, the last update's own
+    if progress.expert_counts:
+        load = load_of(torch.tensor(progress.expert_counts, device=device))
+    shares = updates(
+        corpora.training,
+        start=progress.global_step,
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        rank=rank,
+        processes=processes,
+        device=device,
+    )
+    model.train()
+    log.lap(progress.global_step)
+    while progress.global_step < last and not stopping:
+        windows = next(shares)  # [micro-batches, micro_batch_size, sequence_length + 1]
+        step = progress.global_step + 1
+        set_seed(settings.seed + step * processes + rank)  # for dropout, should you add some: a resume draws the same
+        rate = settings.lr * schedule.factor(
+            settings.schedule,
+            step,
+            warmup_steps=settings.warmup_steps,
+            steps=settings.steps,
+            floor=settings.min_lr_ratio,
+        )
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+        # backward divides by the micro-batches and DDP by the processes; sum x P * N / n undoes both, so that the
+        # gradient is the mean over the n scored tokens of the whole update, however it was divided.
+        scored = accelerator.reduce((windows[..., 1:] != trunk.config.ignore_index).sum(), "sum").clamp(min=1)
+        scale, sums = processes * accumulation / scored, []
+        for micro_batch in windows:
+            with accelerator.accumulate(model):
+                sums.append(model(micro_batch, load))
+                accelerator.backward(sums[-1].objective * scale)
+                if accelerator.sync_gradients:
+                    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
+                    finite = math.isfinite(grad_norm)
+                if not accelerator.sync_gradients or finite or accelerator.scaler:  # fp16's scaler skips by itself
+                    optimizer.step()
+                optimizer.zero_grad()
+
+        progress.global_step = step
+        progress.epoch = corpora.training.epoch(step * settings.batch_size)
+        if finite:
+            progress.tokens += int(scored)
+            progress.bad_in_a_row = 0
+            interval.add(sums)
+            if load is not None:
+                counts = accelerator.reduce(sum(part.expert_counts for part in sums), "sum")
+                progress.expert_counts, load = counts.tolist(), load_of(counts)
+        elif accelerator.scaler:
+            progress.scaler_skips += 1
+        else:
+            progress.bad_updates += 1
+            progress.bad_in_a_row += 1
+            log.say(f"update {step}: the gradient is {grad_norm}; not applied ({progress.bad_updates} so far)")
+            if progress.bad_in_a_row >= settings.max_bad_updates:
+                positions = range((step - progress.bad_in_a_row) * settings.batch_size, step * settings.batch_size)
+                raise UserError(tracking.diverged(step, progress.bad_in_a_row, corpora.training.origins(positions)))
+        if settings.dry_run:
+            continue
+
+        stopping = stop(accelerator)
+        ended = stopping or step == last
+        if step % settings.log_every == 0 or step == last:
+            log.training(interval, progress, rate=rate, grad_norm=grad_norm, flops=flops, peak=peak)
+        better = False
+        if corpora.held_out and (step == last or (settings.val_every and step % settings.val_every == 0)):
+            with log.aside():
+                result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size)
+            better = log.validation(result, progress)
+            if settings.patience and progress.validations_without_gain >= settings.patience:
+                log.say(f"stopping early: {settings.patience} validations without a better one")
+                ended = stopping = True
+        if better or ended or (settings.save_every and step % settings.save_every == 0):
+            with log.aside():
+                progress.interval = interval.settle()
+                checkpoint.save(accelerator, checkpoints, progress, settings.keep)
+    shares.close()
+
+    # ---- Publish ----
+    if settings.dry_run:
+        log.timing(last, settings.steps)
+    elif stop.exit_code:
+        log.say(f"stopped at update {progress.global_step} of {settings.steps}; the same command goes on from there")
+    else:
+        if progress.best_step not in (0, progress.global_step):
+            accelerator.load_state(str(checkpoints / f"step-{progress.best_step:08d}"))
+            log.say(f"publishing the best weights by validation, those of update {progress.best_step}")
+        tensors = accelerator.get_state_dict(model)
+        if accelerator.is_main_process:
+            facts = {
+                "kind": "trunk",
+                "data": corpora.digests,
+                "sources": list(settings.data),
+                "val_fraction": held_out_fraction(settings),
+                "steps": progress.best_step or progress.global_step,
+                "tokens_seen": progress.tokens,
+                "bad_updates": progress.bad_updates,
+                "validation_loss": progress.best_val_loss,
+                "continued_from": origin.get("digest"),
+            }
+            digest = artifact.write_trunk(settings.output_dir / "trunk", tensors, trunk.config, tokenizer, facts)
+            artifact.read_trunk(str(settings.output_dir / "trunk"))
+            log.say(f"published   {settings.output_dir / 'trunk'} (digest {digest[:12]}, read back and verified)")
+        accelerator.wait_for_everyone()
+    log.close()
+    return stop.exit_code
+
+
+if __name__ == "__main__":
+    config.run(main, config.read(Settings, __doc__))
