@@ -126,25 +126,32 @@ class ModelConfig:
             )
         rope = dict(config.get("rope_parameters") or {}) or dict(config.get("rope_scaling") or {})
         rope_type = rope.get("rope_type", rope.get("type", "default"))
+        partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         unknown = {
             "rope type": rope_type if rope_type not in ("default", "llama3") else None,
             "hidden_act": config["hidden_act"] if config.get("hidden_act", "silu") != "silu" else None,
             "attention_bias": config.get("attention_bias") or None,
             "mlp_bias": config.get("mlp_bias") or None,
+            "partial_rotary_factor": partial if partial != 1 else None,
         }
         for name, value in unknown.items():
             if value is not None:
                 raise UserError(f"{where}: {name} {value!r} is not implemented. Choose a checkpoint without it.")
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["rms_norm_eps"]
+        missing = [name for name in needed if config.get(name) is None and name != "num_key_value_heads"]
+        if missing:  # each kind has another default for it: nothing is guessed
+            raise UserError(f"{where} does not say {', '.join(missing)}. Fetch the checkpoint again.")
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in config.items() if key in known and value is not None}
-        window = config.get("sliding_window") if config.get("use_sliding_window", kind != "qwen2") else None
+        window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+        window = window if config.get("use_sliding_window", not kind.startswith("qwen")) else None
         if window:  # within one sliding window, full attention is the same thing
             kept["max_position_embeddings"] = min(window, kept["max_position_embeddings"])
         eos = config.get("eos_token_id")
         kept["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
         kept["pad_token_id"] = config.get("pad_token_id")
         kept["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
-        kept["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 10000.0)))
+        kept["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 1e6 if kind == "mixtral" else 1e4)))
         kept["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else None
         kept.setdefault("num_key_value_heads", config["num_attention_heads"])
         return cls(**kept | {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"})

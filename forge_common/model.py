@@ -15,7 +15,11 @@ from torch import nn
 from .config import ModelConfig
 from .loss import Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
 
-Cache = list[tuple[torch.Tensor, torch.Tensor]]  # a layer's keys and values so far, [B, K, T, d] each
+Cache = list[tuple[torch.Tensor, ...]]  # the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]
+
+# The parameters of a layer in the order in which a token meets them.
+FLOW = "input_layernorm", "q_proj k_proj v_proj", "q_norm k_norm", "o_proj", "post_attention_layernorm"
+FLOW += "gate gate_proj up_proj w1 w3", "down_proj w2"
 
 
 def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,11 +64,9 @@ class Attention(nn.Module):
         k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2), *rope)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
-            if layer < len(cache):
-                k, v = torch.cat((cache[layer][0], k), dim=2), torch.cat((cache[layer][1], v), dim=2)
-                cache[layer] = (k, v)
-            else:
-                cache.append((k, v))
+            if layer + 1 < len(cache):
+                k, v = torch.cat((cache[layer + 1][0], k), dim=2), torch.cat((cache[layer + 1][1], v), dim=2)
+            cache[layer + 1 : layer + 2] = [(k, v)]
         grouped = self.kv_heads != self.heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
@@ -158,11 +160,13 @@ class Decoder(nn.Module):
 
     def forward(self, inputs, scored=None, load=None, cache: Cache | None = None):
         """inputs [B, T] -> hidden [B, T, D] after the last norm, and each layer's router facts."""
-        past = cache[0][0].shape[2] if cache else 0
-        T = inputs.shape[1]
-        rope = rotary(self.config, torch.arange(past, past + T, device=inputs.device))
+        past = cache[0][0].shape[1] if cache else 0
+        seen = torch.cat((cache[0][0], inputs), dim=1) if past else inputs
+        if cache is not None:
+            cache[:1] = [(seen,)]
+        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=inputs.device))
         x, routers = self.embed_tokens(inputs), []
-        mask = self._mask(inputs, past)
+        mask = self._mask(seen, past)
         if scored is None:
             scored = torch.ones_like(inputs, dtype=torch.bool)
         if load is None and self.config.num_local_experts:
@@ -172,19 +176,17 @@ class Decoder(nn.Module):
             routers.append(router)
         return self.norm(x), [router for router in routers if router is not None]
 
-    def _mask(self, inputs, past: int):
-        """None for plain causal attention; else bool [B or 1, 1, T, past + T], True where a query may look."""
-        T = inputs.shape[1]
-        if past:
-            if T == 1:
-                return torch.ones(1, 1, 1, past + 1, dtype=torch.bool, device=inputs.device)
-            return torch.ones(T, past + T, dtype=torch.bool, device=inputs.device).tril(past)[None, None]
-        if self.config.cross_document_attention:
+    def _mask(self, seen, past: int):
+        """seen [B, past + T] -> None for plain causal attention; else bool [B or 1, 1, T, past + T], True: may look."""
+        if self.config.cross_document_attention and not past:
             return None
-        ends = (inputs == self.config.eos_token_id).long()
+        length = seen.shape[1]
+        causal = torch.ones(length - past, length, dtype=torch.bool, device=seen.device).tril(past)[None, None]
+        if self.config.cross_document_attention:
+            return causal
+        ends = (seen == self.config.eos_token_id).long()
         document = ends.cumsum(-1) - ends  # an EOS still belongs to the document it ends
-        same = document[:, None, :, None] == document[:, None, None, :]
-        return same & torch.ones(T, T, dtype=torch.bool, device=inputs.device).tril()
+        return causal & (document[:, None, past:, None] == document[:, None, None, :])
 
 
 class Trunk(nn.Module):
@@ -256,18 +258,20 @@ class Trunk(nn.Module):
         2 for each weight forward, 2 for the gradient passed on, 2 for the weight's own (Kaplan et al., arXiv 2001.08361);
         attention's scores and values 4 * T * H * d a layer forward, half of it causal, and twice that backward.
         """
-        layers, flops, reached = self.model.layers, 0, False
+        flops, reached = 0, self.model.embed_tokens.weight.requires_grad  # must a gradient pass to what lies below?
         attention = 2 * sequence_length * self.config.num_attention_heads * self.config.head_dim
         idle = (
             1 - self.config.num_experts_per_tok / self.config.num_local_experts if self.config.num_local_experts else 0
         )
-        for layer in layers:
-            for name, parameter in layer.named_parameters():
-                used = parameter.numel() * (1 - idle if ".experts." in name else 1)
-                reached = reached or parameter.requires_grad
-                flops += used * (2 + 2 * reached + 2 * parameter.requires_grad)
-            flops += attention * (1 + 2 * reached)
-        reached = reached or self.head.requires_grad
+        for layer in self.model.layers:
+            for stage in FLOW:
+                part = [(n, p) for n, p in layer.named_parameters() if n.split(".")[-2] in stage.split()]
+                for name, parameter in part:
+                    used = (parameter.ndim == 2) * parameter.numel() * (1 - idle if ".experts." in name else 1)
+                    flops += used * (2 + 2 * reached + 2 * parameter.requires_grad)
+                reached = reached or any(parameter.requires_grad for _, parameter in part)
+                if "q_norm" in stage:
+                    flops += attention * (1 + 2 * reached)
         return round(flops + self.head.numel() * (2 + 2 * reached + 2 * self.head.requires_grad))
 
 

@@ -41,6 +41,9 @@ def plug_in(trunk: Trunk, kind: str, layers: list[int]) -> list[str]:
     """
     if kind not in KINDS:
         raise UserError(f"--kind {kind}: the kinds of module are {', '.join(KINDS)}")
+    surplus = [layer for layer in layers if layer not in range(len(trunk.model.layers))]
+    if surplus:
+        raise UserError(f"layers {surplus}: the trunk's layers are 0 to {len(trunk.model.layers) - 1}")
     trunk.requires_grad_(False)
     for layer in layers:
         trunk.model.layers[layer].feed_forward.requires_grad_(True)
@@ -74,4 +77,5 @@ def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: li
             raise UserError(
                 f"the module's {name} has the shape {tuple(tensor.shape)}, the trunk's {tuple(parameters[name].shape)}"
             )
+    for name, tensor in tensors.items():  # only when all of them fit
         parameters[name].copy_(tensor)

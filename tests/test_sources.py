@@ -230,6 +230,23 @@ def test_bad_bytes_in_rows(tmp_path, suffix, head, row):
     assert texts(path, on_bad_text="replace") == ["good", "\ufffd\ufffd", "also"]
 
 
+def test_bad_bytes_far_into_a_line_of_json(tmp_path):
+    path = tmp_path / "a.json"
+    head = b'[{"text": "a"},\n{"text": "' + b"x" * PIECE
+    path.write_bytes(head + b'\xff"}]')
+    refused(path, f"{path}:2:{len(head) - head.index(10)}:", "0xff is not UTF-8")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [("txt", "a"), ("jsonl", '{"text": "a"}'), ("json", '[{"text": "a"}]'), ("csv", "text,n\na,1")],
+)
+def test_a_byte_order_mark_is_no_text(tmp_path, suffix, data):
+    path = tmp_path / f"a.{suffix}"
+    path.write_text(data, encoding="utf-8-sig")
+    assert texts(path) == ["a"]
+
+
 def test_text_that_utf8_cannot_hold_is_bad_text_too(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"text": "half \\ud83d pair"}\n{"text": "nul \\u0000"}\n')
@@ -277,7 +294,9 @@ def test_a_line_longer_than_the_limit_is_named_and_not_held(tmp_path, monkeypatc
     long = json.dumps({"text": "x" * 4 * PIECE})
     path.write_text('{"text": "fine"}\n' + long + '\n{"text": "too"}\n')
     refused(path, f"{path}:2", "longer than 3 MiB")
-    assert texts(path, on_bad_line="skip") == ["fine", "too"]
+    counts = Counter()
+    assert texts(path, on_bad_line="skip", counts=counts) == ["fine", "too"]
+    assert counts == {"skipped_bad_line": 1}
 
 
 def test_a_long_row_comes_in_pieces(tmp_path):
@@ -386,3 +405,12 @@ def test_local_corpora_are_large_disjoint_and_always_the_same():
         digests[name] = set(found)
     assert not digests["python"] & digests["docs"]
     assert not digests["python"] & digests["cpp"]
+
+
+def test_local_corpora_leave_out_copies_and_near_copies():
+    body = "".join(f"def function_{letter}(argument):\n    return argument\n" for letter in "abcdefghij")
+    near = "# another head\n" + body.replace("argument", "argument  ").replace("    ", "\t")
+    other = "".join(f"class Thing{letter}:\n    things = 'the things of {letter}'\n" for letter in "klmnopqrst")
+    parts = [[("a", body), ("other", other), ("copy", body)], [("near", near), ("tiny", "tiny")]]
+    kept = [name for name, _, _ in local._distinct(parts)]
+    assert sorted(kept) in (["a", "other"], ["copy", "other"])

@@ -22,10 +22,8 @@ SAMPLES = [
     "\n",
     "",
 ]
-TEXTS = [
-    "The quick brown fox jumps over the lazy dog. " * 3 + str(i) * 3 + " def f_%d(x):\n    return x\n" % i
-    for i in range(200)
-]
+FOX = "The quick brown fox jumps over the lazy dog. " * 3
+TEXTS = [f"{FOX}{i}{i}{i} def f_{i}(x):\n    return x\n" for i in range(200)]
 SPECIALS = "<pad><eos> [PAD] </s><s> <|endoftext|> <|im_end|>"
 
 
@@ -120,7 +118,7 @@ def test_training_reads_a_bounded_part(monkeypatch):
 
 
 def test_a_vocabulary_out_of_reach_is_refused_with_what_can_be_had():
-    with pytest.raises(UserError, match="too little.*train:2"):
+    with pytest.raises(UserError, match=r"too little.*train:2"):
         train_tokenizer(iter(["ab ab"]), 4096)
     with pytest.raises(UserError, match="258"):
         train_tokenizer(iter(TEXTS), 257)

@@ -137,17 +137,16 @@ def _distinct(parts: Iterable[Named]) -> Iterator[tuple[str, str, bytes]]:
 
     A near copy is a text most of whose lines (longer than 15 characters; digits and spaces do not count) came before.
     """
-    size, seen, digests = 0, set(), set()
+    size, seen = 0, set()
     for part in parts:
         found = [(hashlib.sha256(text.encode("utf-8", "replace")).digest(), name, text) for name, text in part]
         for digest, name, text in sorted(found):
-            if size + len(text) > CAP or digest in digests or len(text.encode("utf-8", "replace")) not in SIZES:
+            if size + len(text) > CAP or len(text.encode("utf-8", "replace")) not in SIZES:
                 continue
             squeezed = text.translate(_NO_DIGITS_OR_SPACES).split("\n")
             lines = {hash(line) for line in squeezed if len(line) > 15}
             if not lines or len(lines & seen) >= SEEN_BEFORE * len(lines):
                 continue
-            digests.add(digest)
             seen |= lines
             size += len(text)
             yield name, text, digest

@@ -12,6 +12,8 @@ from typing import Protocol
 import numpy as np
 import torch
 
+from ..errors import UserError
+
 ROUNDS = 6
 BLOCK = 1024  # positions of a weighted mixture in which the shares hold exactly
 
@@ -79,10 +81,16 @@ class Mixture:
         exact = weights / weights.sum() * BLOCK
         counts = np.floor(exact).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
+        if not counts.all():
+            raise UserError(
+                f"--data: a weight of {weights[counts.argmin()]:g} in {weights.sum():g} is too little for one window in "
+                f"{BLOCK:,}: that source would never be seen. Raise its weight, or leave the source out."
+            )
         return np.repeat(np.arange(len(weights)), counts)
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """(source, window of that source, how many times the source was passed before)."""
+        position = int(position)  # NumPy's 3 has another repr, so another key
         if self._pattern is None:
             epoch, place = divmod(position, self.size)
             window = int(permute(np.array([place]), self.size, self.seed, epoch)[0])

@@ -61,22 +61,13 @@ def prepare(
     reading = Reading(text_column, document_separator, on_bad_text, on_bad_line)
     if not 0 <= val_fraction <= 1:
         raise UserError(f"--val-fraction is {val_fraction}; it must be between 0 and 1")
-    decides = {
-        "format": FORMAT,
-        "source": source,
-        "files": sources.facts(source),
-        "tokenizer": tokenizer.digest,
-        "val_fraction": val_fraction,
-        "reading": asdict(reading),
-    }
+    decides = {"format": FORMAT, "source": source, "files": sources.facts(source)}
+    decides |= {"tokenizer": tokenizer.digest, "val_fraction": val_fraction, "reading": asdict(reading)}
     fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_dir) / fingerprint
-    if folder.is_dir():
-        try:
-            return _open(folder)
-        except (OSError, ValueError, KeyError) as error:
-            report(f"{folder}: damaged ({error}); it is made anew")
-            shutil.rmtree(folder, ignore_errors=True)
+    found = _found(folder, report)
+    if found:
+        return found
     partial = Path(cache_dir) / f".tmp-{fingerprint}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         _remove_abandoned(Path(cache_dir), fingerprint)
@@ -89,6 +80,18 @@ def prepare(
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return _open(folder)
+
+
+def _found(folder: Path, report: Callable[[str], None]) -> Corpus | None:
+    """What is in the cache; a damaged one is removed."""
+    if not folder.is_dir():
+        return None
+    try:
+        return _open(folder)
+    except (OSError, ValueError, KeyError) as error:
+        report(f"{folder}: damaged ({error}); it is made anew")
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
 
 
 def _write(

@@ -1,0 +1,84 @@
+import sysconfig
+from pathlib import Path
+
+import pytest
+import runs
+
+RAGGED = ("abc", "ast", "bisect", "calendar", "cmd", "codeop", "colorsys", "contextlib", "copy", "csv", "dis", "enum",
+          "fileinput", "fnmatch", "ftplib", "functools", "genericpath", "getopt", "getpass", "gettext", "glob", "gzip",
+          "heapq", "hmac", "keyword", "linecache", "lzma", "netrc", "ntpath", "numbers", "opcode", "operator", "pprint",
+          "queue", "quopri", "random", "reprlib", "sched", "secrets", "shelve", "shlex", "signal", "stat", "statistics",
+          "struct", "tabnanny", "textwrap", "this", "timeit", "token", "types", "uuid", "warnings", "weakref")
+
+
+@pytest.fixture(scope="session")
+def text(tmp_path_factory) -> Path:
+    """Real text of ragged lengths: modules of the standard library, the first 150 to 6,000 characters of each."""
+    folder = tmp_path_factory.mktemp("text")
+    library = Path(sysconfig.get_paths()["stdlib"])
+    for number, name in enumerate(RAGGED):
+        source = (library / f"{name}.py").read_text(encoding="utf-8")
+        (folder / f"{name}.py").write_text(source[: 150 + (number * 997) % 5850], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def shared(text, cache):
+    """Runs train_shared.py on that text with a small model: shared(output_dir, *more flags) -> what it printed."""
+
+    def call(output: Path, *more: object, script: Path | str = "train_shared.py", **how) -> str:
+        fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache)
+        return runs.run(script, *fixed, *runs.SHAPE, *runs.SIZES, *more, **how)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def trunk(shared, tmp_path_factory) -> Path:
+    """A published trunk, trained for 20 updates: the folder trunk/."""
+    folder = tmp_path_factory.mktemp("trunk")
+    shared(folder, "--steps", 20)
+    return folder / "trunk"
+
+
+@pytest.fixture(scope="session")
+def domain(tmp_path_factory) -> Path:
+    """Text of another domain, ragged: C++ headers that torch ships."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("domain")
+    headers = sorted((Path(torch.__file__).parent / "include" / "c10" / "util").glob("*.h"))[:60]
+    for number, header in enumerate(headers):
+        source = header.read_text(encoding="utf-8")
+        (folder / header.name).write_text(source[: 150 + (number * 997) % 5850], encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def module(trunk, domain, cache):
+    """Runs train_module.py on that trunk and domain: module(output_dir, *more flags) -> what it printed."""
+
+    def call(output: Path, *more: object, script: Path | str = "train_module.py", **how) -> str:
+        fixed = ("--trunk", trunk, "--name", "cpp", "--data", domain, "--output-dir", output, "--cache-dir", cache)
+        return runs.run(script, *fixed, *runs.SIZES, "--general-tokens", 0, *more, **how)
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def altered(tmp_path_factory):
+    """A copy of a script with one text replaced by another: as a user edits it, or broken on purpose."""
+
+    def make(script: str, old: str, new: str) -> Path:
+        source = (runs.ROOT / script).read_text()
+        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {script}"
+        copy = tmp_path_factory.mktemp("altered") / script
+        copy.write_text(source.replace(old, new))
+        return copy
+
+    return make

@@ -1,0 +1,228 @@
+"""The order: every window once a pass, the same windows in an update for any division of it, and at any restart."""
+
+import itertools
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+
+from forge_common.data.order import BLOCK, Mixture, permute, rows_of, updates
+from forge_common.data.store import Windows, prepare
+from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.errors import UserError
+
+
+class Store:
+    """Windows that name themselves: [source, index]; three of them make a document."""
+
+    def __init__(self, source, length):
+        self.source, self.length = source, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        assert 0 <= index < self.length
+        return np.array([self.source, index])
+
+    def documents_of(self, index):
+        return [f"{self.source}:{index // 3}", f"{self.source}:{(index + 1) // 3}"][: 1 + (index % 3 == 2)]
+
+
+def mixture(*lengths, weights=None, seed=0):
+    return Mixture([Store(source, length) for source, length in enumerate(lengths)], weights, seed)
+
+
+def seen(mixed, positions):
+    return [tuple(mixed[position].tolist()) for position in positions]
+
+
+@pytest.mark.parametrize("size", [*range(1, 18), 63, 64, 65, 255, 256, 257, 1000, 1024, 4095, 4096, 4097])
+def test_permute_is_a_bijection_for_every_size_and_key(size):
+    for key in ((0, 0), (0, 1), (7, 0), ("block", 3)):
+        assert sorted(permute(np.arange(size), size, *key).tolist()) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [100, 1000])
+def test_every_key_gives_another_permutation(size):
+    keys = [(seed, epoch) for seed in range(6) for epoch in range(6)]
+    orders = {tuple(permute(np.arange(size), size, *key).tolist()) for key in keys}
+    assert len(orders) == len(keys)
+    fixed = [sum(order[i] == i for i in range(size)) for order in orders]
+    assert np.mean(fixed) < 3  # a random permutation keeps one place on average
+    for a, b in itertools.combinations(orders, 2):
+        assert sum(x == y for x, y in zip(a, b, strict=True)) < 12
+
+
+def test_a_size_of_a_trillion_is_only_indexed():
+    size = 2**40 - 3
+    places = np.concatenate([np.arange(500), size - 1 - np.arange(500)]).astype(np.uint64)
+    found = permute(places, size, "large")
+    assert len(set(found.tolist())) == 1000
+    assert found.min() >= 0
+    assert found.max() < size
+    assert abs(found.mean() / size - 0.5) < 5 * (1 / 12 / 1000) ** 0.5
+    assert found.tolist() == [int(permute(places[i : i + 1], size, "large")[0]) for i in range(1000)]  # one by one
+
+
+@pytest.mark.parametrize("size", [5, 16, 60])
+def test_every_window_is_as_likely_at_every_place(size):
+    keys = 6000
+    table = np.zeros((size, size))
+    for key in range(keys):
+        table[np.arange(size), permute(np.arange(size), size, key)] += 1
+    expected = keys / size
+    chi_square = ((table - expected) ** 2 / expected).sum()
+    freedom = (size - 1) ** 2
+    assert abs(chi_square - freedom) < 5 * (2 * freedom) ** 0.5
+    # Neighbours are not kept together: the next place is next in value about as often as by chance.
+    follow = sum((np.diff(permute(np.arange(size), size, key)) == 1).sum() for key in range(1000)) / 1000
+    assert follow == pytest.approx((size - 1) / size, abs=0.2)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (7,), (5, 1, 20)])
+def test_without_weights_every_window_comes_once_an_epoch(lengths):
+    mixed, size = mixture(*lengths), sum(lengths)
+    every = sorted((source, index) for source, length in enumerate(lengths) for index in range(length))
+    epochs = [seen(mixed, range(epoch * size, (epoch + 1) * size)) for epoch in range(4)]
+    assert all(sorted(epoch) == every for epoch in epochs)
+    if size > 6:
+        assert len(set(map(tuple, epochs))) == 4
+        assert seen(mixture(*lengths, seed=1), range(size)) != epochs[0]
+    assert [mixed.locate(position)[2] for position in (0, size - 1, size, 3 * size)] == [0, 0, 1, 3]
+    assert mixed.epoch(size * 5 // 2) == size * 5 // 2 / size
+
+
+def test_a_position_is_a_number_of_any_type():
+    for mixed in (mixture(40, 3), mixture(40, 3, weights=[3, 1])):
+        for position in (0, 1, 2, 50, 1500):
+            assert mixed.locate(np.int64(position)) == mixed.locate(position)
+
+
+@pytest.mark.parametrize(
+    ("weights", "counts"),
+    [([0.5, 0.25, 0.25], [512, 256, 256]), ([1, 1, 1], [341, 341, 342]), ([7, 2, 1], [717, 205, 102])],
+)
+def test_with_weights_the_shares_hold_in_every_block(weights, counts):
+    mixed = mixture(50, 300, 7, weights=weights)
+    blocks = [seen(mixed, range(block * BLOCK, (block + 1) * BLOCK)) for block in range(3)]
+    for block in blocks:
+        found = Counter(source for source, _ in block)
+        assert sorted(found.values()) == sorted(counts)
+        assert all(abs(found[i] - weight / sum(weights) * BLOCK) < 1 for i, weight in enumerate(weights))
+    assert len({tuple(source for source, _ in block) for block in blocks}) == 3
+    # Each source comes pass by pass, whatever the others do: all its windows, then all again in another order.
+    for source, length in enumerate((50, 300, 7)):
+        drawn = [index for block in blocks for s, index in block if s == source]
+        passes = [drawn[start : start + length] for start in range(0, len(drawn) - length + 1, length)]
+        assert all(sorted(one) == list(range(length)) for one in passes)
+        assert len(passes) >= 2 or length == 300
+        assert all(a != b for a, b in itertools.pairwise(passes))
+    located = [mixed.locate(position) for position in range(3 * BLOCK)]
+    for source, length in enumerate((50, 300, 7)):
+        numbers = [number for s, _, number in located if s == source]
+        assert numbers == [n // length for n in range(len(numbers))]
+
+
+def test_shares_are_even_within_a_block_too():
+    mixed = mixture(1000, 1000, weights=[3, 1])
+    sources = np.array([mixed.locate(position)[0] for position in range(BLOCK)])
+    quarters = sources.reshape(8, -1).sum(1)  # of 128 each: 32 expected, 4.6 the standard deviation
+    assert np.abs(quarters - 32).max() < 20
+
+
+def test_a_weight_too_small_for_its_source_to_be_seen_is_refused():
+    with pytest.raises(UserError, match="never be seen"):
+        mixture(10, 10, weights=[10_000, 1])
+    assert Counter(source for source, _ in seen(mixture(10, 10, weights=[1000, 1]), range(BLOCK)))[1] == 1
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2, 3, 6])
+@pytest.mark.parametrize("update", [0, 5])
+def test_the_ranks_share_an_update_between_them(update, micro, processes):
+    batch = 24
+    shares = [rows_of(update, batch, micro, rank, processes) for rank in range(processes)]
+    assert all(share.shape == (batch // (micro * processes), micro) for share in shares)
+    together = np.concatenate([share.ravel() for share in shares])
+    assert sorted(together.tolist()) == list(range(update * batch, (update + 1) * batch))
+
+
+def rounds(mixed, *, count, start=0, batch=8, micro=2, rank=0, processes=1):
+    """The first updates of a rank, as lists of windows."""
+    device = torch.device("cpu")
+    stream = updates(
+        mixed, start=start, batch_size=batch, micro_batch_size=micro, rank=rank, processes=processes, device=device
+    )
+    taken = list(itertools.islice(stream, count))
+    stream.close()
+    assert all(share.dtype == torch.int64 for share in taken)
+    return [[tuple(window) for window in share.flatten(0, 1).tolist()] for share in taken]
+
+
+@pytest.mark.parametrize("weights", [None, [2, 1]])
+def test_a_restart_goes_on_where_it_was(weights):
+    mixed = mixture(13, 6, weights=weights)  # 19 windows: updates of 8 run across the ends of epochs
+    whole = rounds(mixed, count=9)
+    assert sum(whole, []) == seen(mixed, range(72))
+    for start in (1, 2, 3, 8):
+        assert rounds(mixed, start=start, count=9 - start) == whole[start:]
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 1), (1, 8), (2, 1), (2, 4), (4, 1), (4, 2)])
+def test_an_update_holds_the_same_windows_however_it_is_divided(processes, micro):
+    mixed = mixture(13, 6)
+    whole = rounds(mixed, count=4, micro=8)
+    ranks = [rounds(mixed, count=4, micro=micro, rank=rank, processes=processes) for rank in range(processes)]
+    assert [sorted(sum(shares, [])) for shares in zip(*ranks, strict=True)] == [sorted(update) for update in whole]
+
+
+def test_a_failure_to_read_ahead_is_raised_at_its_update():
+    class Torn(Store):
+        def __getitem__(self, index):
+            if index == 3:
+                raise OSError("torn")
+            return super().__getitem__(index)
+
+    mixed = Mixture([Torn(0, 64)], None, 0)
+    broken = next(position for position in range(64) if mixed.locate(position)[1] == 3)
+    assert len(rounds(mixed, count=broken // 2, batch=2)) == broken // 2
+    with pytest.raises(OSError, match="torn"):
+        rounds(mixed, count=broken // 2 + 1, batch=2)
+
+
+def test_origins_name_the_documents_of_the_windows_once_each():
+    for mixed in (mixture(9, 4), mixture(9, 4, weights=[1, 1])):
+        positions = range(3, 11)
+        wanted = [name for source, index in seen(mixed, positions) for name in mixed.sources[source].documents_of(index)]
+        assert mixed.origins(positions) == list(dict.fromkeys(wanted))
+
+
+def test_over_real_windows_every_token_is_learned_once_an_epoch(tmp_path):
+    texts = [f"document {i} " + "word " * (i % 11) for i in range(60)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    corpus = prepare(
+        str(tmp_path / "a.jsonl"),
+        byte_tokenizer(),
+        cache_dir=tmp_path / "cache",
+        val_fraction=0.0,
+        report=lambda line: None,
+    )
+    windows = Windows(corpus.train, 16, pack=False, filler=0)
+    mixed = Mixture([windows], None, 3)
+    epoch = [mixed[position] for position in range(len(windows))]
+    labels = Counter(label for window in epoch for label in window[1:].tolist() if label != 0)
+    documents = byte_tokenizer().encode_batch(texts)
+    assert labels == Counter(token for document in documents for token in [*document[1:], 1])
+    drawn = mixed.origins(range(5))
+    held = {f"{tmp_path}/a.jsonl:{1 + [t for t in texts].index(text)}" for text in texts}
+    assert set(drawn) <= held
+    for position in range(5):
+        (origin,) = mixed.origins(range(position, position + 1))
+        line = int(origin.rsplit(":", 1)[1])
+        start = mixed[position]
+        real = start[start != 0].tolist()
+        whole = [*documents[line - 1], 1]
+        assert any(whole[at : at + len(real)] == real for at in range(0, len(whole), 16))

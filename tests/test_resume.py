@@ -1,0 +1,215 @@
+"""A run that was stopped and resumed is the run that was not, bit for bit; a damaged checkpoint costs one checkpoint."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import runs
+
+STEPS = 12
+LONG = ("--sequence-length", 256)  # so few windows that the run passes the end of an epoch
+MORE = (*LONG, "--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 5)
+TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
+
+
+@pytest.fixture(scope="module")
+def straight(shared, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    shared(folder, *MORE)
+    return folder
+
+
+def start(folder: Path, text: Path, cache: Path, *more: object, launcher=(), processes: int = 1) -> subprocess.Popen:
+    """train_shared.py in the background, in a session of its own."""
+    fixed = ("--data", text, "--output-dir", folder, "--cache-dir", cache, *runs.SHAPE, *runs.SIZES)
+    line = runs.command("train_shared.py", *fixed, *more, launcher=launcher, processes=processes)
+    with open(folder.with_suffix(".out"), "a") as out:
+        return subprocess.Popen(
+            line, env=runs.environment(ACCELERATE_USE_CPU="true"), cwd=runs.ROOT, stdout=out, stderr=out, start_new_session=True
+        )
+
+
+def wait_for(path: Path, running: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert running.poll() is None and time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.01)
+
+
+def without_times(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def same_run(one: Path, other: Path) -> None:
+    """The same weights and optimizer, to the bit, the same artifact, and the same rows, none lost and none twice."""
+    assert runs.same_bits(runs.weights(one, STEPS), runs.weights(other, STEPS))
+    first, second = runs.optimizer_state(one, STEPS)["state"], runs.optimizer_state(other, STEPS)["state"]
+    for index, state in first.items():
+        assert runs.same_bits(state, second[index])
+    facts = [json.loads((folder / "trunk" / "forge.json").read_text())["digest"] for folder in (one, other)]
+    assert facts[0] == facts[1]
+    assert without_times(one) == without_times(other)
+
+
+def test_the_run_passes_an_epochs_end(straight):
+    epochs = [row["train/epoch"] for row in runs.rows(straight)]
+    assert epochs[0] < 1 < epochs[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_stopped_by_a_signal_and_resumed(number, straight, shared, text, cache, tmp_path):
+    folder = tmp_path / "run"
+    running = start(folder, text, cache, *MORE, "--save-every", 3)
+    wait_for(folder / "checkpoints" / "step-00000003", running)
+    running.send_signal(number)
+    assert running.wait(60) == 128 + number
+    assert not (folder / "trunk").exists()
+    printed = shared(folder, *MORE)
+    assert "resumed" in printed
+    same_run(straight, folder)
+
+
+@pytest.mark.parametrize("launcher", [(), runs.LAUNCH], ids=["python", "accelerate launch"])
+def test_killed_and_resumed(launcher, straight, shared, text, cache, tmp_path):
+    """SIGKILL to all of it, twice, wherever it happens to be."""
+    folder = tmp_path / "run"
+    for step in (2, 7):
+        running = start(folder, text, cache, *MORE, launcher=launcher)
+        wait_for(folder / "checkpoints" / f"step-{step:08d}", running)
+        os.killpg(running.pid, signal.SIGKILL)
+        running.wait(30)
+    shared(folder, *MORE)
+    same_run(straight, folder)
+
+
+@pytest.mark.parametrize("step", [1, 5, 9])
+def test_resumed_from_any_update(step, straight, shared, tmp_path):
+    """From the middle of an epoch and from beyond its end, with other micro-batches of the same float32 rows order."""
+    folder = tmp_path / "run"
+    copy_until(straight, folder, step)
+    shared(folder, *MORE)
+    same_run(straight, folder)
+
+
+def copy_until(source: Path, target: Path, step: int) -> None:
+    """A run as it was when killed just after its checkpoint `step`."""
+    import shutil
+
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("trunk"))
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)
+
+
+def test_one_two_one_processes(straight, shared, tmp_path):
+    """The same windows and, to rounding, the same weights, when the number of processes changes on the way."""
+    folder = tmp_path / "run"
+    copy_until(straight, folder, 4)
+    shared(folder, *MORE, processes=2, script=stop_at(8, tmp_path))
+    copy = tmp_path / "again"
+    copy_until(folder, copy, 8)
+    shared(copy, *MORE)
+    assert runs.difference(runs.weights(straight, STEPS), runs.weights(copy, STEPS)) <= 1e-5
+    for row, reference in zip(runs.rows(copy), runs.rows(straight), strict=True):
+        assert row["train/tokens"] == reference["train/tokens"] and row["train/epoch"] == reference["train/epoch"]
+        assert row["train/loss"] == pytest.approx(reference["train/loss"], abs=1e-5)
+        assert row["train/grad_norm"] == pytest.approx(reference["train/grad_norm"], rel=1e-4)
+
+
+def stop_at(step: int, folder: Path) -> Path:
+    """The script, ended by itself as a signal would after update `step`."""
+    source = (runs.ROOT / "train_shared.py").read_text()
+    assert source.count("stopping = stop(accelerator)") == 1
+    path = folder / "train_stopping.py"
+    path.write_text(source.replace("stopping = stop(accelerator)", f"stopping = stop(accelerator) or step == {step}"))
+    return path
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if how == "missing":
+        path.unlink()
+    elif how == "flipped":
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    else:
+        path.write_bytes(content[:middle] if how == "halved" else b"")
+
+
+@pytest.mark.parametrize("how", ["missing", "flipped", "halved", "emptied"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json", "manifest.json"])
+def test_a_damaged_checkpoint_is_seen(name, how, straight, tmp_path):
+    import shutil
+
+    from forge_common import checkpoint
+
+    copy = tmp_path / "step-00000012"
+    shutil.copytree(straight / "checkpoints" / copy.name, copy)
+    assert checkpoint.fault(copy) is None
+    damage(copy / name, how)
+    assert name in checkpoint.fault(copy)
+
+
+def test_resumes_from_the_one_before_a_damaged_one(straight, shared, tmp_path):
+    folder = tmp_path / "run"
+    copy_until(straight, folder, 6)
+    damage(folder / "checkpoints" / "step-00000006" / "optimizer.bin", "flipped")
+    (folder / "checkpoints" / ".tmp-step-00000007").mkdir()  # what a kill in the middle of a save leaves
+    printed = shared(folder, *MORE)
+    assert "optimizer.bin" in printed and "step-00000005 at update 5" in printed
+    assert (folder / "checkpoints" / "step-00000006.broken").is_dir()
+    assert not list((folder / "checkpoints").glob(".tmp-*"))
+    same_run(straight, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (("--seed", 7), "seed: 42 -> 7"),
+        (("--batch-size", 32), "batch_size: 64 -> 32"),
+        (("--hidden-size", 64), "hidden_size: 32 -> 64"),
+        (("--steps", 13), "--accept-change steps"),
+    ],
+)
+def test_a_changed_run_is_refused(change, named, straight, shared, tmp_path):
+    folder = tmp_path / "run"
+    copy_until(straight, folder, 4)
+    printed = shared(folder, *MORE, *change, fails=True)
+    assert named in printed and "Traceback" not in printed
+
+
+def test_more_steps_by_saying_so(straight, shared, tmp_path):
+    folder = tmp_path / "run"
+    copy_until(straight, folder, STEPS)
+    shared(folder, *MORE, "--steps", STEPS + 1, "--accept-change", "steps")
+    assert runs.rows(folder)[-1]["step"] == STEPS + 1
+
+
+def test_rotation_keeps_the_newest_and_the_best(shared, tmp_path):
+    """With a rate that ruins the model after the first updates, the best is old; it stays, and is what is published."""
+    folder = tmp_path / "run"
+    more = ("--steps", 8, "--save-every", 1, "--keep", 2, "--val-every", 1, "--lr", 1.0, "--warmup-steps", 8)
+    printed = shared(folder, *more)
+    losses = {row["step"]: row["val/loss"] for row in runs.rows(folder, "val/loss")}
+    best = min(losses, key=losses.get)
+    assert best < 7, losses
+    kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in (best, 7, 8)]
+    assert f"those of update {best}" in printed
+    facts = json.loads((folder / "trunk" / "forge.json").read_text())
+    assert facts["validation_loss"] == losses[best] and facts["steps"] == best
+    published = runs.load_file(folder / "trunk" / "model.safetensors")
+    assert runs.same_bits(published, runs.weights(folder, best))
+
+
+def test_patience_stops_early(shared, tmp_path):
+    folder = tmp_path / "run"
+    shared(folder, "--steps", 30, "--val-every", 1, "--lr", 1.0, "--warmup-steps", 8, "--patience", 2)
+    losses = [row["val/loss"] for row in runs.rows(folder, "val/loss")]
+    assert len(losses) < 30 and min(losses) == losses[-3]
+    assert (folder / "trunk").is_dir()
