@@ -190,14 +190,19 @@ def test_more_steps_by_saying_so(straight, shared, tmp_path):
     assert runs.rows(folder)[-1]["step"] == STEPS + 1
 
 
-def test_rotation_keeps_the_newest_and_the_best(shared, tmp_path):
-    """With a rate that ruins the model after the first updates, the best is old; it stays, and is what is published."""
+@pytest.fixture
+def ruinous(altered) -> Path:
+    """The script with a rate that grows tenfold each update: better at first, then ruined."""
+    return altered("train_shared.py", "group[\"lr\"] = rate", "group[\"lr\"] = rate = settings.lr * 10 ** (step - 4)")
+
+
+def test_rotation_keeps_the_newest_and_the_best(ruinous, shared, tmp_path):
+    """The best is old; it stays, and is what is published."""
     folder = tmp_path / "run"
-    more = ("--steps", 8, "--save-every", 1, "--keep", 2, "--val-every", 1, "--lr", 1.0, "--warmup-steps", 8)
-    printed = shared(folder, *more)
+    printed = shared(folder, "--steps", 8, "--save-every", 1, "--keep", 2, "--val-every", 1, script=ruinous)
     losses = {row["step"]: row["val/loss"] for row in runs.rows(folder, "val/loss")}
     best = min(losses, key=losses.get)
-    assert best < 7, losses
+    assert 1 < best < 7, losses
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in (best, 7, 8)]
     assert f"those of update {best}" in printed
@@ -207,9 +212,9 @@ def test_rotation_keeps_the_newest_and_the_best(shared, tmp_path):
     assert runs.same_bits(published, runs.weights(folder, best))
 
 
-def test_patience_stops_early(shared, tmp_path):
+def test_patience_stops_early(ruinous, shared, tmp_path):
     folder = tmp_path / "run"
-    shared(folder, "--steps", 30, "--val-every", 1, "--lr", 1.0, "--warmup-steps", 8, "--patience", 2)
+    shared(folder, "--steps", 10, "--val-every", 1, "--patience", 2, script=ruinous)
     losses = [row["val/loss"] for row in runs.rows(folder, "val/loss")]
-    assert len(losses) < 30 and min(losses) == losses[-3]
+    assert len(losses) < 10 and min(losses) == losses[-3]
     assert (folder / "trunk").is_dir()

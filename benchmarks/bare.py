@@ -1,0 +1,112 @@
+"""The loop that our engine is measured against: the same model, windows and optimizer in plain PyTorch.
+
+    PYTHONPATH=. python benchmarks/bare.py ...the flags of train_shared.py...
+
+No accelerate, no logging, no schedule, no checkpoints; the windows lie in memory before the first update, and the logits
+of a micro-batch exist as a whole, as F.cross_entropy needs them. What it measured is written at the end, under the names
+that train_shared.py has for it. One process; device and precision are those of `accelerate launch`'s environment.
+
+B batch, T time, V vocabulary
+"""
+
+import json
+import os
+import sys
+import time
+
+from forge_common import config
+from train_shared import Settings
+
+SETTLE = 0.2  # seconds in which somebody outside may look at the memory
+
+
+def main(settings: Settings) -> int:
+    import torch
+    import torch.nn.functional as F
+
+    from forge_common.data.corpora import open_corpora, tokenizer_for
+    from forge_common.data.order import updates
+    from forge_common.files import write_json
+    from forge_common.model import Trunk, parameter_groups
+    from forge_common.tracking import peak_memory_mb, process_peak_mb
+
+    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()
+    device = torch.device("cpu" if on_cpu else "cuda")
+    low = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
+    torch.manual_seed(settings.seed)
+
+    tokenizer = tokenizer_for(settings)
+    sizes = config.model_config(
+        settings,
+        vocab_size=tokenizer.vocab_size,
+        max_position_embeddings=settings.sequence_length,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    trunk = Trunk(sizes).to(device)
+    optimizer = torch.optim.AdamW(
+        parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=True
+    )
+    stream = updates(
+        open_corpora(settings, tokenizer, sizes.ignore_index, print).training,
+        start=0,
+        batch_size=settings.batch_size,
+        micro_batch_size=settings.micro_batch_size,
+        rank=0,
+        processes=1,
+        device=device,
+    )
+    batches = [next(stream) for _ in range(settings.steps)]  # each [micro-batches, micro_batch_size, T + 1]
+    stream.close()
+
+    def cross_entropy(tokens: torch.Tensor) -> torch.Tensor:
+        """tokens [B, T + 1] -> mean nats. A function, so that nothing holds the logits [B * T, V] longer than needed."""
+        inputs, labels = tokens[:, :-1], tokens[:, 1:]
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=low):
+            hidden, _ = trunk.model(inputs)
+            logits = hidden.flatten(0, 1) @ trunk.head.T
+            return F.cross_entropy(logits, labels.flatten(), ignore_index=sizes.ignore_index)
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    assert "accelerate" not in sys.modules, "the bare loop's process holds accelerate: its memory is not bare"
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(settings.output_dir / "settings.json", config.to_json(settings))
+    time.sleep(SETTLE)
+
+    trunk.train()
+    marks = [(0, now())]
+    nats = torch.zeros((), device=device)
+    for step, windows in enumerate(batches, start=1):
+        for micro_batch in windows:
+            loss = cross_entropy(micro_batch) / len(windows)
+            loss.backward()
+            nats += loss.detach()
+        torch.nn.utils.clip_grad_norm_(trunk.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step in (settings.log_every, settings.steps):  # what comes before the first is warming up
+            marks.append((step, now()))
+            if step == settings.log_every:
+                nats.zero_()
+
+    a_update = settings.batch_size * settings.sequence_length
+    with open(settings.output_dir / "metrics.jsonl", "w", encoding="utf-8") as file:
+        for (before, start), (step, end) in zip(marks, marks[1:], strict=False):
+            row = {
+                "step": step,
+                "train/loss": float(nats) / (settings.steps - settings.log_every) if step == settings.steps else None,
+                "train/tokens": step * a_update,
+                "train/tokens_per_second": (step - before) * a_update / (end - start),
+                "memory/peak_mb": peak_memory_mb(device),
+                "memory/process_peak_mb": process_peak_mb(),
+            }
+            file.write(json.dumps(row) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main, config.read(Settings, __doc__))

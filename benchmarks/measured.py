@@ -1,0 +1,78 @@
+"""A script in a fresh process, and what it wrote of itself to metrics.jsonl."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+ROOT = Path(__file__).resolve().parents[1]
+BIN = Path(sys.executable).parent  # not resolved: in a virtual environment it is a link
+THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def launched(config: Path, script: str) -> list[str]:
+    """The command that runs a script of this repository by `accelerate launch`."""
+    return [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / config), str(ROOT / script)]
+
+
+def run(command: list[str], *flags: object, log: Path, threads: int, started: Path | None = None) -> float | None:
+    """Runs a command to its end, its output into `log`; a failure ends this process with the last lines of it.
+
+    `started`: a file that the script writes just before its first update; the result is then the resident set (MiB) of
+    the launcher's child as seen from outside when the file appears. Nothing is polled from then on.
+    """
+    plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_"))}
+    path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+    environment = plain | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w", encoding="utf-8") as output:
+        process = subprocess.Popen(
+            [*command, *map(str, flags)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        try:
+            resident = _resident_when(started, process) if started else None
+            code = process.wait()
+        except BaseException:  # the script was told as well (Ctrl-C) or is told now; its checkpoint is waited for
+            process.terminate()
+            process.wait()
+            raise
+    if code:
+        tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
+        raise SystemExit(f"exit code {code}; the end of {log}:\n{tail}")
+    return resident
+
+
+def _resident_when(started: Path, launcher: subprocess.Popen) -> float | None:
+    child = None
+    while not started.exists():
+        if launcher.poll() is not None:
+            return None
+        if child is None:  # the launcher needs seconds to start it; looking for it costs more than looking at it
+            child = next(iter(psutil.Process(launcher.pid).children()), None)
+        time.sleep(0.001 if child else 0.05)
+    return child.memory_info().rss / 2**20 if child else None
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl that tell of training."""
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [row for row in map(json.loads, lines) if "train/loss" in row]
+
+
+def speed(training: list[dict[str, Any]]) -> float:
+    """Tokens a second over all log intervals but the first (warming up): all their tokens / all their time."""
+    kept = training[1:]
+    tokens = [after["train/tokens"] - before["train/tokens"] for before, after in zip(training, kept, strict=False)]
+    seconds = [count / row["train/tokens_per_second"] for count, row in zip(tokens, kept, strict=True)]
+    return sum(tokens) / sum(seconds)
+
+
+def spread(values: list[float], digits: int = 3) -> str:
+    """median (min-max)."""
+    return f"{statistics.median(values):.{digits}f} ({min(values):.{digits}f}-{max(values):.{digits}f})"
