@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 RUN := OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 2) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 DEMO := runs/demo
-SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 50 --warmup-steps 40 --cache-dir $(DEMO)/cache
+SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
 
 .PHONY: setup demo test lint bench clean
 
@@ -19,11 +19,11 @@ $(READY): requirements.txt
 # A small trunk on text that is on every machine, a module for Python and one for C++, and what each is worth.
 demo: $(READY)
 	$(RUN) train_shared.py --data local:docs@0.8 local:python@0.1 local:cpp@0.1 --output-dir $(DEMO)/trunk \
-		--preset tiny --tokenizer train:4096 $(SMALL) --steps 800 --lr 3e-3 --val-fraction 0.02 --val-every 200
+		--preset tiny --tokenizer train:2048 $(SMALL) --steps 700 --lr 3e-3 --val-every 350
 	$(RUN) train_module.py --trunk $(DEMO)/trunk/trunk --name python --data local:python --output-dir $(DEMO)/python \
-		$(SMALL) --steps 350 --val-fraction 0.02 --val-every 175
+		$(SMALL) --steps 250 --val-every 125
 	$(RUN) train_module.py --trunk $(DEMO)/trunk/trunk --name cpp --data local:cpp --output-dir $(DEMO)/cpp \
-		$(SMALL) --steps 350 --val-fraction 0.02 --val-every 175
+		$(SMALL) --steps 250 --val-every 125
 	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/trunk/trunk --module $(DEMO)/python/module $(DEMO)/cpp/module \
 		--data docs=local:docs python=local:python cpp=local:cpp --cache-dir $(DEMO)/cache --json $(DEMO)/losses.json
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/trunk/trunk --prompt "This package provides" --max-new-tokens 60

@@ -119,16 +119,7 @@ def main(settings: Settings) -> int:
             trunk, tokenizer, origin = artifact.read_trunk(settings.trunk_from, settings.eos_token)
         else:
             tokenizer, origin = tokenizer_for(settings), {}
-            sizes = config.model_config(
-                settings,
-                vocab_size=tokenizer.vocab_size,
-                max_position_embeddings=settings.sequence_length,
-                pad_token_id=tokenizer.pad_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                num_local_experts=settings.num_experts,
-                num_experts_per_tok=settings.experts_per_token,
-            )
-            trunk = Trunk(sizes)
+            trunk = Trunk(config.model_config(settings, tokenizer))
         corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     config.check_context(settings, trunk.config)
     trunk = trunk.to(getattr(torch, settings.dtype))
@@ -136,14 +127,7 @@ def main(settings: Settings) -> int:
         parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps"
     )
     flops = trunk.flops_per_token(settings.sequence_length)
-    plan = tracking.plan(
-        trunk,
-        settings,
-        accumulation=accumulation,
-        processes=processes,
-        windows=corpora.training.size,
-        labels=sum(windows.labels for windows in corpora.training.sources),
-    )
+    plan = tracking.plan(trunk, settings, corpora.training, accumulation, processes)
     accelerator.print("\n".join([*corpora.report, plan, f"tracking    {tracked}"]))
     model, optimizer = accelerator.prepare(trunk, optimizer)
     checkpoint.keep_only_trained(accelerator)
@@ -164,9 +148,8 @@ def main(settings: Settings) -> int:
     # ---- Train ----
     # This chapter is the same text in train_shared.py and train_module.py; a test holds them together.
     last = min(settings.steps, 4) if settings.dry_run else settings.steps
-    log = tracking.RunLog(
-        accelerator, None if settings.dry_run else settings.output_dir, steps=last, done=progress.global_step
-    )
+    folder = None if settings.dry_run else settings.output_dir
+    log = tracking.RunLog(accelerator, folder, steps=last, done=progress.global_step)
     log.start_tracker(tracker, settings, progress.run_id)
     stop = StopRequest()
     peak, stopping = tracking.peak_flops(device), False
@@ -174,14 +157,9 @@ def main(settings: Settings) -> int:
     load = even_load(trunk.config, device)  # f of the balance loss; from the second update on, the last update's own
     if progress.expert_counts:
         load = load_of(torch.tensor(progress.expert_counts, device=device))
+    sizes = {"batch_size": settings.batch_size, "micro_batch_size": settings.micro_batch_size}
     shares = updates(
-        corpora.training,
-        start=progress.global_step,
-        batch_size=settings.batch_size,
-        micro_batch_size=settings.micro_batch_size,
-        rank=rank,
-        processes=processes,
-        device=device,
+        corpora.training, start=progress.global_step, rank=rank, processes=processes, device=device, **sizes
     )
     model.train()
     log.lap(progress.global_step)
@@ -189,13 +167,8 @@ def main(settings: Settings) -> int:
         windows = next(shares)  # [micro-batches, micro_batch_size, sequence_length + 1]
         step = progress.global_step + 1
         set_seed(settings.seed + step * processes + rank)  # for dropout, should you add some: a resume draws the same
-        rate = settings.lr * schedule.factor(
-            settings.schedule,
-            step,
-            warmup_steps=settings.warmup_steps,
-            steps=settings.steps,
-            floor=settings.min_lr_ratio,
-        )
+        curve = {"warmup_steps": settings.warmup_steps, "steps": settings.steps, "floor": settings.min_lr_ratio}
+        rate = settings.lr * schedule.factor(settings.schedule, step, **curve)
         for group in optimizer.param_groups:
             group["lr"] = rate
 

@@ -9,6 +9,7 @@ that train_shared.py has for it. One process; device and precision are those of 
 B batch, T time, V vocabulary
 """
 
+import itertools
 import json
 import os
 import sys
@@ -30,8 +31,8 @@ def main(settings: Settings) -> int:
     from forge_common.model import Trunk, parameter_groups
     from forge_common.tracking import peak_memory_mb, process_peak_mb
 
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.cuda.is_available()
-    device = torch.device("cpu" if on_cpu else "cuda")
+    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    device = (None if told_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
     low = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     torch.manual_seed(settings.seed)
 
@@ -45,7 +46,7 @@ def main(settings: Settings) -> int:
     )
     trunk = Trunk(sizes).to(device)
     optimizer = torch.optim.AdamW(
-        parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=True
+        parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps"
     )
     stream = updates(
         open_corpora(settings, tokenizer, sizes.ignore_index, print).training,
@@ -68,8 +69,8 @@ def main(settings: Settings) -> int:
             return F.cross_entropy(logits, labels.flatten(), ignore_index=sizes.ignore_index)
 
     def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        if device.type != "cpu":
+            torch.accelerator.synchronize()
         return time.perf_counter()
 
     assert "accelerate" not in sys.modules, "the bare loop's process holds accelerate: its memory is not bare"
@@ -95,7 +96,7 @@ def main(settings: Settings) -> int:
 
     a_update = settings.batch_size * settings.sequence_length
     with open(settings.output_dir / "metrics.jsonl", "w", encoding="utf-8") as file:
-        for (before, start), (step, end) in zip(marks, marks[1:], strict=False):
+        for (before, start), (step, end) in itertools.pairwise(marks):
             row = {
                 "step": step,
                 "train/loss": float(nats) / (settings.steps - settings.log_every) if step == settings.steps else None,

@@ -1,7 +1,9 @@
 """A script in a fresh process, and what it wrote of itself to metrics.jsonl."""
 
 import json
+import math
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -13,6 +15,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent  # not resolved: in a virtual environment it is a link
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here is ended as well
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -21,7 +24,7 @@ def launched(config: Path, script: str) -> list[str]:
     return [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / config), str(ROOT / script)]
 
 
-def run(command: list[str], *flags: object, log: Path, threads: int, started: Path | None = None) -> float | None:
+def run(command: list[str], *flags: object, log: Path, threads: int, started: Path | None = None) -> float:
     """Runs a command to its end, its output into `log`; a failure ends this process with the last lines of it.
 
     `started`: a file that the script writes just before its first update; the result is then the resident set (MiB) of
@@ -33,14 +36,18 @@ def run(command: list[str], *flags: object, log: Path, threads: int, started: Pa
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            [*command, *map(str, flags)], cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT
+            [*command, *map(str, flags)],
+            cwd=ROOT,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         try:
-            resident = _resident_when(started, process) if started else None
+            resident = _resident_when(started, process) if started else 0.0
             code = process.wait()
-        except BaseException:  # the script was told as well (Ctrl-C) or is told now; its checkpoint is waited for
-            process.terminate()
-            process.wait()
+        except BaseException:
+            _end(process)
             raise
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])
@@ -48,15 +55,25 @@ def run(command: list[str], *flags: object, log: Path, threads: int, started: Pa
     return resident
 
 
-def _resident_when(started: Path, launcher: subprocess.Popen) -> float | None:
+def _end(launcher: subprocess.Popen) -> None:
+    """Asks the launcher and what it started to stop (it does not pass a signal on), and waits until all have."""
+    if launcher.poll() is None:
+        children = psutil.Process(launcher.pid).children(recursive=True)
+        os.killpg(launcher.pid, signal.SIGTERM)
+        psutil.wait_procs(children, timeout=60)
+        launcher.wait()
+
+
+def _resident_when(started: Path, launcher: subprocess.Popen) -> float:
+    """MiB of the launcher's child once `started` exists; NaN where the child ended first."""
     child = None
     while not started.exists():
         if launcher.poll() is not None:
-            return None
-        if child is None:  # the launcher needs seconds to start it; looking for it costs more than looking at it
+            return math.nan
+        if child is None:  # the launcher needs seconds to start it, and looking for it is costly
             child = next(iter(psutil.Process(launcher.pid).children()), None)
         time.sleep(0.001 if child else 0.05)
-    return child.memory_info().rss / 2**20 if child else None
+    return child.memory_info().rss / 2**20 if child else math.nan
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:

@@ -133,6 +133,8 @@ def read_trunk(place: str, eos_token: str | None = None) -> tuple[Trunk, Tokeniz
         tensors |= read_tensors(path)
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        del tensors[name]  # old checkpoints hold what follows from rope_theta
     facts = read_json(folder / "forge.json") if (folder / "forge.json").exists() else {}
     own = digest(tensors)
     for name, found in (("digest", own), ("tokenizer_digest", tokenizer.digest)):

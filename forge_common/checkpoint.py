@@ -173,7 +173,8 @@ def resume(accelerator: Any, path: Path, fresh: Progress, accepted: tuple[str, .
     """
     progress = read_progress(path)
     changed = differences(progress.settings, fresh.settings) | {
-        f"data: {name}": pair for name, pair in differences(progress.data, fresh.data).items()
+        f"digest of {name}": (str(old)[:12], str(new)[:12])
+        for name, (old, new) in differences(progress.data, fresh.data).items()
     }
     said = {name.replace("-", "_") for name in accepted} & ACCEPTABLE
     refused = {name: pair for name, pair in changed.items() if name not in FREE | said}

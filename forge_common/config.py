@@ -93,7 +93,9 @@ class ModelConfig:
         return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json for AutoModelForCausalLM."""
+        """config.json for AutoModelForCausalLM; a mixture that no Transformers model is (no flag reaches one) is refused."""
+        if self.qkv_bias and (self.qk_norm or self.num_local_experts):
+            raise UserError("no Transformers model has both biases and experts, or biases and norms, in its attention")
         ours = {"qkv_bias", "qk_norm", "num_local_experts", "num_experts_per_tok", "rope_scaling"}
         ours |= {"router_aux_loss_coef", "router_z_loss_coef"}
         written = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
@@ -157,13 +159,20 @@ class ModelConfig:
         return cls(**kept | {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"})
 
 
-def model_config(settings: Any, **facts: Any) -> ModelConfig:
-    """The preset, with what the settings say over it, and `facts` that are known only now (the vocabulary's size, ...)."""
-    sizes = dict(PRESETS[settings.preset])
-    names = [field.name for field in dataclasses.fields(ModelConfig)]
-    sizes |= {name: getattr(settings, name) for name in sizes if getattr(settings, name) is not None}
-    said = {name: getattr(settings, name) for name in names if name not in sizes and hasattr(settings, name)}
-    return ModelConfig(**said | sizes | facts)
+def model_config(settings: Any, tokenizer: Any) -> ModelConfig:
+    """The preset's sizes with the settings' over them, and the vocabulary and special ids of the tokenizer."""
+    sizes = {name: getattr(settings, name) or preset for name, preset in PRESETS[settings.preset].items()}
+    same = ("tie_word_embeddings", "cross_document_attention", "router_aux_loss_coef", "router_z_loss_coef")
+    return ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        max_position_embeddings=settings.sequence_length,
+        num_local_experts=settings.num_experts,
+        num_experts_per_tok=settings.experts_per_token,
+        **{name: getattr(settings, name) for name in same},
+        **sizes,
+    )
 
 
 def read(kind: type[Settings], description: str) -> Settings:

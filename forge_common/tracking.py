@@ -297,13 +297,14 @@ def _forget_after(file: Path, step: int) -> None:
     os.replace(aside, file)
 
 
-def plan(model: Any, settings: Any, *, accumulation: int, processes: int, windows: int, labels: int) -> str:
+def plan(model: Any, settings: Any, training: Any, accumulation: int, processes: int) -> str:
     """What a run is about to do: parameters, updates, epochs, and the memory it should need on a device."""
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
     width = next(model.parameters()).element_size()
     tokens = B * T
+    windows, labels = training.size, sum(source.labels for source in training.sources)
     # Kept for the way back, a layer: two norms' inputs, q, k, v and attention's result, two gates, their product.
     layer = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_key_value_heads * config.head_dim
     states = width * (total + 3 * trained)

@@ -1,14 +1,65 @@
 import sysconfig
 from pathlib import Path
 
+import launch
 import pytest
-import runs
 
-RAGGED = ("abc", "ast", "bisect", "calendar", "cmd", "codeop", "colorsys", "contextlib", "copy", "csv", "dis", "enum",
-          "fileinput", "fnmatch", "ftplib", "functools", "genericpath", "getopt", "getpass", "gettext", "glob", "gzip",
-          "heapq", "hmac", "keyword", "linecache", "lzma", "netrc", "ntpath", "numbers", "opcode", "operator", "pprint",
-          "queue", "quopri", "random", "reprlib", "sched", "secrets", "shelve", "shlex", "signal", "stat", "statistics",
-          "struct", "tabnanny", "textwrap", "this", "timeit", "token", "types", "uuid", "warnings", "weakref")
+RAGGED = (
+    "abc",
+    "ast",
+    "bisect",
+    "calendar",
+    "cmd",
+    "codeop",
+    "colorsys",
+    "contextlib",
+    "copy",
+    "csv",
+    "dis",
+    "enum",
+    "fileinput",
+    "fnmatch",
+    "ftplib",
+    "functools",
+    "genericpath",
+    "getopt",
+    "getpass",
+    "gettext",
+    "glob",
+    "gzip",
+    "heapq",
+    "hmac",
+    "keyword",
+    "linecache",
+    "lzma",
+    "netrc",
+    "ntpath",
+    "numbers",
+    "opcode",
+    "operator",
+    "pprint",
+    "queue",
+    "quopri",
+    "random",
+    "reprlib",
+    "sched",
+    "secrets",
+    "shelve",
+    "shlex",
+    "signal",
+    "stat",
+    "statistics",
+    "struct",
+    "tabnanny",
+    "textwrap",
+    "this",
+    "timeit",
+    "token",
+    "types",
+    "uuid",
+    "warnings",
+    "weakref",
+)
 
 
 @pytest.fixture(scope="session")
@@ -33,7 +84,7 @@ def shared(text, cache):
 
     def call(output: Path, *more: object, script: Path | str = "train_shared.py", **how) -> str:
         fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache)
-        return runs.run(script, *fixed, *runs.SHAPE, *runs.SIZES, *more, **how)
+        return launch.run(script, *fixed, *launch.SHAPE, *launch.SIZES, *more, **how)
 
     return call
 
@@ -65,7 +116,7 @@ def module(trunk, domain, cache):
 
     def call(output: Path, *more: object, script: Path | str = "train_module.py", **how) -> str:
         fixed = ("--trunk", trunk, "--name", "cpp", "--data", domain, "--output-dir", output, "--cache-dir", cache)
-        return runs.run(script, *fixed, *runs.SIZES, "--general-tokens", 0, *more, **how)
+        return launch.run(script, *fixed, *launch.SIZES, "--general-tokens", 0, *more, **how)
 
     return call
 
@@ -75,7 +126,7 @@ def altered(tmp_path_factory):
     """A copy of a script with one text replaced by another: as a user edits it, or broken on purpose."""
 
     def make(script: str, old: str, new: str) -> Path:
-        source = (runs.ROOT / script).read_text()
+        source = (launch.ROOT / script).read_text()
         assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {script}"
         copy = tmp_path_factory.mktemp("altered") / script
         copy.write_text(source.replace(old, new))

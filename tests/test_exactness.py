@@ -2,8 +2,8 @@
 
 import math
 
+import launch
 import pytest
-import runs
 
 STEPS = 5
 RAGGED = ("--no-pack", "--document-separator", "\n\n")  # paragraphs: from a line to several windows
@@ -36,20 +36,20 @@ def test_parameters_do_not_depend_on_the_division(divided):
     variant, _, folders = divided
     if variant == "float32 AdamW":
         return  # see VARIANTS
-    whole = runs.weights(folders["1 x 64"], STEPS)
+    whole = launch.weights(folders["1 x 64"], STEPS)
     for name, folder in folders.items():
-        assert runs.difference(whole, runs.weights(folder, STEPS)) <= VARIANTS[variant][0], name
+        assert launch.difference(whole, launch.weights(folder, STEPS)) <= VARIANTS[variant][0], name
 
 
 def test_gradients_do_not_depend_on_the_division(divided):
     variant, _, folders = divided
     bound, moment = VARIANTS[variant][0], "momentum_buffer" if "SGD" in variant else "exp_avg"
-    whole = runs.optimizer_state(folders["1 x 64"], STEPS)["state"]
+    whole = launch.optimizer_state(folders["1 x 64"], STEPS)["state"]
     for name, folder in folders.items():
-        other = runs.optimizer_state(folder, STEPS)["state"]
+        other = launch.optimizer_state(folder, STEPS)["state"]
         for index, state in whole.items():  # the first moment: a linear sum of all five gradients, after clipping
             assert (state[moment] - other[index][moment]).abs().max().item() <= bound, (name, index)
-        for row, reference in zip(runs.rows(folder), runs.rows(folders["1 x 64"]), strict=True):
+        for row, reference in zip(launch.rows(folder), launch.rows(folders["1 x 64"]), strict=True):
             assert row["train/grad_norm"] == pytest.approx(reference["train/grad_norm"], rel=10 * bound)
             assert row["train/loss"] == pytest.approx(reference["train/loss"], rel=10 * bound)
             assert row["train/tokens"] == reference["train/tokens"]
@@ -58,7 +58,7 @@ def test_gradients_do_not_depend_on_the_division(divided):
 def test_token_counts_are_ragged(divided):
     """Else the tests above would prove nothing."""
     _, _, folders = divided
-    tokens = [row["train/tokens"] for row in runs.rows(folders["1 x 64"])]
+    tokens = [row["train/tokens"] for row in launch.rows(folders["1 x 64"])]
     taken = [later - earlier for earlier, later in zip([0, *tokens], tokens, strict=False)]
     assert len(set(taken)) == STEPS and max(taken) < 0.95 * 64 * 64
 
@@ -82,19 +82,31 @@ def test_the_nearly_right_recipes_fail(old, new, divided, shared, tmp_path):
     wrong.write_text(source.replace(old, new))
     more = (*RAGGED, "--steps", STEPS, "--micro-batch-size", 16, "--lr", VARIANTS[variant][1])
     shared(tmp_path / "out", *more, script=wrong, processes=2)
-    gap = runs.difference(runs.weights(folders["1 x 64"], STEPS), runs.weights(tmp_path / "out", STEPS))
+    gap = launch.difference(launch.weights(folders["1 x 64"], STEPS), launch.weights(tmp_path / "out", STEPS))
     assert gap > 100 * VARIANTS[variant][0]
 
 
 def test_mixture_of_experts_does_not_depend_on_the_division(shared, tmp_path):
     """Balance and z loss too: f is the update's before, over all of its tokens, whatever the division."""
-    more = (*RAGGED, "--steps", STEPS, "--num-experts", 4, "--router-aux-loss-coef", 1.0, "--lr", 0.001, "--dtype", "float64")
+    more = (
+        *RAGGED,
+        "--steps",
+        STEPS,
+        "--num-experts",
+        4,
+        "--router-aux-loss-coef",
+        1.0,
+        "--lr",
+        0.001,
+        "--dtype",
+        "float64",
+    )
     for name, (micro, processes) in DIVISIONS.items():
         shared(tmp_path / name, *more, "--micro-batch-size", micro, processes=processes)
-    whole = runs.weights(tmp_path / "1 x 64", STEPS)
+    whole = launch.weights(tmp_path / "1 x 64", STEPS)
     for name in DIVISIONS:
-        assert runs.difference(whole, runs.weights(tmp_path / name, STEPS)) <= 1e-12, name
-        for row, reference in zip(runs.rows(tmp_path / name), runs.rows(tmp_path / "1 x 64"), strict=True):
+        assert launch.difference(whole, launch.weights(tmp_path / name, STEPS)) <= 1e-12, name
+        for row, reference in zip(launch.rows(tmp_path / name), launch.rows(tmp_path / "1 x 64"), strict=True):
             for key in ("train/balance_loss", "train/z_loss"):
                 assert row[key] == pytest.approx(reference[key], rel=1e-11)
                 assert row[key] > 0
@@ -102,17 +114,19 @@ def test_mixture_of_experts_does_not_depend_on_the_division(shared, tmp_path):
 
 def test_first_loss_is_that_of_a_uniform_guess(divided):
     _, _, folders = divided
-    first = runs.rows(folders["1 x 64"])[0]["train/loss"]
+    first = launch.rows(folders["1 x 64"])[0]["train/loss"]
     assert first == pytest.approx(math.log(258), rel=0.02)
 
 
 def test_rate_is_the_closed_form(divided):
     """At every update, for 1 and 2 processes and any accumulation; the 1st of 5 with 2 of warm-up, the end at 6."""
     variant, _, folders = divided
-    expected = [VARIANTS[variant][1] * f for f in (0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * (n - 2) / 4)) for n in (3, 4, 5)))]
+    expected = [
+        VARIANTS[variant][1] * f for f in (0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * (n - 2) / 4)) for n in (3, 4, 5)))
+    ]
     for folder in folders.values():
-        assert [row["train/lr"] for row in runs.rows(folder)] == pytest.approx(expected, rel=1e-12)
-        for group in runs.optimizer_state(folder, STEPS)["param_groups"]:
+        assert [row["train/lr"] for row in launch.rows(folder)] == pytest.approx(expected, rel=1e-12)
+        for group in launch.optimizer_state(folder, STEPS)["param_groups"]:
             assert group["lr"] == pytest.approx(expected[-1], rel=1e-12)
 
 
@@ -121,5 +135,5 @@ def test_optimizer_steps_are_the_updates_asked_for(divided):
     if "SGD" in variant:
         return  # keeps no count
     for folder in folders.values():
-        state = runs.optimizer_state(folder, STEPS)["state"]
+        state = launch.optimizer_state(folder, STEPS)["state"]
         assert {int(entry["step"]) for entry in state.values()} == {STEPS}

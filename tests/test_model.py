@@ -51,6 +51,15 @@ KINDS = {
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """These models are too small to divide: on a busy machine two threads wait for each other ten times as long."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def config_of(kind="llama", **changes):
     return ModelConfig(**SIZES | KINDS[kind] | changes)
 
@@ -173,6 +182,21 @@ def test_the_first_loss_is_that_of_a_uniform_guess(preset, tied):
     with torch.no_grad():
         assert mean(trunk, torch.randint(1, 4096, (8, 65))) == pytest.approx(math.log(4096), rel=0.02)
         assert mean(trunk, text(8, 65)) == pytest.approx(math.log(4096), rel=0.02)
+
+
+@every_kind
+def test_the_initial_weights_are_gpt2s(kind):
+    torch.manual_seed(0)
+    trunk = Trunk(config_of(kind, hidden_size=128, intermediate_size=192, initializer_range=0.03))
+    for name, parameter in trunk.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == (0.0 if "bias" in name else 1.0)).all()
+            continue
+        residual = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
+        wanted = 0.03 / math.sqrt(2 * 3) if residual else 0.03
+        error = 5 / math.sqrt(2 * parameter.numel())  # five standard errors of a standard deviation
+        assert parameter.std().item() == pytest.approx(wanted, rel=error)
+        assert abs(parameter.mean().item()) < 5 * wanted / math.sqrt(parameter.numel())
 
 
 @every_kind

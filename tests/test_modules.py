@@ -1,12 +1,13 @@
 """A module is trained alone: the trunk does not move, and is neither in the optimizer nor in the checkpoint."""
 
+import hashlib
 import json
 import shutil
 import subprocess
 import sys
 
+import launch
 import pytest
-import runs
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -36,9 +37,9 @@ def test_the_artifact_holds_the_trained_tensors_alone(made, trunk):
 
 def test_no_frozen_weight_in_checkpoint_or_optimizer(made):
     kind, folder, _ = made
-    saved = runs.weights(folder, STEPS)
+    saved = launch.weights(folder, STEPS)
     assert len(saved) == KINDS[kind]
-    state = runs.optimizer_state(folder, STEPS)
+    state = launch.optimizer_state(folder, STEPS)
     assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"]) == KINDS[kind]
 
 
@@ -51,14 +52,14 @@ def test_the_passport(made, trunk):
     assert facts["digest"] == artifact.digest(load_file(folder / "module" / "module.safetensors"))
     assert (facts["kind"], facts["name"], facts["layers"], facts["format_version"]) == (kind, "cpp", [0, 1], 1)
     assert facts["losses"]["own"]["after"] < facts["losses"]["own"]["before"]
-    last = runs.rows(folder, "val/loss")[-1]
+    last = launch.rows(folder, "val/loss")[-1]
     assert facts["losses"]["own"]["after"] == pytest.approx(last["val/loss"], rel=1e-6)
-    assert facts["tokens_seen"] == runs.rows(folder)[-1]["train/tokens"] > 0
+    assert facts["tokens_seen"] == launch.rows(folder)[-1]["train/tokens"] > 0
 
 
 def test_a_fresh_module_is_the_trunk(module, tmp_path):
     """With no update applied but the first, at rate 0, the loss after is the loss before, to the bit."""
-    source = (runs.ROOT / "train_module.py").read_text().replace('group["lr"] = rate', 'group["lr"] = 0.0')
+    source = (launch.ROOT / "train_module.py").read_text().replace('group["lr"] = rate', 'group["lr"] = 0.0')
     script = tmp_path / "train_module.py"
     script.write_text(source)
     module(tmp_path / "run", "--steps", 1, "--warmup-steps", 0, "--weight-decay", 0, script=script)
@@ -69,7 +70,7 @@ def test_a_fresh_module_is_the_trunk(module, tmp_path):
 def test_a_frozen_weight_that_moves_is_noticed(module, tmp_path):
     """The proof by digest catches a script that was edited wrongly."""
     line = "        progress.global_step = step\n"
-    source = (runs.ROOT / "train_module.py").read_text()
+    source = (launch.ROOT / "train_module.py").read_text()
     assert source.count(line) == 1
     script = tmp_path / "train_module.py"
     script.write_text(source.replace(line, line + "        trunk.model.norm.weight.data.add_(1e-7 * step + 1e-3)\n"))
@@ -81,7 +82,7 @@ def test_two_processes_make_the_same_module(module, tmp_path):
     for processes in (1, 2):
         more = ("--steps", STEPS, "--no-pack", "--document-separator", "\n\n", "--dtype", "float64")
         module(tmp_path / str(processes), *more, processes=processes)
-    gap = runs.difference(runs.weights(tmp_path / "1", STEPS), runs.weights(tmp_path / "2", STEPS))
+    gap = launch.difference(launch.weights(tmp_path / "1", STEPS), launch.weights(tmp_path / "2", STEPS))
     assert gap <= 1e-12
 
 
@@ -90,26 +91,28 @@ def test_stopped_and_resumed(made, module, tmp_path):
     kind, straight, _ = made
     folder = tmp_path / "run"
     for step in (5, 6):
-        source = (runs.ROOT / "train_module.py").read_text()
+        source = (launch.ROOT / "train_module.py").read_text()
         script = tmp_path / "train_module.py"
-        script.write_text(source.replace("stopping = stop(accelerator)", f"stopping = stop(accelerator) or step == {step}"))
+        script.write_text(
+            source.replace("stopping = stop(accelerator)", f"stopping = stop(accelerator) or step == {step}")
+        )
         module(folder, "--steps", STEPS, "--kind", kind, "--keep", 100, script=script)
         shutil.rmtree(folder / "module")
     module(folder, "--steps", STEPS, "--kind", kind, "--keep", 100)
-    assert runs.same_bits(runs.weights(straight, STEPS), runs.weights(folder, STEPS))
+    assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
     facts = [json.loads((run / "module" / "module.json").read_text()) for run in (straight, folder)]
     assert facts[0] == facts[1]
 
 
 def test_only_the_chosen_layers(module, tmp_path):
     module(tmp_path / "run", "--steps", 2, "--kind", "ffn", "--layers", "top:1")
-    assert all(name.startswith("model.layers.1.mlp.") for name in runs.weights(tmp_path / "run", 2))
+    assert all(name.startswith("model.layers.1.mlp.") for name in launch.weights(tmp_path / "run", 2))
 
 
 def evaluate(*arguments: object, fails: bool = False) -> str:
     """python -m forge_common.evaluate"""
     line = [sys.executable, "-m", "forge_common.evaluate", *map(str, arguments)]
-    done = subprocess.run(line, env=runs.environment(), cwd=runs.ROOT, text=True, capture_output=True, check=False)
+    done = subprocess.run(line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=False)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -124,14 +127,19 @@ def test_evaluate_is_a_plain_loop_over_the_documents(made, trunk, domain, cache,
     found = {row["model"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     merged = tmp_path / "merged"
     line = ("--trunk", trunk, "--module", folder / "module", "--output-dir", merged)
-    subprocess.run([sys.executable, "-m", "forge_common.merge", *map(str, line)], env=runs.environment(), cwd=runs.ROOT, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "forge_common.merge", *map(str, line)],
+        env=launch.environment(),
+        cwd=launch.ROOT,
+        check=True,
+    )
     tokenizer = AutoTokenizer.from_pretrained(merged)
     for place, name in ((trunk, "trunk"), (merged, "module:cpp")):
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
         nats, tokens, size = 0.0, 0, 0
         for path in domain.iterdir():
             text = path.read_text(encoding="utf-8")
-            if int.from_bytes(__import__("hashlib").sha256(text.encode()).digest()[:8], "big") / 2**64 >= 0.1:
+            if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 >= 0.1:
                 continue
             ids = torch.tensor(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])
             size += len(text.encode())
@@ -142,7 +150,9 @@ def test_evaluate_is_a_plain_loop_over_the_documents(made, trunk, domain, cache,
                 tokens += len(window) - 1
         assert found[name]["tokens"] == tokens > 1000
         assert found[name]["loss"] == pytest.approx(nats / tokens, abs=1e-5)
-        assert found[name]["bits_per_byte"] == pytest.approx(nats / tokens * tokens / size / 0.6931471805599453, abs=1e-5)
+        assert found[name]["bits_per_byte"] == pytest.approx(
+            nats / tokens * tokens / size / 0.6931471805599453, abs=1e-5
+        )
 
 
 def test_generate_speaks(made, trunk):
@@ -150,7 +160,9 @@ def test_generate_speaks(made, trunk):
     line = [sys.executable, "-m", "forge_common.generate", "--model", trunk, "--module", folder / "module"]
     line += ["--prompt", "#include", "--max-new-tokens", 30, "--temperature", 0]
     out = [
-        subprocess.run([*map(str, line)], env=runs.environment(), cwd=runs.ROOT, text=True, capture_output=True, check=True).stdout
+        subprocess.run(
+            [*map(str, line)], env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=True
+        ).stdout
         for _ in range(2)
     ]
     assert out[0].startswith("#include") and len(out[0]) > len("#include\n") and out[0] == out[1]
@@ -168,7 +180,7 @@ def tampered(folder, tmp_path, change):
 
 def test_refusals(made, trunk, text, domain, cache, shared, tmp_path):
     """Another trunk, another tokenizer, changed or missing files, a pickle: refused, with both digests or the name."""
-    kind, folder, _ = made
+    _, folder, _ = made
     common = ("--data", f"cpp={domain}", "--cache-dir", cache, "--val-fraction", 0.1)
 
     shared(tmp_path / "other", "--steps", 2, "--seed", 1)
@@ -213,5 +225,7 @@ def test_a_trunk_can_be_continued(trunk, shared, tmp_path):
     """--trunk-from: starts at the trunk's loss, not at a uniform guess."""
     shared(tmp_path / "run", "--trunk-from", trunk, "--steps", 2, "--lr", 1e-9)
     facts = json.loads((trunk / "forge.json").read_text())
-    assert runs.rows(tmp_path / "run", "val/loss")[-1]["val/loss"] == pytest.approx(facts["validation_loss"], abs=1e-4)
+    assert launch.rows(tmp_path / "run", "val/loss")[-1]["val/loss"] == pytest.approx(
+        facts["validation_loss"], abs=1e-4
+    )
     assert json.loads((tmp_path / "run" / "trunk" / "forge.json").read_text())["continued_from"] == facts["digest"]

@@ -7,8 +7,8 @@ import subprocess
 import time
 from pathlib import Path
 
+import launch
 import pytest
-import runs
 
 STEPS = 12
 LONG = ("--sequence-length", 256)  # so few windows that the run passes the end of an epoch
@@ -25,11 +25,16 @@ def straight(shared, tmp_path_factory) -> Path:
 
 def start(folder: Path, text: Path, cache: Path, *more: object, launcher=(), processes: int = 1) -> subprocess.Popen:
     """train_shared.py in the background, in a session of its own."""
-    fixed = ("--data", text, "--output-dir", folder, "--cache-dir", cache, *runs.SHAPE, *runs.SIZES)
-    line = runs.command("train_shared.py", *fixed, *more, launcher=launcher, processes=processes)
+    fixed = ("--data", text, "--output-dir", folder, "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
+    line = launch.command("train_shared.py", *fixed, *more, launcher=launcher, processes=processes)
     with open(folder.with_suffix(".out"), "a") as out:
         return subprocess.Popen(
-            line, env=runs.environment(ACCELERATE_USE_CPU="true"), cwd=runs.ROOT, stdout=out, stderr=out, start_new_session=True
+            line,
+            env=launch.environment(ACCELERATE_USE_CPU="true"),
+            cwd=launch.ROOT,
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
         )
 
 
@@ -47,17 +52,17 @@ def without_times(folder: Path) -> list[dict]:
 
 def same_run(one: Path, other: Path) -> None:
     """The same weights and optimizer, to the bit, the same artifact, and the same rows, none lost and none twice."""
-    assert runs.same_bits(runs.weights(one, STEPS), runs.weights(other, STEPS))
-    first, second = runs.optimizer_state(one, STEPS)["state"], runs.optimizer_state(other, STEPS)["state"]
+    assert launch.same_bits(launch.weights(one, STEPS), launch.weights(other, STEPS))
+    first, second = launch.optimizer_state(one, STEPS)["state"], launch.optimizer_state(other, STEPS)["state"]
     for index, state in first.items():
-        assert runs.same_bits(state, second[index])
+        assert launch.same_bits(state, second[index])
     facts = [json.loads((folder / "trunk" / "forge.json").read_text())["digest"] for folder in (one, other)]
     assert facts[0] == facts[1]
     assert without_times(one) == without_times(other)
 
 
 def test_the_run_passes_an_epochs_end(straight):
-    epochs = [row["train/epoch"] for row in runs.rows(straight)]
+    epochs = [row["train/epoch"] for row in launch.rows(straight)]
     assert epochs[0] < 1 < epochs[-1]
 
 
@@ -74,7 +79,7 @@ def test_stopped_by_a_signal_and_resumed(number, straight, shared, text, cache, 
     same_run(straight, folder)
 
 
-@pytest.mark.parametrize("launcher", [(), runs.LAUNCH], ids=["python", "accelerate launch"])
+@pytest.mark.parametrize("launcher", [(), launch.LAUNCH], ids=["python", "accelerate launch"])
 def test_killed_and_resumed(launcher, straight, shared, text, cache, tmp_path):
     """SIGKILL to all of it, twice, wherever it happens to be."""
     folder = tmp_path / "run"
@@ -114,8 +119,8 @@ def test_one_two_one_processes(straight, shared, tmp_path):
     copy = tmp_path / "again"
     copy_until(folder, copy, 8)
     shared(copy, *MORE)
-    assert runs.difference(runs.weights(straight, STEPS), runs.weights(copy, STEPS)) <= 1e-5
-    for row, reference in zip(runs.rows(copy), runs.rows(straight), strict=True):
+    assert launch.difference(launch.weights(straight, STEPS), launch.weights(copy, STEPS)) <= 1e-5
+    for row, reference in zip(launch.rows(copy), launch.rows(straight), strict=True):
         assert row["train/tokens"] == reference["train/tokens"] and row["train/epoch"] == reference["train/epoch"]
         assert row["train/loss"] == pytest.approx(reference["train/loss"], abs=1e-5)
         assert row["train/grad_norm"] == pytest.approx(reference["train/grad_norm"], rel=1e-4)
@@ -123,7 +128,7 @@ def test_one_two_one_processes(straight, shared, tmp_path):
 
 def stop_at(step: int, folder: Path) -> Path:
     """The script, ended by itself as a signal would after update `step`."""
-    source = (runs.ROOT / "train_shared.py").read_text()
+    source = (launch.ROOT / "train_shared.py").read_text()
     assert source.count("stopping = stop(accelerator)") == 1
     path = folder / "train_stopping.py"
     path.write_text(source.replace("stopping = stop(accelerator)", f"stopping = stop(accelerator) or step == {step}"))
@@ -142,7 +147,9 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["missing", "flipped", "halved", "emptied"])
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json", "manifest.json"]
+)
 def test_a_damaged_checkpoint_is_seen(name, how, straight, tmp_path):
     import shutil
 
@@ -187,20 +194,20 @@ def test_more_steps_by_saying_so(straight, shared, tmp_path):
     folder = tmp_path / "run"
     copy_until(straight, folder, STEPS)
     shared(folder, *MORE, "--steps", STEPS + 1, "--accept-change", "steps")
-    assert runs.rows(folder)[-1]["step"] == STEPS + 1
+    assert launch.rows(folder)[-1]["step"] == STEPS + 1
 
 
 @pytest.fixture
 def ruinous(altered) -> Path:
     """The script with a rate that grows tenfold each update: better at first, then ruined."""
-    return altered("train_shared.py", "group[\"lr\"] = rate", "group[\"lr\"] = rate = settings.lr * 10 ** (step - 4)")
+    return altered("train_shared.py", 'group["lr"] = rate', 'group["lr"] = rate = settings.lr * 10 ** (step - 4)')
 
 
 def test_rotation_keeps_the_newest_and_the_best(ruinous, shared, tmp_path):
     """The best is old; it stays, and is what is published."""
     folder = tmp_path / "run"
     printed = shared(folder, "--steps", 8, "--save-every", 1, "--keep", 2, "--val-every", 1, script=ruinous)
-    losses = {row["step"]: row["val/loss"] for row in runs.rows(folder, "val/loss")}
+    losses = {row["step"]: row["val/loss"] for row in launch.rows(folder, "val/loss")}
     best = min(losses, key=losses.get)
     assert 1 < best < 7, losses
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
@@ -208,13 +215,13 @@ def test_rotation_keeps_the_newest_and_the_best(ruinous, shared, tmp_path):
     assert f"those of update {best}" in printed
     facts = json.loads((folder / "trunk" / "forge.json").read_text())
     assert facts["validation_loss"] == losses[best] and facts["steps"] == best
-    published = runs.load_file(folder / "trunk" / "model.safetensors")
-    assert runs.same_bits(published, runs.weights(folder, best))
+    published = launch.load_file(folder / "trunk" / "model.safetensors")
+    assert launch.same_bits(published, launch.weights(folder, best))
 
 
 def test_patience_stops_early(ruinous, shared, tmp_path):
     folder = tmp_path / "run"
     shared(folder, "--steps", 10, "--val-every", 1, "--patience", 2, script=ruinous)
-    losses = [row["val/loss"] for row in runs.rows(folder, "val/loss")]
+    losses = [row["val/loss"] for row in launch.rows(folder, "val/loss")]
     assert len(losses) < 10 and min(losses) == losses[-3]
     assert (folder / "trunk").is_dir()

@@ -2,14 +2,34 @@
 
 import json
 
+import launch
 import pytest
-import runs
 
 
 def test_all_problems_in_one_message(shared, tmp_path):
-    more = ("--steps", 0, "--batch-size", 30, "--lr", -1, "--num-attention-heads", 5, "--min-lr-ratio", 2, "--accept-change", "stepz")
+    more = (
+        "--steps",
+        0,
+        "--batch-size",
+        30,
+        "--lr",
+        -1,
+        "--num-attention-heads",
+        5,
+        "--min-lr-ratio",
+        2,
+        "--accept-change",
+        "stepz",
+    )
     printed = shared(tmp_path / "run", *more, fails=True)
-    for said in ("--steps is 0", "multiple of 16", "--lr is -1", "--num-attention-heads 5", "--min-lr-ratio", "did you mean steps"):
+    for said in (
+        "--steps is 0",
+        "multiple of 16",
+        "--lr is -1",
+        "--num-attention-heads 5",
+        "--min-lr-ratio",
+        "did you mean steps",
+    ):
         assert said in printed
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
 
@@ -54,7 +74,14 @@ def test_too_long_for_the_trunk(module, tmp_path):
 
 def test_a_dry_run_plans_and_writes_nothing(shared, tmp_path):
     printed = shared(tmp_path / "run", "--dry-run", "--steps", 1000)
-    for said in ("parameters", "4 micro-batch(es) x 16", "epochs", "memory", "s an update (4 timed)", "nothing was written"):
+    for said in (
+        "parameters",
+        "4 micro-batch(es) x 16",
+        "epochs",
+        "memory",
+        "s an update (4 timed)",
+        "nothing was written",
+    ):
         assert said in printed
     assert not (tmp_path / "run").exists()
 
@@ -77,9 +104,9 @@ def test_fp16_on_a_cpu_is_refused(shared, tmp_path):
 def test_bf16_trains(shared, tmp_path):
     """Mixed precision on a CPU: the weights stay float32, the loss falls, the sums are exact."""
     shared(tmp_path / "run", "--steps", 4, "--lr", 0.01, ACCELERATE_MIXED_PRECISION="bf16")
-    losses = [row["train/loss"] for row in runs.rows(tmp_path / "run")]
+    losses = [row["train/loss"] for row in launch.rows(tmp_path / "run")]
     assert losses[-1] < losses[0]
-    assert all(tensor.dtype.itemsize == 4 for tensor in runs.weights(tmp_path / "run", 4).values())
+    assert all(tensor.dtype.itemsize == 4 for tensor in launch.weights(tmp_path / "run", 4).values())
 
 
 def test_settings_are_kept(shared, text, tmp_path):

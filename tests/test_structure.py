@@ -5,10 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import launch
 import pytest
-import runs
 
-PACKAGE = runs.ROOT / "forge_common"
+PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
 RUNNABLE = {"evaluate", "generate", "merge"}
 LEAVES = {"config", "schedule", "loss", "tracking", "errors", "files", "stopping", "validation"}
@@ -24,7 +24,7 @@ COMMON = {"errors", "files", "config"}
 def imports(path: Path) -> set[str]:
     """The modules that a file names, of ours as `forge_common.x`."""
     found = set()
-    package = ".".join(path.relative_to(runs.ROOT).parts[:-1])
+    package = ".".join(path.relative_to(launch.ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -68,22 +68,29 @@ def test_the_package_knows_no_script_and_no_accelerate():
 
 def test_no_script_knows_the_other():
     for script in SCRIPTS:
-        assert not imports(runs.ROOT / script) & {"train_shared", "train_module"}
+        assert not imports(launch.ROOT / script) & {"train_shared", "train_module"}
 
 
 def chapter(script: str) -> str:
-    source = (runs.ROOT / script).read_text()
+    source = (launch.ROOT / script).read_text()
     return source[source.index("    # ---- Train ----") : source.index("    # ---- Publish ----")]
 
 
 def test_the_training_chapters_are_one_text():
     one, other = map(chapter, SCRIPTS)
     assert one == other
-    for call in ("accelerator.accumulate(model)", "accelerator.backward(", "accelerator.clip_grad_norm_(", "optimizer.step()"):
+    for call in (
+        "accelerator.accumulate(model)",
+        "accelerator.backward(",
+        "accelerator.clip_grad_norm_(",
+        "optimizer.step()",
+    ):
         assert one.count(call) == 1
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "-m forge_common.evaluate", "-m forge_common.generate", "-m forge_common.merge"])
+@pytest.mark.parametrize(
+    "script", [*SCRIPTS, "-m forge_common.evaluate", "-m forge_common.generate", "-m forge_common.merge"]
+)
 def test_help_imports_nothing_heavy(script):
     """What a --help or a wrong flag costs: no torch, no accelerate, no datasets."""
     code = f"""
@@ -96,5 +103,5 @@ except SystemExit as ended:
     assert ended.code == 0
 print("HEAVY", sorted({{"torch", "accelerate", "datasets", "numpy", "wandb", "transformers"}} & sys.modules.keys()))
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=runs.ROOT, text=True, capture_output=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, text=True, capture_output=True, check=True)
     assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout[-300:]

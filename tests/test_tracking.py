@@ -1,23 +1,26 @@
 """metrics.jsonl is complete, the numbers are right, and a tracker is never worth the run."""
 
+import itertools
 import json
 import math
 
+import launch
 import pytest
-import runs
 
 
 @pytest.fixture(scope="module")
 def run(shared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("tracking") / "run"
-    return folder, shared(folder, "--steps", 10, "--log-every", 4, "--val-every", 5, launcher=runs.LAUNCH)
+    return folder, shared(folder, "--steps", 10, "--log-every", 4, "--val-every", 5, launcher=launch.LAUNCH)
 
 
 def test_rows_and_lines(run):
     folder, printed = run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in runs.rows(folder)] == [4, 8, 10] == runs.steps_of(printed)  # the tail is not lost
-    assert [row["step"] for row in runs.rows(folder, "val/loss")] == [5, 10]
+    assert (
+        [row["step"] for row in launch.rows(folder)] == [4, 8, 10] == launch.steps_of(printed)
+    )  # the tail is not lost
+    assert [row["step"] for row in launch.rows(folder, "val/loss")] == [5, 10]
     for row in rows:
         assert all(isinstance(value, (int, float)) for value in row.values())
     for word in ("loss", "lr", "grad", "tok/s", "mfu", "mem", "eta"):
@@ -26,11 +29,11 @@ def test_rows_and_lines(run):
 
 def test_numbers_agree(run):
     folder, _ = run
-    for row in runs.rows(folder):
+    for row in launch.rows(folder):
         assert row["train/tokens"] == row["step"] * 64 * 64  # packed: every label is scored
         assert 0 < row["train/mfu"] < 1.5 and row["train/tokens_per_second"] > 0
         assert 100 < row["memory/peak_mb"] == row["memory/process_peak_mb"] < 4000
-    for row in runs.rows(folder, "val/loss"):
+    for row in launch.rows(folder, "val/loss"):
         assert row["val/perplexity"] == pytest.approx(math.exp(row["val/loss"]))
         # bytes as tokens: a byte a token, but for a document's end
         assert row["val/bits_per_byte"] == pytest.approx(row["val/loss"] / math.log(2), rel=0.01)
@@ -39,9 +42,9 @@ def test_numbers_agree(run):
 def test_train_loss_is_the_mean_over_the_interval(run, shared, tmp_path):
     folder, _ = run
     shared(tmp_path / "fine", "--steps", 10, "--val-every", 5)
-    fine = {row["step"]: row for row in runs.rows(tmp_path / "fine")}
+    fine = {row["step"]: row for row in launch.rows(tmp_path / "fine")}
     before = 0
-    for row in runs.rows(folder):
+    for row in launch.rows(folder):
         steps = range(before + 1, row["step"] + 1)
         assert row["train/loss"] == pytest.approx(sum(fine[s]["train/loss"] for s in steps) / len(steps), rel=1e-6)
         before = row["step"]
@@ -65,7 +68,7 @@ def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes,
         content = path.read_text(encoding="utf-8")
         if int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64 < 0.1:
             texts.append(tokenizer(content)["input_ids"] + [tokenizer.eos_token_id])
-    streams = [sum(texts, [])] if packing == "--pack" else texts
+    streams = [list(itertools.chain(*texts))] if packing == "--pack" else texts
     nats, tokens = 0.0, 0
     for stream in streams:
         for start in range(0, len(stream) - 1, 64):
@@ -73,7 +76,7 @@ def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes,
             log_p = model(window[None, :-1]).logits[0].log_softmax(-1)
             nats -= log_p.gather(1, window[1:, None]).sum().item()
             tokens += len(window) - 1
-    row = runs.rows(folder, "val/loss")[-1]
+    row = launch.rows(folder, "val/loss")[-1]
     assert row["val/tokens"] == tokens > 1000 and len(texts) > 2
     assert row["val/loss"] == pytest.approx(nats / tokens, abs=2e-6)
 
@@ -91,7 +94,7 @@ def test_wandb_without_an_account_is_offline_and_one_run(shared, tmp_path, alter
     shared(folder, *more, HOME=str(home))
     recorded = sorted(path.name for path in (folder / "wandb").glob("offline-run-*"))
     assert len(recorded) == 2 and all(name.endswith(f"-{identity}") for name in recorded)
-    assert [row["step"] for row in runs.rows(folder)] == [1, 2, 3, 4, 5, 6]
+    assert [row["step"] for row in launch.rows(folder)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_without_an_account_auto_is_the_local_file(shared, tmp_path):
@@ -109,9 +112,9 @@ def test_nan_never_reaches_the_weights(shared, tmp_path, altered):
     folder = tmp_path / "run"
     printed = shared(folder, "--steps", 5, "--save-every", 1, "--keep", 9, script=script)
     assert "update 3" in printed and "not applied" in printed
-    assert runs.same_bits(runs.weights(folder, 2), runs.weights(folder, 3))
-    assert not runs.same_bits(runs.weights(folder, 3), runs.weights(folder, 4))
-    assert [row["train/bad_updates"] for row in runs.rows(folder)] == [0, 0, 1, 1, 1]
+    assert launch.same_bits(launch.weights(folder, 2), launch.weights(folder, 3))
+    assert not launch.same_bits(launch.weights(folder, 3), launch.weights(folder, 4))
+    assert [row["train/bad_updates"] for row in launch.rows(folder)] == [0, 0, 1, 1, 1]
 
 
 def test_a_run_that_diverges_stops_and_names_its_documents(shared, text, tmp_path, altered):

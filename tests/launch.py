@@ -37,14 +37,26 @@ def command(script: Path | str, *arguments: object, processes: int = 1, launcher
     return [*(launcher or start), str(ROOT / script), *map(str, arguments)]
 
 
-def run(script: Path | str, *arguments: object, processes: int = 1, launcher: tuple[str, ...] = (), fails: bool = False,
-        timeout: float = 240, **extra: str) -> str:
+def run(
+    script: Path | str,
+    *arguments: object,
+    processes: int = 1,
+    launcher: tuple[str, ...] = (),
+    fails: bool = False,
+    timeout: float = 240,
+    **extra: str,
+) -> str:
     """Runs a script to its end and returns what it printed (both streams). `fails`: it must end non-zero, else zero."""
     extra = {"ACCELERATE_USE_CPU": "true"} | extra
     done = subprocess.run(
         command(script, *arguments, processes=processes, launcher=launcher),
-        env=environment(**extra), cwd=ROOT, text=True, timeout=timeout,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False,
+        env=environment(**extra),
+        cwd=ROOT,
+        text=True,
+        timeout=timeout,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        check=False,
     )
     assert (done.returncode != 0) == fails, f"exit code {done.returncode}:\n{done.stdout}"
     return done.stdout
