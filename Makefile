@@ -19,11 +19,11 @@ $(READY): requirements.txt
 # A small trunk on text that is on every machine, a module for Python and one for C++, and what each is worth.
 demo: $(READY)
 	$(RUN) train_shared.py --data local:docs@0.8 local:python@0.1 local:cpp@0.1 --output-dir $(DEMO)/trunk \
-		--preset tiny --tokenizer train:2048 $(SMALL) --steps 700 --lr 3e-3 --val-every 350
+		--preset tiny --tokenizer train:2048 $(SMALL) --steps 480 --lr 3e-3 --val-every 0
 	$(RUN) train_module.py --trunk $(DEMO)/trunk/trunk --name python --data local:python --output-dir $(DEMO)/python \
-		$(SMALL) --steps 250 --val-every 125
+		$(SMALL) --steps 190 --val-every 0
 	$(RUN) train_module.py --trunk $(DEMO)/trunk/trunk --name cpp --data local:cpp --output-dir $(DEMO)/cpp \
-		$(SMALL) --steps 250 --val-every 125
+		$(SMALL) --steps 190 --val-every 0
 	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/trunk/trunk --module $(DEMO)/python/module $(DEMO)/cpp/module \
 		--data docs=local:docs python=local:python cpp=local:cpp --cache-dir $(DEMO)/cache --json $(DEMO)/losses.json
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/trunk/trunk --prompt "This package provides" --max-new-tokens 60
@@ -33,7 +33,7 @@ demo: $(READY)
 		--max-new-tokens 60
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -79,6 +79,21 @@ def test_stopped_by_a_signal_and_resumed(number, straight, shared, text, cache, 
     same_run(straight, folder)
 
 
+def test_a_trainer_whose_launcher_died_saves_and_ends(straight, shared, text, cache, tmp_path):
+    """accelerate launch, alone, is killed: the trainer that it leaves behind notices, and loses nothing."""
+    folder = tmp_path / "run"
+    running = start(folder, text, cache, *MORE, "--steps", 5000, "--save-every", 3, launcher=launch.LAUNCH)
+    wait_for(folder / "checkpoints" / "step-00000003", running)
+    running.kill()
+    running.wait(30)
+    deadline = time.monotonic() + 60
+    while "the same command goes on" not in folder.with_suffix(".out").read_text():
+        assert time.monotonic() < deadline, "the trainer went on without its launcher"
+        time.sleep(0.1)
+    saved = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
+    assert launch.rows(folder)[-1]["step"] <= saved < 5000
+
+
 @pytest.mark.parametrize("launcher", [(), launch.LAUNCH], ids=["python", "accelerate launch"])
 def test_killed_and_resumed(launcher, straight, shared, text, cache, tmp_path):
     """SIGKILL to all of it, twice, wherever it happens to be."""

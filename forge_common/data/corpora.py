@@ -19,7 +19,7 @@ from .tokenizer import Tokenizer, load_tokenizer, resolve
 from .windows import Tokens, Windows
 from .writer import in_validation
 
-GENERAL_FRACTION = 0.02  # of the general sample's documents; none of them is trained on
+GENERAL_FRACTION = 0.01  # of the general sample's documents; none of them is trained on
 TOKENIZER_SAMPLE = 64 * 2**20  # bytes of text that a tokenizer is trained on, all sources together
 
 
