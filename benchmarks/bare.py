@@ -37,13 +37,7 @@ def main(settings: Settings) -> int:
     torch.manual_seed(settings.seed)
 
     tokenizer = tokenizer_for(settings)
-    sizes = config.model_config(
-        settings,
-        vocab_size=tokenizer.vocab_size,
-        max_position_embeddings=settings.sequence_length,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    sizes = config.model_config(settings, tokenizer)
     trunk = Trunk(sizes).to(device)
     optimizer = torch.optim.AdamW(
         parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps"

@@ -121,7 +121,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     domains, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("domain", "model"))
     at = {(row["model"], row["domain"]): row for row in rows}
     width = max(len(model) for model in models)
-    lines = [" " * width + "".join(f"{domain:>26}" for domain in domains)]
+    lines = [" " * width + "".join(f"{domain:>30}" for domain in domains)]
     for model in models:
         cells, below = [], []
         for domain in domains:
@@ -129,8 +129,8 @@ def table(rows: list[dict[str, Any]]) -> str:
             cells.append(f"{row['loss']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] is not None else ""))
             bits = f", {row['bits_per_byte']:.3f} bits/byte" if row["bits_per_byte"] is not None else ""
             below.append(f"ppl {row['perplexity']:,.1f}{bits}")
-        lines.append(f"{model:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
-        lines.append(" " * width + "".join(f"{cell:>26}" for cell in below))
+        lines.append(f"{model:<{width}}" + "".join(f"{cell:>30}" for cell in cells))
+        lines.append(" " * width + "".join(f"{cell:>30}" for cell in below))
     tokens = ", ".join(f"{domain} {at[models[0], domain]['tokens']:,}" for domain in domains)
     return "\n".join([*lines, f"nats per token ± standard error over documents; tokens scored: {tokens}"])
 
