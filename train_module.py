@@ -268,4 +268,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    config.run(main, config.read(Settings, __doc__))
+    config.run(main, config.read(Settings, __doc__, config.problems))

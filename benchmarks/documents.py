@@ -5,7 +5,8 @@
 Both train on the same windows with the same seeds and the same number of updates, by train_shared.py as users run it. The
 trunks are then scored by `python -m forge_common.evaluate` on held-out documents, each standing alone (there are no
 others in its window to see, whichever way the trunk was trained). Results are kept in OUTPUT_DIR/results.json; the same
-command goes on where it was interrupted, a run in the middle from its last checkpoint.
+command goes on where it was interrupted, a run in the middle from its last checkpoint. (Its tokens/s is then of two
+times of day.) Only windows with a document's end inside can differ: count them before reading much into a difference.
 """
 
 import json

@@ -8,7 +8,6 @@ No pickle is written, and none is opened.
 import dataclasses
 import hashlib
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +215,8 @@ def read_model(place: str, module: Path | None) -> tuple[Trunk, Tokenizer, dict[
     if module is None:
         return trunk, tokenizer, facts, None
     tensors, passport = read_module(module, facts)
-    with suppress(KeyError, TypeError):
-        put_in(trunk, tensors, passport["kind"], passport["layers"])
-        return trunk, tokenizer, facts, passport
-    raise UserError(f"{module}: module.json says neither kind nor layers. Fetch the module again.")
+    kind, layers = passport.get("kind"), passport.get("layers")
+    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+        raise UserError(f"{module}: module.json does not say which layers the module is for. Fetch the module again.")
+    put_in(trunk, tensors, kind, layers)
+    return trunk, tokenizer, facts, passport

@@ -175,12 +175,12 @@ def model_config(settings: Any, tokenizer: Any) -> ModelConfig:
     )
 
 
-def read(kind: type[Settings], description: str) -> Settings:
-    """The command line as `kind`, a frozen dataclass; ends the process (code 2) with all that is wrong in one message."""
+def read(kind: type[Settings], description: str, check: Callable[[Any], list[str]] = lambda settings: []) -> Settings:
+    """The command line as `kind`, a frozen dataclass; ends the process (code 2) with all that `check` finds wrong with it."""
     import tyro
 
     settings = tyro.cli(kind, description=description, config=(tyro.conf.AvoidSubcommands,))
-    found = problems(settings) if hasattr(settings, "batch_size") and hasattr(settings, "lr") else []
+    found = check(settings)
     if found:
         lines = "\n".join(f"  - {problem}" for problem in found)
         print(f"{Path(sys.argv[0]).name}: the settings cannot be used:\n{lines}", file=sys.stderr)

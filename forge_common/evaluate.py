@@ -11,8 +11,7 @@ from typing import Any
 
 from . import config
 from .errors import UserError
-
-KNOWN_FILES = "the documents that the model's own run held out"
+from .files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,6 @@ def main(settings: Settings) -> int:
     import torch
 
     from .artifact import read_model
-    from .files import write_json
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = [text.partition("=") for text in settings.data]
@@ -62,9 +60,7 @@ def main(settings: Settings) -> int:
 
 
 def _held_out(facts: dict[str, Any], modules: tuple[Path, ...]) -> float:
-    """The share of documents that neither the trunk's run nor any module's has trained on; 1 where none says."""
-    from .files import read_json
-
+    """The share of documents that the trunk's run and every module's held out by hash; 1 where none held out any."""
     stated = [facts.get("val_fraction")] + [read_json(folder / "module.json").get("val_fraction") for folder in modules]
     return min((fraction for fraction in stated if fraction), default=1.0)
 
