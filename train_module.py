@@ -151,7 +151,8 @@ def main(settings: Settings) -> int:
     log = tracking.RunLog(accelerator, folder, steps=last, done=progress.global_step)
     log.start_tracker(tracker, settings, progress.run_id)
     stop = StopRequest()
-    peak, stopping = tracking.peak_flops(device), False
+    peak, interrupted = tracking.peak_flops(device), False
+    stopping = log.patience_is_over(progress, settings.patience)  # a run that had stopped early stays stopped
     interval = tracking.Interval(accelerator, progress.interval)
     load = even_load(trunk.config, device)  # f of the balance loss; from the second update on, the last update's own
     if progress.expert_counts:
@@ -207,7 +208,7 @@ def main(settings: Settings) -> int:
         if settings.dry_run:
             continue
 
-        stopping = stop(accelerator)
+        interrupted = stopping = stop(accelerator)
         ended = stopping or step == last
         if step % settings.log_every == 0 or step == last:
             log.training(interval, progress, rate=rate, grad_norm=grad_norm, flops=flops, peak=peak)
@@ -216,8 +217,7 @@ def main(settings: Settings) -> int:
             with log.aside():
                 result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size)
             better = log.validation(result, progress)
-            if settings.patience and progress.validations_without_gain >= settings.patience:
-                log.say(f"stopping early: {settings.patience} validations without a better one")
+            if log.patience_is_over(progress, settings.patience):
                 ended = stopping = True
         if better or ended or (settings.save_every and step % settings.save_every == 0):
             with log.aside():
@@ -228,7 +228,7 @@ def main(settings: Settings) -> int:
     # ---- Publish ----
     if settings.dry_run:
         log.timing(last, settings.steps)
-    elif stop.exit_code:
+    elif interrupted:  # what all ranks agreed on; a signal that comes later finds the work done
         log.say(f"stopped at update {progress.global_step} of {settings.steps}; the same command goes on from there")
     else:
         if progress.best_step not in (0, progress.global_step):
@@ -264,7 +264,7 @@ def main(settings: Settings) -> int:
             log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
     log.close()
-    return stop.exit_code
+    return stop.exit_code if interrupted else 0
 
 
 if __name__ == "__main__":

@@ -187,9 +187,8 @@ def resume(accelerator: Any, path: Path, fresh: Progress, accepted: tuple[str, .
             + "or start another run with another --output-dir."
         )
     accelerator.load_state(str(path))
-    accelerator.step = (
-        0  # accelerate counts micro-batches across runs; another division of the batch would be out of step
-    )
+    # accelerate counts micro-batches across runs; with another division of the batch it would be out of step.
+    accelerator.step = 0
     progress.settings = fresh.settings
     return progress
 

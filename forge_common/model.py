@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .config import ModelConfig
-from .loss import Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
+from .loss import CHUNK_ROWS, Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
 
 Cache = list[tuple[torch.Tensor, ...]]  # the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]
 
@@ -191,6 +191,8 @@ class Decoder(nn.Module):
 
 class Trunk(nn.Module):
     """The model that both scripts train. `Trunk(config)` is initialised from torch's global generator: seed it first."""
+
+    chunk_rows = CHUNK_ROWS  # rows of logits at one time
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -27,6 +27,7 @@ PEAK_FLOPS = {
     "H100": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "4090": 165e12,
     "V100": 125e12,
@@ -105,8 +106,8 @@ class Interval:
         """`restored`: what `settle` gave when the run was left, or []."""
         self.accelerator = accelerator
         dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-        start = restored if restored and accelerator.is_main_process else [0.0] * 4
-        self.sums = torch.tensor(start, dtype=dtype, device=accelerator.device)  # nats, tokens, balance, z
+        self.sums = torch.zeros(len(PARTS), dtype=dtype, device=accelerator.device)
+        self._start_from(restored or [0.0] * len(PARTS))
 
     def add(self, update: list[Any]) -> None:
         """Takes the `Sums` of one update's micro-batches."""
@@ -116,8 +117,12 @@ class Interval:
     def settle(self) -> list[float]:
         """The sums over all processes, which the main process goes on with (the others from 0). A collective."""
         total = self.accelerator.reduce(self.sums, "sum").tolist()
-        self.sums = torch.tensor(total if self.accelerator.is_main_process else [0.0] * 4).to(self.sums)
+        self._start_from(total)
         return total
+
+    def _start_from(self, total: list[float]) -> None:
+        """In the sums' own dtype: by way of torch's default one, float32, a save would round what is logged next."""
+        self.sums = self.sums.new_tensor(total if self.accelerator.is_main_process else [0.0] * len(PARTS))
 
     def take(self) -> list[float]:
         """The sums over all processes; begins anew. A collective."""
@@ -253,12 +258,20 @@ class RunLog:
         )
         return better
 
+    def patience_is_over(self, progress: Any, patience: int) -> bool:
+        """Whether so many validations in a row brought no better one (0: never), and says so."""
+        over = bool(patience) and progress.validations_without_gain >= patience
+        if over:
+            self.say(f"stopping early: {patience} validations without a better one")
+        return over
+
     def timing(self, timed: int, steps: int) -> None:
         """The last line of a dry run: the time that all updates will take, and the memory that these took."""
         seconds = self.lap(timed)
         self.say(
             f"time        {seconds:.3f} s an update ({timed} timed), about {duration(seconds * steps)} for {steps:,} "
-            f"without validation; peak memory {peak_memory_mb(self.accelerator.device):,.0f} MiB\nnothing was written"
+            f"without validation; peak memory {peak_memory_mb(self.accelerator.device):,.0f} MiB\n"
+            "nothing was written but the cache of tokens"
         )
 
     def close(self) -> None:
@@ -309,7 +322,7 @@ def plan(model: Any, settings: Any, training: Any, accumulation: int, processes:
     layer = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_key_value_heads * config.head_dim
     states = width * (total + 3 * trained)
     activations = width * tokens * (layer * config.num_hidden_layers + 4 * config.hidden_size)
-    logits = 2 * 512 * config.vocab_size * 4
+    logits = 2 * model.chunk_rows * config.vocab_size * 4
     return "\n".join(
         (
             f"model       {total:,} parameters, {trained:,} trained; vocabulary {config.vocab_size:,}, context {T}",

@@ -116,6 +116,18 @@ def test_resumed_from_any_update(step, straight, shared, tmp_path):
     same_run(straight, folder)
 
 
+def test_an_interval_cut_by_a_checkpoint_is_logged_the_same(shared, tmp_path):
+    """Lines every 4 updates, a kill after update 6: what updates 5 and 6 had added up is neither lost nor rounded."""
+    more = (*MORE, "--log-every", 4)
+    shared(tmp_path / "straight", *more)
+    copy_until(tmp_path / "straight", tmp_path / "run", 6)
+    shared(tmp_path / "run", *more)
+    same_run(tmp_path / "straight", tmp_path / "run")
+    shared(tmp_path / "rarely", *more, "--save-every", 0, "--val-every", 0)  # saving is nothing that a loss depends on
+    losses = [[row["train/loss"] for row in launch.rows(tmp_path / name)] for name in ("straight", "rarely")]
+    assert losses[0] == losses[1]
+
+
 def copy_until(source: Path, target: Path, step: int) -> None:
     """A run as it was when killed just after its checkpoint `step`."""
     import shutil
@@ -126,19 +138,21 @@ def copy_until(source: Path, target: Path, step: int) -> None:
             shutil.rmtree(path)
 
 
-def test_one_two_one_processes(straight, shared, tmp_path):
-    """The same windows and, to rounding, the same weights, when the number of processes changes on the way."""
-    folder = tmp_path / "run"
+@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_one_two_one_processes(dtype, bound, shared, tmp_path):
+    """The same windows and the same weights, to rounding (AdamW's in float32), when processes change on the way."""
+    straight, folder, copy = tmp_path / "straight", tmp_path / "run", tmp_path / "again"
+    more = (*MORE, "--dtype", dtype)
+    shared(straight, *more)
     copy_until(straight, folder, 4)
-    shared(folder, *MORE, processes=2, script=stop_at(8, tmp_path))
-    copy = tmp_path / "again"
+    shared(folder, *more, processes=2, script=stop_at(8, tmp_path))
     copy_until(folder, copy, 8)
-    shared(copy, *MORE)
-    assert launch.difference(launch.weights(straight, STEPS), launch.weights(copy, STEPS)) <= 1e-5
+    shared(copy, *more)
+    assert launch.difference(launch.weights(straight, STEPS), launch.weights(copy, STEPS)) <= bound
     for row, reference in zip(launch.rows(copy), launch.rows(straight), strict=True):
         assert row["train/tokens"] == reference["train/tokens"] and row["train/epoch"] == reference["train/epoch"]
-        assert row["train/loss"] == pytest.approx(reference["train/loss"], abs=1e-5)
-        assert row["train/grad_norm"] == pytest.approx(reference["train/grad_norm"], rel=1e-4)
+        assert row["train/loss"] == pytest.approx(reference["train/loss"], abs=bound)
+        assert row["train/grad_norm"] == pytest.approx(reference["train/grad_norm"], rel=10 * bound)
 
 
 def stop_at(step: int, folder: Path) -> Path:
@@ -240,3 +254,17 @@ def test_patience_stops_early(ruinous, shared, tmp_path):
     losses = [row["val/loss"] for row in launch.rows(folder, "val/loss")]
     assert len(losses) < 10 and min(losses) == losses[-3]
     assert (folder / "trunk").is_dir()
+    shared(folder, "--steps", 10, "--val-every", 1, "--patience", 2, script=ruinous)
+    assert [row["val/loss"] for row in launch.rows(folder, "val/loss")] == losses, "it had stopped, and trained on"
+
+
+def test_a_signal_to_one_rank_stops_all(text, cache, tmp_path):
+    """Rank 1 alone is asked, after its last look: both ranks do the same thing, and nobody waits for the other."""
+    source = (launch.ROOT / "train_shared.py").read_text()
+    line = "    shares.close()\n"
+    assert source.count(line) == 1
+    script = tmp_path / "train_late.py"
+    script.write_text(source.replace(line, line + "    if rank == 1:\n        stop.exit_code = 143\n"))
+    fixed = ("--data", text, "--output-dir", tmp_path / "run", "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
+    launch.run(script, *fixed, "--steps", 2, processes=2, timeout=120)
+    assert (tmp_path / "run" / "trunk" / "forge.json").exists()
