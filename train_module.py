@@ -20,7 +20,9 @@ class Settings:
 
     trunk: str  # a folder that train_shared.py published, or another Transformers checkpoint (or its hub id)
     name: str  # what the module is called
-    data: tuple[str, ...]  # file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs; SOURCE@0.7 weights it
+    data: tuple[
+        str, ...
+    ]  # file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs|perl; SOURCE@0.7 weights it
     output_dir: Path  # settings, metrics, checkpoints, and at the end module/
     val_data: tuple[str, ...] = ()  # sources to validate on; none: a part of --data
     val_fraction: float = 0.01  # of the documents of --data is held out, by hash of content (without --val-data)
@@ -37,9 +39,14 @@ class Settings:
 
     # -- what is trained --
 
-    kind: Literal["ffn", "ffn+head"] = "ffn+head"  # copies of the feed-forward; and an output head of its own
+    # copies of the feed-forward, and an output head; a narrow one beside the trunk's; of low rank; a rival (FlexOlmo's)
+    kind: Literal["ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert"] = "ffn+head"
     layers: str = "all"  # of which layers: all, top:N, or numbers from 0 such as 2,5
+    width: int = 0  # of kind narrow; 0: a quarter of the trunk's feed-forward
+    rank: int = 16  # of kind lora
     licence: str | None = None  # of the module, for its passport
+    statistics_tokens: int = 1_000_000  # of the training text at most, for the router's counts
+    statistics_min_documents: int = 2  # what fewer of the sampled documents hold is not counted (docs/PRIVACY.md)
     dtype: Literal["float32", "float64"] = "float32"  # of the weights; bf16 is the launcher's --mixed_precision
 
     # -- how --
@@ -47,7 +54,7 @@ class Settings:
     steps: int = 1_000  # updates of the optimizer
     batch_size: int = 64  # windows an update, over all processes
     micro_batch_size: int = 16  # windows a device holds at once
-    lr: float = 3e-3  # measured: 1e-3 was worse by 0.09 nats
+    lr: float = 3e-3  # for a domain that the trunk hardly saw; 1e-3 to 3e-4 for one that it knows (docs/RESULTS.md)
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     warmup_steps: int = 100
     min_lr_ratio: float = 0.0
@@ -81,7 +88,7 @@ def main(settings: Settings) -> int:
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-    from forge_common import artifact, checkpoint, schedule, tracking
+    from forge_common import artifact, checkpoint, schedule, statistics, tracking
     from forge_common.data.corpora import general_sample, held_out_fraction, open_corpora
     from forge_common.data.order import updates
     from forge_common.files import write_json
@@ -115,7 +122,7 @@ def main(settings: Settings) -> int:
     config.check_context(settings, trunk.config)
     trunk = trunk.to(getattr(torch, settings.dtype))
     layers = chosen_layers(settings.layers, trunk.config.num_hidden_layers)
-    trained = plug_in(trunk, settings.kind, layers)
+    trained = plug_in(trunk, settings.kind, layers, width=settings.width, rank=settings.rank)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
     frozen_before = artifact.digest({name: trunk.state_dict()[name] for name in frozen})
     optimizer = torch.optim.AdamW(
@@ -242,10 +249,19 @@ def main(settings: Settings) -> int:
         if accelerator.is_main_process:
             if artifact.digest({name: tensors[name] for name in frozen}) != frozen_before:
                 raise AssertionError("a frozen tensor of the trunk has moved; the module was not published")
+            plain, _, _ = artifact.read_trunk(settings.trunk, settings.eos_token)
+            sample = list(statistics.sample(corpora.training.shares(), settings.statistics_tokens))
+            counts, sampled = statistics.count(
+                sample, plain.config.vocab_size, tokenizer.eos_token_id, settings.statistics_min_documents
+            )
+            moments = statistics.moments(plain.to(device), sample, settings.sequence_length, device)
             facts = {
                 "kind": settings.kind,
                 "name": settings.name,
                 "layers": layers,
+                "width": settings.width,
+                "rank": settings.rank,
+                "statistics": sampled,
                 "trunk_digest": origin["digest"],
                 "tokenizer_digest": origin["tokenizer_digest"],
                 "data": corpora.digests,
@@ -258,7 +274,8 @@ def main(settings: Settings) -> int:
                 "losses": losses,
             }
             published = settings.output_dir / "module"
-            digest = artifact.write_module(published, {name: tensors[name] for name in trained}, facts)
+            own = {name: tensors[name] for name in trained}
+            digest = artifact.write_module(published, own, facts, counts | moments)
             artifact.read_model(settings.trunk, published)
             log.say(f"frozen      {len(frozen)} tensors, digest {frozen_before[:12]} before and after")
             log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")

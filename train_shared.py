@@ -18,7 +18,9 @@ from forge_common.errors import UserError
 class Settings:
     # -- what is read --
 
-    data: tuple[str, ...]  # file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs; SOURCE@0.7 weights it
+    data: tuple[
+        str, ...
+    ]  # file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs|perl; SOURCE@0.7 weights it
     output_dir: Path  # settings, metrics, checkpoints, and at the end trunk/
     val_data: tuple[str, ...] = ()  # sources to validate on; none: a part of --data
     val_fraction: float = 0.01  # of the documents of --data is held out, by hash of content (without --val-data)
@@ -42,12 +44,14 @@ class Settings:
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     tie_word_embeddings: bool = True
-    cross_document_attention: bool = True  # may a token see the documents before its own in the same window
+    cross_document_attention: bool = False  # may a token see the documents before its own in the same window
     num_experts: int = 0  # a sparse feed-forward (Mixtral's) with so many experts; 0: dense
     experts_per_token: int = 2
     router_aux_loss_coef: float = 0.01  # weight of the balance loss
     router_z_loss_coef: float = 0.001
     dtype: Literal["float32", "float64"] = "float32"  # of the weights; bf16 is the launcher's --mixed_precision
+    statistics_tokens: int = 1_000_000  # of the training text at most, for the router's counts
+    statistics_min_documents: int = 2  # what fewer of the sampled documents hold is not counted (docs/PRIVACY.md)
 
     # -- how --
 
@@ -88,7 +92,7 @@ def main(settings: Settings) -> int:
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-    from forge_common import artifact, checkpoint, schedule, tracking
+    from forge_common import artifact, checkpoint, schedule, statistics, tracking
     from forge_common.data.corpora import held_out_fraction, open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.files import write_json
@@ -237,8 +241,13 @@ def main(settings: Settings) -> int:
             log.say(f"publishing the best weights by validation, those of update {progress.best_step}")
         tensors = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
+            sample = statistics.sample(corpora.training.shares(), settings.statistics_tokens)
+            counts, sampled = statistics.count(
+                sample, trunk.config.vocab_size, tokenizer.eos_token_id, settings.statistics_min_documents
+            )
             facts = {
                 "kind": "trunk",
+                "statistics": sampled,
                 "data": corpora.digests,
                 "sources": list(settings.data),
                 "val_fraction": held_out_fraction(settings),
@@ -248,9 +257,10 @@ def main(settings: Settings) -> int:
                 "validation_loss": progress.best_val_loss,
                 "continued_from": origin.get("digest"),
             }
-            digest = artifact.write_trunk(settings.output_dir / "trunk", tensors, trunk.config, tokenizer, facts)
-            artifact.read_trunk(str(settings.output_dir / "trunk"))
-            log.say(f"published   {settings.output_dir / 'trunk'} (digest {digest[:12]}, read back and verified)")
+            published = settings.output_dir / "trunk"
+            digest = artifact.write_trunk(published, tensors, trunk.config, tokenizer, facts, counts)
+            artifact.read_trunk(str(published))
+            log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
     log.close()
     return stop.exit_code if interrupted else 0

@@ -1,8 +1,9 @@
 """What a run gives to others: folders of safetensors and JSON that carry their facts and are verified when read.
 
-trunk/   config.json, model.safetensors, tokenizer.json, tokenizer_config.json, forge.json, README.md
-module/  module.safetensors, module.json, README.md
-No pickle is written, and none is opened.
+trunk/      config.json, model.safetensors, tokenizer.json, tokenizer_config.json, forge.json, statistics.safetensors
+module/     module.safetensors, module.json, statistics.safetensors
+assembled/  assembled.json, trunk/, modules/NAME/ ...
+A README.md (the card) stands in each. No pickle is written, and none is opened.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from .errors import UserError
 from .files import publish, read_json, write_json
 from .model import Trunk
 from .modules import put_in
+from .statistics import BIGRAM_BUCKETS
 
 FORMAT_VERSION = 1
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -38,14 +40,23 @@ def digest(tensors: Tensors) -> str:
 
 
 def write_trunk(
-    folder: Path, tensors: Tensors, config: ModelConfig, tokenizer: Tokenizer, facts: dict[str, Any]
+    folder: Path,
+    tensors: Tensors,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    facts: dict[str, Any],
+    statistics: Tensors | None = None,
 ) -> str:
-    """Publishes a trunk as a Transformers checkpoint; returns its digest."""
+    """Publishes a trunk as a Transformers checkpoint, with the statistics of its text; returns its digest."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     own = digest(stored)
     facts = {"format_version": FORMAT_VERSION, "digest": own, "tokenizer_digest": tokenizer.digest, **facts}
+    if statistics:
+        facts["statistics_digest"] = digest(statistics)
 
     def write(aside: Path) -> None:
+        if statistics:
+            save_file(statistics, aside / "statistics.safetensors")
         save_file(stored, aside / "model.safetensors", metadata={"format": "pt"})
         write_json(aside / "config.json", config.to_hf())
         tokenizer.save(aside)
@@ -56,14 +67,16 @@ def write_trunk(
     return own
 
 
-def write_module(folder: Path, tensors: Tensors, facts: dict[str, Any]) -> str:
-    """Publishes a module: its tensors and its passport `module.json`; returns its digest."""
+def write_module(folder: Path, tensors: Tensors, facts: dict[str, Any], statistics: Tensors) -> str:
+    """Publishes a module: its tensors, its passport `module.json`, the router's statistics; returns its digest."""
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     own = digest(stored)
     shapes = {name: list(tensor.shape) for name, tensor in sorted(stored.items())}
-    facts = {"format_version": FORMAT_VERSION, "digest": own, **facts, "shapes": shapes}
+    facts = {"format_version": FORMAT_VERSION, "digest": own, "statistics_digest": digest(statistics), **facts}
+    facts["shapes"] = shapes
 
     def write(aside: Path) -> None:
+        save_file(statistics, aside / "statistics.safetensors")
         save_file(stored, aside / "module.safetensors", metadata={"format": "pt"})
         write_json(aside / "module.json", facts)
         (aside / "README.md").write_text(_card(f"module {facts['name']}", facts), encoding="utf-8")
@@ -209,14 +222,41 @@ def read_module(folder: Path, trunk_facts: dict[str, Any]) -> tuple[Tensors, dic
     return tensors, facts
 
 
+def read_statistics(folder: Path, facts: dict[str, Any], vocab_size: int) -> Tensors | None:
+    """The router's statistics beside a trunk or a module, verified; None where none were published."""
+    path = folder / "statistics.safetensors"
+    if "statistics_digest" not in facts and not path.exists():
+        return None
+    statistics = read_tensors(path)
+    if digest(statistics) != facts.get("statistics_digest"):
+        raise UserError(
+            f"{path}: the digest is {digest(statistics)}, the passport says {facts.get('statistics_digest')}. The file was "
+            "changed or damaged since it was published: fetch the artifact again."
+        )
+    for name, size in (("unigrams", vocab_size), ("bigrams", BIGRAM_BUCKETS)):
+        found = statistics.get(name)
+        if found is None or found.shape != (size,) or found.dtype != torch.uint8:
+            raise UserError(
+                f"{path}: {name} are not {size} codes of 8 bits. Make the artifact again with this version."
+            )
+    return statistics
+
+
+def plug(module: Path, passport: dict[str, Any]) -> dict[str, Any]:
+    """What modules.plug_in is told of a module, from its passport: kind, layers, width, rank."""
+    layers, sizes = passport.get("layers"), {name: passport.get(name, 0) for name in ("width", "rank")}
+    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
+        raise UserError(f"{module}: module.json does not say which layers the module is for. Fetch the module again.")
+    if not all(isinstance(size, int) and 0 <= size <= 1 << 20 for size in sizes.values()):
+        raise UserError(f"{module}: module.json gives the sizes {sizes}. Fetch the module again.")
+    return {"kind": passport.get("kind"), "layers": layers, **sizes}
+
+
 def read_model(place: str, module: Path | None) -> tuple[Trunk, Tokenizer, dict[str, Any], dict[str, Any] | None]:
     """A trunk, or a trunk with one module merged into it: model, tokenizer, trunk's facts, module's facts."""
     trunk, tokenizer, facts = read_trunk(place)
     if module is None:
         return trunk, tokenizer, facts, None
     tensors, passport = read_module(module, facts)
-    kind, layers = passport.get("kind"), passport.get("layers")
-    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-        raise UserError(f"{module}: module.json does not say which layers the module is for. Fetch the module again.")
-    put_in(trunk, tensors, kind, layers)
+    put_in(trunk, tensors, **plug(module, passport))
     return trunk, tokenizer, facts, passport

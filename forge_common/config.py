@@ -244,7 +244,10 @@ def problems(settings: Any) -> list[str]:
     for name in ("steps", "batch_size", "micro_batch_size", "sequence_length", "keep", "log_every", "max_bad_updates"):
         if value(name) < 1:
             found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
-    for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts"):
+    for name in ("statistics_tokens", "statistics_min_documents", "rank"):
+        if (value(name, 1)) < 1:
+            found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+    for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts", "width"):
         if (value(name) or 0) < 0:
             found.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
     for name in ("lr", "max_grad_norm"):

@@ -1,10 +1,14 @@
 """Losses of a model on named texts: python -m forge_common.evaluate --model DIR [--module DIR...] --data NAME=SOURCE...
 
-Each document stands alone (cut into windows of the context where it is longer), so that a loss does not depend on its
-neighbours and its standard error over documents can be stated.
+--model is a trunk, or what `assemble` wrote; then the trunk, each module, the whole and the whole without single modules
+are rows of the table. Each document stands alone (cut into windows of the context where it is longer), so that a loss
+does not depend on its neighbours and its standard error over documents can be stated.
+
+B batch, T time, E candidates (the trunk and the modules)
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +20,16 @@ from .files import read_json, write_json
 
 @dataclass(frozen=True)
 class Settings:
-    model: str  # a trunk: folder or hub id
+    model: str  # a trunk (folder or hub id), or an assembled model
     data: tuple[str, ...]  # NAME=SOURCE, each a column of the table
     module: tuple[Path, ...] = ()  # modules of this trunk; each is merged into it alone and becomes a row
+    without: tuple[str, ...] = ()  # of an assembled model: each named module is left out in a row of its own
+    parts: bool = True  # of an assembled model: rows for the trunk and for each module as well
+    top_k: int | None = None  # candidates that serve a token, over what the model was assembled with; 0: all
+    router_memory: int = 128  # tokens of the same document before a window that the router may hear
+    spliced: int = 0  # add a column: texts that change their domain every so many tokens
     json: Path | None = None  # write the rows there as well
+    svg: Path | None = None  # draw them there
     val_fraction: float | None = None  # score documents whose hash is below it; none: as the runs held out; 1: all
     max_tokens: int = 0  # at most so many tokens a source; 0: all
     sequence_length: int | None = None  # tokens a window; none: the model's context, at most 2,048
@@ -34,82 +44,104 @@ class Settings:
 def main(settings: Settings) -> int:
     import torch
 
-    from .artifact import read_model
+    from . import texts
+    from .picture import draw
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     named = [text.partition("=") for text in settings.data]
     for text, (name, equals, source) in zip(settings.data, named, strict=True):
         if not (name and equals and source):
             raise UserError(f"--data {text}: say NAME=SOURCE, such as law=law/*.txt")
-    rows, fraction = [], settings.val_fraction
-    for folder in (None, *settings.module):
-        trunk, tokenizer, facts, passport = read_model(settings.model, folder)
-        if fraction is None:
-            fraction = _held_out(facts, settings.module)
-            print(
-                f"scoring     {'all documents' if fraction == 1 else f'documents held out by hash (the first {fraction:.2%})'}"
-            )
-        trunk = trunk.to(device).eval()
-        label = f"module:{passport['name']}" if passport else "trunk"
-        for name, _, source in named:
-            rows.append({"model": label, "domain": name, **score(trunk, tokenizer, source, settings, fraction, device)})
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    fraction = held_out(settings)
+    print(
+        f"scoring     {'all documents' if fraction == 1 else f'documents held out by hash (the first {fraction:.2%})'}"
+    )
+    rows, columns = [], None
+    for label, model, tokenizer in models(settings):  # what cannot be compared is refused before any text is read
+        columns = columns or texts.columns(named, tokenizer, model.config, settings, fraction)
+        model = model.to(device).eval()
+        for domain, pieces in columns.items():
+            rows.append({"model": label, "domain": domain, **score(model, pieces, settings, device)})
     print(table(rows))
+    print(receipt(rows), end="")
     if settings.json:
         write_json(settings.json, {"rows": rows})
+    if settings.svg:
+        settings.svg.write_text(draw(rows), encoding="utf-8")
     return 0
 
 
-def _held_out(facts: dict[str, Any], modules: tuple[Path, ...]) -> float:
-    """The share of documents that the trunk's run and every module's held out by hash; 1 where none held out any."""
-    stated = [facts.get("val_fraction")] + [read_json(folder / "module.json").get("val_fraction") for folder in modules]
+def models(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
+    """(the row's name, model, tokenizer) of all that is compared, one after the other."""
+    from .artifact import read_model
+    from .assembled import is_assembled, read_assembled
+
+    if not is_assembled(settings.model):
+        if settings.without or settings.top_k is not None:
+            raise UserError(f"{settings.model} is not an assembled model: --without and --top-k say nothing of it")
+        for folder in (None, *settings.module):
+            model, tokenizer, _, passport = read_model(settings.model, folder)
+            yield f"module:{passport['name']}" if passport else "trunk", model, tokenizer
+        return
+    if settings.module:
+        raise UserError("--module is for a trunk; an assembled model brings its own")
+    whole, tokenizer, _ = read_assembled(settings.model, top_k=settings.top_k)
+    unknown = [name for name in settings.without if name not in whole.names[1:]]
+    if unknown:
+        raise UserError(f"--without {unknown[0]}: no such module; {settings.model} holds {', '.join(whole.names[1:])}")
+    if settings.parts:
+        for name, candidate in zip(whole.names, whole.candidates, strict=True):
+            yield name if name == "trunk" else f"module:{name}", candidate, tokenizer
+    yield "assembled", whole, tokenizer
+    for name in settings.without:
+        yield f"without:{name}", read_assembled(settings.model, without=(name,), top_k=settings.top_k)[0], tokenizer
+
+
+def held_out(settings: Settings) -> float:
+    """The share of documents that every part's run held out by hash; 1 where none held out any."""
+    from .artifact import find
+    from .assembled import is_assembled
+
+    if settings.val_fraction is not None:
+        return settings.val_fraction
+    if is_assembled(settings.model):
+        return read_json(Path(settings.model) / "assembled.json").get("val_fraction") or 1.0
+    passport = find(settings.model) / "forge.json"
+    stated = [read_json(passport).get("val_fraction")] if passport.exists() else []
+    stated += [read_json(folder / "module.json").get("val_fraction") for folder in settings.module]
     return min((fraction for fraction in stated if fraction), default=1.0)
 
 
-def score(trunk: Any, tokenizer: Any, source: str, settings: Settings, fraction: float, device: Any) -> dict[str, Any]:
-    """Nats per token of `source`, its standard error over documents (weighted by their tokens), and bits per byte."""
-    import numpy as np
+def score(model: Any, column: Any, settings: Settings, device: Any) -> dict[str, Any]:
+    """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte."""
     import torch
 
-    from .data.sources import parse
-    from .data.store import prepare
-    from .data.windows import Windows
-
-    reading = {k: getattr(settings, k) for k in ("text_column", "document_separator", "on_bad_text", "on_bad_line")}
-    place = settings.cache_dir.expanduser()
-    corpus = prepare(parse(source)[0], tokenizer, cache_dir=place, val_fraction=min(fraction, 0.999999), **reading)
-    parts = [corpus.validation] if fraction < 1 else [corpus.validation, corpus.train]
-    length = settings.sequence_length or min(trunk.config.max_position_embeddings, 2048)
-    filler = trunk.config.ignore_index
-    places = [
-        (windows, i, (part, windows.spans(i)[0][0]))
-        for part, tokens in enumerate(parts)
-        for windows in [Windows(tokens, length, pack=False, filler=filler)]
-        for i in range(len(windows))
-    ]
-    if settings.max_tokens:
-        total = np.cumsum([windows.scored(i) for windows, i, _ in places])
-        places = places[: int(np.searchsorted(total, settings.max_tokens)) + 1]
-    if not places:
-        raise UserError(f"{source}: no document to score among the first {fraction:.2%}. Use --val-fraction 1 for all.")
-    places.sort(key=lambda place: place[0].scored(place[1]))  # like lengths together: short batches are cut short
     nats: dict[Any, float] = {}
     counts: dict[Any, int] = {}
-    for start in range(0, len(places), settings.batch_size):
-        batch = places[start : start + settings.batch_size]
-        longest = max(windows.scored(i) for windows, i, _ in batch) + 1
-        tokens = torch.from_numpy(np.stack([windows[i][:longest] for windows, i, _ in batch])).to(device)
-        for (windows, i, document), value in zip(batch, trunk.nats(tokens).double().sum(1).tolist(), strict=True):
-            nats[document] = nats.get(document, 0.0) + value
-            counts[document] = counts.get(document, 0) + windows.scored(i)
+    shares = 0.0
+    for start in range(0, len(column.pieces), settings.batch_size):
+        batch = column.pieces[start : start + settings.batch_size]
+        longest = max(piece.scored for piece in batch) + 1
+        tokens = torch.stack([torch.from_numpy(piece.tokens()[:longest]) for piece in batch]).to(device)
+        before = torch.stack([torch.from_numpy(piece.before()) for piece in batch]).to(device)
+        found = model.nats(tokens, before)
+        for piece, value in zip(batch, found.double().sum(1).tolist(), strict=True):
+            nats[piece.document] = nats.get(piece.document, 0.0) + value
+            counts[piece.document] = counts.get(piece.document, 0) + piece.scored
+        if hasattr(model, "names"):
+            real = torch.arange(longest - 1, device=device) < torch.tensor([[p.scored] for p in batch], device=device)
+            shares = shares + model.weights[real].double().sum(0)
     total, tokens_scored = sum(nats.values()), sum(counts.values())
     loss = total / tokens_scored
     spread = math.fsum((nats[d] - loss * counts[d]) ** 2 for d in nats)  # of a ratio estimate over documents
     documents = len(nats)
     error = math.sqrt(spread * documents / (documents - 1)) / tokens_scored if documents > 1 else None
-    size = sum(part.bytes for part in parts)
-    per_byte = None if settings.max_tokens else total / math.log(2) / size
+    per_byte = total / math.log(2) / column.bytes if column.bytes else None
     result = {"loss": loss, "stderr": error, "tokens": tokens_scored, "documents": documents}
-    return result | {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": per_byte}
+    result |= {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": per_byte}
+    if hasattr(model, "names"):
+        result["shares"] = dict(zip(model.names, (shares / tokens_scored).tolist(), strict=True))
+    return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -127,8 +159,31 @@ def table(rows: list[dict[str, Any]]) -> str:
             below.append(f"ppl {row['perplexity']:,.1f}{bits}")
         lines.append(f"{model:<{width}}" + "".join(f"{cell:>30}" for cell in cells))
         lines.append(" " * width + "".join(f"{cell:>30}" for cell in below))
+    for model in models:
+        if "shares" in at[model, domains[0]]:
+            lines.append(f"\nwho spoke in {model}, share of the tokens")
+            for name in at[model, domains[0]]["shares"]:
+                cells = "".join(f"{at[model, domain]['shares'][name]:>30.1%}" for domain in domains)
+                lines.append(f"{name:<{width}}{cells}")
     tokens = ", ".join(f"{domain} {at[models[0], domain]['tokens']:,}" for domain in domains)
     return "\n".join([*lines, f"nats per token ± standard error over documents; tokens scored: {tokens}"])
+
+
+def receipt(rows: list[dict[str, Any]]) -> str:
+    """What leaving a module out did: to the domain of its name, beside the trunk, and to the others; "" where none was."""
+    at = {(row["model"], row["domain"]): row["loss"] for row in rows}
+    lines = []
+    for left in dict.fromkeys(row["model"] for row in rows if row["model"].startswith("without:")):
+        name = left.removeprefix("without:")
+        domains = [domain for model, domain in at if model == left and domain != "spliced"]
+        moved = {domain: at[left, domain] - at["assembled", domain] for domain in domains if domain != name}
+        said = [f"receipt     without {name}:"]
+        if name in domains:
+            beside = f", the trunk {at['trunk', name]:.4f}" if ("trunk", name) in at else ""
+            said.append(f"{name} {at['assembled', name]:.4f} -> {at[left, name]:.4f}{beside};")
+        said.append("others " + ", ".join(f"{domain} {change:+.4f}" for domain, change in moved.items()))
+        lines.append(" ".join(said) + "\n")
+    return "".join(lines)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Text from a trunk, or from a trunk with one module: python -m forge_common.generate --model DIR --prompt TEXT."""
+"""Text from a trunk, a trunk with one module, or an assembled model.
+
+python -m forge_common.generate --model DIR --prompt TEXT
+"""
 
 import sys
 from collections.abc import Iterator
@@ -12,9 +15,12 @@ from .errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    model: str  # a trunk: folder or hub id
+    model: str  # a trunk (folder or hub id), or an assembled model
     prompt: str
     module: Path | None = None  # merged into the trunk before it speaks
+    without: tuple[str, ...] = ()  # modules of an assembled model to leave out
+    top_k: int | None = None  # candidates that serve a token, over what the model was assembled with; 0: all
+    show_routing: bool = False  # say below the text who spoke: a line for each stretch of one voice
     max_new_tokens: int = 200
     temperature: float = 0.8  # 0: always the likeliest token
     top_p: float = 0.95  # draw from the likeliest tokens that hold this much of the probability
@@ -25,28 +31,57 @@ def main(settings: Settings) -> int:
     import torch
 
     from .artifact import read_model
+    from .assembled import is_assembled, read_assembled
 
     if settings.temperature < 0 or not 0 < settings.top_p <= 1 or settings.max_new_tokens < 1:
         raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --max-new-tokens at least 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    trunk, tokenizer, _, _ = read_model(settings.model, settings.module)
+    whole = is_assembled(settings.model)
+    if whole and settings.module:
+        raise UserError("--module is for a trunk; an assembled model brings its own")
+    if not whole and (settings.without or settings.top_k is not None or settings.show_routing):
+        raise UserError(
+            f"{settings.model} is no assembled model: --without, --top-k and --show-routing say nothing of it"
+        )
+    if whole:
+        trunk, tokenizer, _ = read_assembled(settings.model, without=settings.without, top_k=settings.top_k)
+    else:
+        trunk, tokenizer, _, _ = read_model(settings.model, settings.module)
     trunk = trunk.to(device).eval()
     prompt = tokenizer.encode_batch([settings.prompt])[0] or [tokenizer.eos_token_id]
     if tokenizer.eos_token_id in prompt[-1:] and len(prompt) > 1:
         prompt = prompt[:-1]
     generator = torch.Generator(device).manual_seed(settings.seed)
-    ids, shown = list(prompt), settings.prompt
+    ids, shown, voices = list(prompt), settings.prompt, []
     print(settings.prompt, end="", flush=True)
     for token in sample(trunk, prompt, settings, generator):
         if token == tokenizer.eos_token_id:
             break
         ids.append(token)
+        if settings.show_routing:
+            voices.append(trunk.weights[0, -1].tolist())
         text = tokenizer.decode(ids)
         if text.startswith(shown) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # half a character waits
             print(text[len(shown) :], end="", flush=True)
             shown = text
     print()
+    if settings.show_routing:
+        print(routing(trunk.names, voices, [tokenizer.decode([token]) for token in ids[len(prompt) :]]))
     return 0
+
+
+def routing(names: list[str], voices: list[list[float]], pieces: list[str]) -> str:
+    """A line for each stretch of tokens with the same first voice: its tokens, the voices' mean weights, the text."""
+    lines, start = [], 0
+    first = [max(range(len(names)), key=weights.__getitem__) for weights in voices]
+    for end in range(1, len(voices) + 1):
+        if end < len(voices) and first[end] == first[start]:
+            continue
+        mean = [sum(column) / (end - start) for column in zip(*voices[start:end], strict=True)]
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in zip(names, mean, strict=True) if share >= 0.005)
+        lines.append(f"{start + 1:>5}-{end:<5} {shares}: {''.join(pieces[start:end])!r}")
+        start = end
+    return "\n".join(lines)
 
 
 def sample(trunk: Any, prompt: list[int], settings: Settings, generator: Any) -> Iterator[int]:

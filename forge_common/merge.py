@@ -19,10 +19,12 @@ class Settings:
 
 def main(settings: Settings) -> int:
     from .artifact import read_model, write_trunk
+    from .modules import fold
 
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
     trunk, tokenizer, facts, passport = read_model(settings.trunk, settings.module)
+    fold(trunk)
     origin = {"merged_from": {"trunk": facts["digest"], "module": passport["digest"], "name": passport["name"]}}
     fractions = [value for value in (facts.get("val_fraction"), passport.get("val_fraction")) if value]
     origin |= {"kind": "trunk", "val_fraction": min(fractions, default=0.0), "licence": passport.get("licence")}

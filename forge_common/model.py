@@ -19,7 +19,7 @@ Cache = list[tuple[torch.Tensor, ...]]  # the tokens so far ([B, T],), then each
 
 # The parameters of a layer in the order in which a token meets them.
 FLOW = "input_layernorm", "q_proj k_proj v_proj", "q_norm k_norm", "o_proj", "post_attention_layernorm"
-FLOW += "gate gate_proj up_proj w1 w3", "down_proj w2"
+FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
 
 
 def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,11 +75,11 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """SwiGLU. Source: Shazeer, GLU variants, arXiv 2002.05202."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, hidden_size: int, intermediate_size: int):
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -132,19 +132,30 @@ class DecoderLayer(nn.Module):
         if config.num_local_experts:
             self.block_sparse_moe = SparseFeedForward(config)
         else:
-            self.mlp = FeedForward(config)
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.addition: nn.Module | None = None  # what a module puts beside the feed-forward: y -> addition(normed, y)
 
     @property
     def feed_forward(self) -> nn.Module:
         return self.mlp if hasattr(self, "mlp") else self.block_sparse_moe
 
-    def forward(self, x, rope, mask, scored, load, cache, layer):
-        """x [B, T, D] -> x [B, T, D] and the router's (balance, z, counts), or None without a router."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
-        normed = self.post_attention_layernorm(x)
+    def feed(self, normed, scored, load):
+        """normed [B, T, D] -> what is added to x [B, T, D], and the router's (balance, z, counts) or None."""
         if hasattr(self, "mlp"):
-            return x + self.mlp(normed), None
-        y, *router = self.block_sparse_moe(normed, scored, load)
+            y, router = self.mlp(normed), None
+        else:
+            y, *router = self.block_sparse_moe(normed, scored, load)
+        if self.addition is not None:
+            y, router = self.addition(normed, y, scored, router)
+        return y, router
+
+    def forward(self, x, rope, mask, scored, load, cache, layer, feed=None):
+        """x [B, T, D] -> x [B, T, D] and the router's (balance, z, counts), or None without a router.
+
+        feed: what takes the place of this layer's own `feed`, as in an assembled model.
+        """
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+        y, router = (feed or self.feed)(self.post_attention_layernorm(x), scored, load)
         return x + y, router
 
 
@@ -158,7 +169,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, inputs, scored=None, load=None, cache: Cache | None = None):
+    def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None):
         """inputs [B, T] -> hidden [B, T, D] after the last norm, and each layer's router facts."""
         past = cache[0][0].shape[1] if cache else 0
         seen = torch.cat((cache[0][0], inputs), dim=1) if past else inputs
@@ -172,7 +183,8 @@ class Decoder(nn.Module):
         if load is None and self.config.num_local_experts:
             load = even_load(self.config, x.device)
         for index, layer in enumerate(self.layers):
-            x, router = layer(x, rope, mask, scored, None if load is None else load[index], cache, index)
+            own = None if load is None else load[index]
+            x, router = layer(x, rope, mask, scored, own, cache, index, feeds and feeds[index])
             routers.append(router)
         return self.norm(x), [router for router in routers if router is not None]
 
@@ -201,6 +213,7 @@ class Trunk(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
+        self.head_change: nn.Module | None = None  # what a module adds to the head: weight [V, D] -> [V, D]
         self.apply(self._initialise)
         residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)  # GPT-2's rule
         for name, parameter in self.named_parameters():
@@ -215,8 +228,9 @@ class Trunk(nn.Module):
 
     @property
     def head(self) -> torch.Tensor:
-        """[V, D]: the head's own weight, or the embedding's where they are tied."""
-        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        """[V, D]: the head's own weight, or the embedding's where they are tied; with a module's change to it."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight if self.head_change is None else self.head_change(weight)
 
     def forward(self, tokens: torch.Tensor, expert_load: torch.Tensor | None = None) -> Sums:
         """tokens [B, T + 1] -> sums over the scored labels tokens[:, 1:]; ones equal to `ignore_index` are not scored.
@@ -224,7 +238,7 @@ class Trunk(nn.Module):
         expert_load [L, E]: f of the balance loss, a constant (even where None). Exact for any division into
         micro-batches and processes, since every sum is linear in the tokens; which f that is, the caller decides.
         """
-        inputs, labels = self._split(tokens)
+        inputs, labels = self.split(tokens)
         scored = labels != self.config.ignore_index
         hidden, routers = self.model(inputs, scored, expert_load)
         nats = head_cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten(), self.config.ignore_index)
@@ -236,14 +250,17 @@ class Trunk(nn.Module):
         objective = nats + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
         return Sums(objective, nats, scored.sum(), balance, z, torch.stack([router[2] for router in routers]))
 
-    def _split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """inputs and labels [B, T]; a filler of -100 is no row of the embedding, any token does (nobody attends to it)."""
         return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
 
     @torch.no_grad()
-    def nats(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Nats of each label of tokens [B, T + 1], 0 where not scored: [B, T]."""
-        inputs, labels = self._split(tokens)
+    def nats(self, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """Nats of each label of tokens [B, T + 1], 0 where not scored: [B, T].
+
+        before [B, H]: what a router may know of the document so far; a trunk has no use for it.
+        """
+        inputs, labels = self.split(tokens)
         hidden, _ = self.model(inputs)
         flat = nats_per_token(hidden.flatten(0, 1), self.head, labels.flatten(), self.config.ignore_index)
         return flat.view_as(labels)

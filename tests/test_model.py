@@ -509,10 +509,10 @@ def test_a_module_that_does_not_fit_is_refused_and_nothing_is_changed(change, na
     assert all(torch.equal(tensor, before[name]) for name, tensor in trunk.state_dict().items())
 
 
-@pytest.mark.parametrize(("kind", "layers"), [("lora", [0]), ("ffn", [3]), ("ffn", [0, -1])])
+@pytest.mark.parametrize(("kind", "layers"), [("adapter", [0]), ("ffn", [3]), ("ffn", [0, -1])])
 def test_a_kind_or_a_layer_that_is_none_is_refused(kind, layers):
     trunk = make("tied")
-    with pytest.raises(UserError, match=r"lora|layers \["):
+    with pytest.raises(UserError, match=r"adapter|layers \["):
         plug_in(trunk, kind, layers)
     assert all(parameter.requires_grad for parameter in trunk.parameters())
 

@@ -32,7 +32,12 @@ def test_the_artifact_holds_the_trained_tensors_alone(made, trunk):
     for name, tensor in tensors.items():  # each has learned something
         before = original.get(name, original["model.embed_tokens.weight"])
         assert tensor.shape == before.shape and not torch.equal(tensor, before)
-    assert {path.name for path in (folder / "module").iterdir()} == {"module.safetensors", "module.json", "README.md"}
+    assert {path.name for path in (folder / "module").iterdir()} == {
+        "module.safetensors",
+        "module.json",
+        "statistics.safetensors",
+        "README.md",
+    }
 
 
 def test_no_frozen_weight_in_checkpoint_or_optimizer(made):

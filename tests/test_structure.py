@@ -10,12 +10,17 @@ import pytest
 
 PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
-RUNNABLE = {"evaluate", "generate", "merge"}
+RUNNABLE = {"assemble", "evaluate", "generate", "merge"}
 LEAVES = {"config", "schedule", "loss", "tracking", "errors", "files", "stopping", "validation"}
+LEAVES |= {"statistics", "picture"}
 MAY = {  # what else a room may reach; errors, files and config are everybody's
     "model": {"loss"},
     "modules": {"model", "loss"},
-    "artifact": {"model", "modules", "data"},
+    "routers": {"statistics"},
+    "mixture": {"model", "modules", "routers", "loss"},
+    "artifact": {"model", "modules", "statistics", "data"},
+    "assembled": {"artifact", "data", "model", "mixture", "routers"},
+    "texts": {"data"},
     "checkpoint": set(),
 }
 COMMON = {"errors", "files", "config"}
@@ -89,7 +94,14 @@ def test_the_training_chapters_are_one_text():
 
 
 @pytest.mark.parametrize(
-    "script", [*SCRIPTS, "-m forge_common.evaluate", "-m forge_common.generate", "-m forge_common.merge"]
+    "script",
+    [
+        *SCRIPTS,
+        "-m forge_common.assemble",
+        "-m forge_common.evaluate",
+        "-m forge_common.generate",
+        "-m forge_common.merge",
+    ],
 )
 def test_help_imports_nothing_heavy(script):
     """What a --help or a wrong flag costs: no torch, no accelerate, no datasets."""

@@ -73,8 +73,11 @@ def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes,
     for stream in streams:
         for start in range(0, len(stream) - 1, 64):
             window = torch.tensor(stream[start : start + 65])
-            log_p = model(window[None, :-1]).logits[0].log_softmax(-1)
-            nats -= log_p.gather(1, window[1:, None]).sum().item()
+            ends = [i + 1 for i, token in enumerate(window[:-1]) if token == tokenizer.eos_token_id]
+            for first, last in itertools.pairwise([0, *ends, len(window) - 1]):  # a document attends to itself alone
+                if first < last:
+                    log_p = model(window[None, first:last]).logits[0].log_softmax(-1)
+                    nats -= log_p.gather(1, window[first + 1 : last + 1, None]).sum().item()
             tokens += len(window) - 1
     row = launch.rows(folder, "val/loss")[-1]
     assert row["val/tokens"] == tokens > 1000 and len(texts) > 2

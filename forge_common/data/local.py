@@ -1,4 +1,4 @@
-"""Three corpora of different domains that are on every machine with Python and torch: python, cpp, docs.
+"""Corpora of different domains that are there already: python, cpp and docs with Python and torch; perl with perl.
 
 Nothing is downloaded. What they hold depends on the versions of Python and of the packages (`versions`), not on the
 file system's order: documents come sorted by the digest of their text, each at most once.
@@ -8,6 +8,8 @@ import hashlib
 import os
 import platform
 import re
+import shutil
+import subprocess
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from importlib import import_module, metadata
@@ -38,15 +40,17 @@ Named = Iterator[tuple[str, str]]  # (name, text)
 
 def documents(name: str) -> Iterator[Document]:
     """The corpus of that name. Origin: local:NAME:file. UserError listing the names for an unknown one."""
-    corpus = {"python": _python, "cpp": _cpp, "docs": _docs}.get(name)
+    corpus = {"python": _python, "cpp": _cpp, "docs": _docs, "perl": _perl}.get(name)
     if corpus is None:
-        raise UserError(f"local:{name}: no such corpus; use local:python, local:cpp or local:docs")
+        raise UserError(f"local:{name}: no such corpus; use local:python, local:cpp, local:docs or local:perl")
     for origin, text, digest in _distinct(corpus()):
         yield Document(f"local:{name}:{origin}", digest, (text,))
 
 
 def versions(name: str) -> dict[str, str]:
-    """What the corpus depends on: the versions of Python and of the packages read."""
+    """What the corpus depends on: the versions of Python and of the packages read, or of perl."""
+    if name == "perl":
+        return {"perl": _perl_says("version")}
     wanted = {"python": CODE_PACKAGES, "cpp": HEADER_PACKAGES, "docs": None}.get(name, ())
     found = {d.name: d.version for d in metadata.distributions() if d.name}  # a broken installation has no name
     packages = {package: found[package] for package in sorted(found) if wanted is None or package in wanted}
@@ -63,6 +67,25 @@ def _cpp() -> list[Named]:
     headers = {".h", ".hpp", ".cpp", ".cc", ".cuh", ".cu", ".inl"}
     folders = ("torch/include", "pyarrow/include", "numpy/_core/include")
     return [_files(_site(), folder, headers) for folder in folders]
+
+
+def _perl() -> list[Named]:
+    """Perl's own library, with its manual pages in place, but neither what was installed besides nor Unicode's tables."""
+    places = {Path(_perl_says(name)) for name in ("privlibexp", "archlibexp")}
+    return [_files(place.parent, place.name, {".pm"}) for place in sorted(places)]
+
+
+def _perl_says(name: str) -> str:
+    """A value of perl's own configuration. UserError where there is no perl."""
+    perl = shutil.which("perl")
+    if perl is None:
+        raise UserError("local:perl: there is no perl on this machine; install it, or use another corpus")
+    said = subprocess.run([perl, "-MConfig=%Config", "-e", f"print $Config{{{name}}}"], capture_output=True, text=True)
+    if said.returncode or not said.stdout:
+        raise UserError(
+            f"local:perl: {perl} does not say its {name} ({said.stderr.strip()}); mend it, or use another corpus"
+        )
+    return said.stdout
 
 
 def _docs() -> list[Named]:

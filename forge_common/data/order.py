@@ -7,7 +7,7 @@ Nothing is shuffled in memory: a permutation is computed at the places that are 
 import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -87,6 +87,11 @@ class Mixture:
                 f"{BLOCK:,}: that source would never be seen. Raise its weight, or leave the source out."
             )
         return np.repeat(np.arange(len(weights)), counts)
+
+    def shares(self) -> list[tuple[Any, float]]:
+        """The tokens of each source and its part of the stream; the parts sum to 1."""
+        counts = self.lengths if self._pattern is None else np.bincount(self._pattern)
+        return [(source.tokens, float(part)) for source, part in zip(self.sources, counts / counts.sum(), strict=True)]
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """(source, window of that source, how many times the source was passed before)."""

@@ -89,6 +89,18 @@ class Windows:
         start, end = self._range(index)
         return end - start - 1
 
+    def before(self, index: int, length: int, eos_token_id: int) -> np.ndarray:
+        """The ids before the window in its first document, int64 [length]: -1 on the left, an EOS where it begins."""
+        start, _ = self._range(index)
+        first = int(np.searchsorted(self.tokens.offsets, np.uint64(start), side="right")) - 1
+        known = self.tokens.tokens[max(int(self.tokens.offsets[first]), start - length) : start]
+        found = np.full(length, -1, dtype=np.int64)
+        if len(known):
+            found[-len(known) :] = known
+        if len(known) < length:
+            found[length - len(known) - 1] = eos_token_id
+        return found
+
     def spans(self, index: int) -> list[tuple[int, int, int]]:
         """(document, start, end) of each document's part of the window, in places of the window (0 .. T + 1)."""
         start, end = self._range(index)

@@ -1,0 +1,112 @@
+"""A folder that `assemble` wrote, as one model: every part is verified when it is read.
+
+assembled/  assembled.json (router, its numbers, names, digests), trunk/, modules/NAME/, README.md, and
+            statistics.safetensors where the trunk brought none of its own
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .artifact import FORMAT_VERSION, Tensors, plug, read_module, read_statistics, read_trunk
+from .data.tokenizer import Tokenizer
+from .errors import UserError
+from .files import read_json
+from .mixture import Mixture, with_module
+from .model import Trunk
+from .routers import ROUTERS, ContextRouter, LearnedRouter, RidgeRouter, Tuning, UniformRouter
+
+
+def is_assembled(place: str) -> bool:
+    """Whether a folder is what `assemble` writes."""
+    return (Path(place) / "assembled.json").is_file()
+
+
+def read_assembled(
+    place: str, *, without: tuple[str, ...] = (), top_k: int | None = None
+) -> tuple[Mixture, Tokenizer, dict[str, Any]]:
+    """An assembled model without the modules named, its tokenizer, and assembled.json; all that it holds is verified.
+
+    top_k over the one that it was assembled with. The modules left out are not read.
+    """
+    folder = Path(place)
+    facts = read_json(folder / "assembled.json")
+    names = facts.get("modules")
+    if facts.get("format_version") != FORMAT_VERSION or not isinstance(names, list):
+        raise UserError(f"{folder}: assembled.json is not of format {FORMAT_VERSION}. Assemble the modules again.")
+    if any(not isinstance(name, str) or Path(name).name != name or name in ("", "..") for name in names):
+        raise UserError(f"{folder}: assembled.json names modules outside of the folder. Do not use this artifact.")
+    unknown = [name for name in without if name not in names]
+    if unknown:
+        raise UserError(f"--without {unknown[0]}: no such module; {folder} holds {', '.join(names)}")
+    trunk, tokenizer, trunk_facts = read_trunk(str(folder / "trunk"))
+    parts = read_parts(trunk, trunk_facts, [folder / "modules" / name for name in names if name not in without])
+    whose = (folder, facts) if "statistics_digest" in facts else (folder / "trunk", trunk_facts)
+    statistics = read_statistics(*whose, trunk.config.vocab_size)
+    mixture = Mixture(trunk, parts.models, route(trunk, statistics, parts, facts), top_k=facts.get("top_k", 0))
+    if top_k is not None:
+        mixture.top_k = top_k
+    return mixture, tokenizer, facts
+
+
+class Parts(NamedTuple):
+    """Modules by name: the trunk with each in it (its parameters shared), and what each tells a router."""
+
+    models: dict[str, Trunk]
+    statistics: dict[str, Tensors | None]
+
+
+def read_parts(trunk: Trunk, trunk_facts: dict[str, Any], folders: list[Path]) -> Parts:
+    """The modules in these folders, verified against the trunk."""
+    parts = Parts({}, {})
+    for folder in folders:
+        tensors, passport = read_module(folder, trunk_facts)
+        parts.models[passport["name"]] = with_module(trunk, tensors, **plug(folder, passport))
+        parts.statistics[passport["name"]] = read_statistics(folder, passport, trunk.config.vocab_size)
+    return parts
+
+
+def route(trunk: Trunk, background: Tensors | None, parts: Parts, facts: dict[str, Any]) -> Any:
+    """The router that `facts` (an assembled.json) describes, solved for these parts. background: the trunk's statistics."""
+    names, router = list(parts.models), facts.get("router")
+    try:
+        tuning = Tuning(**facts["tuning"])
+        if tuning.trunk_share <= 0:
+            raise ValueError(f"a trunk_share of {tuning.trunk_share}")
+    except (KeyError, TypeError, ValueError) as reason:
+        raise UserError(
+            f"assembled.json does not describe its router ({reason}). Assemble the modules again."
+        ) from None
+    shares = torch.tensor([tuning.trunk_share, *[1.0] * len(names)])
+    prior = shares / shares.sum()
+    statistics = list(parts.statistics.values())
+    if router in ("context", "ridge") and None in statistics:
+        name = names[statistics.index(None)]
+        raise UserError(f"module {name} brings no statistics.safetensors: the {router} router needs it.")
+    if router == "context":
+        return ContextRouter(
+            [background or _average(statistics), *statistics], prior, trunk.config.eos_token_id, tuning
+        )
+    if router == "learned":
+        rows = [
+            [getattr(layer.addition, "row", None) for layer in model.model.layers] for model in parts.models.values()
+        ]
+        if not all(any(own) for own in rows):
+            raise UserError("--router learned needs the rows of modules that were trained with --kind expert.")
+        return LearnedRouter(rows, prior)
+    if router == "ridge":
+        if any("second" not in own or "first" not in own for own in statistics):
+            raise UserError("a module's statistics.safetensors brings no moments: the ridge router needs them.")
+        return RidgeRouter(statistics, prior, trunk.config.hidden_size, tuning)
+    if router == "uniform":
+        return UniformRouter(prior)
+    raise UserError(f"router {router!r}: the routers are {', '.join(ROUTERS)}. Assemble the modules again.")
+
+
+def _average(statistics: list[Tensors]) -> Tensors:
+    """In place of the statistics of a trunk that brings none: the mean of the modules' codes, so of their counts' logs."""
+    return {
+        name: torch.stack([own[name] for own in statistics]).float().mean(0).to(torch.uint8)
+        for name in ("unigrams", "bigrams")
+    }

@@ -1,0 +1,123 @@
+"""What a module tells a router about its text: how often tokens and pairs of tokens occur, and moments of hidden states.
+
+Pairs are counted in buckets of a hash, every count on a logarithmic scale of 8 bits, and what fewer than
+`min_documents` documents hold is not counted at all: see docs/PRIVACY.md for what can be read back.
+
+V vocabulary, D width, N sampled tokens
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+BIGRAM_BUCKETS = 1 << 17  # of a million tokens some 50,000 pairs are in two documents
+MOMENT_TOKENS = 16_384  # of the sample, for the moments: two matrices of 128 x 128 need no more
+MOMENT_WIDTH = 128  # hidden states are projected down to it where they are wider
+STEPS_PER_DOUBLING = 12  # of the 8-bit scale: counts to 2.5 million, 3% apart
+_PRIMES = (2654435761, 40503)
+
+Tensors = dict[str, torch.Tensor]
+
+
+def bigram_bucket(previous, token):
+    """The bucket of a pair of ids (NumPy arrays or tensors of int64)."""
+    return ((previous * _PRIMES[0] + token * _PRIMES[1]) & 0x7FFFFFFF) >> 9 & (BIGRAM_BUCKETS - 1)
+
+
+def encode(counts: np.ndarray) -> np.ndarray:
+    """Counts as 8-bit codes; 0 stays 0."""
+    return np.clip(np.rint(STEPS_PER_DOUBLING * np.log2(1.0 + counts)), 0, 255).astype(np.uint8)
+
+
+def decode(codes: torch.Tensor) -> torch.Tensor:
+    """float32 counts of 8-bit codes, each within 3% of what was encoded (or within a half of a small count)."""
+    return torch.exp2(codes.to(torch.float32) / STEPS_PER_DOUBLING) - 1
+
+
+def sample(sources: Sequence[tuple[Any, float]], tokens: int) -> Iterable[np.ndarray]:
+    """Documents [n] (ids, an EOS at the end), evenly spaced over each source, `tokens` in all, each source its share.
+
+    sources: (store.Tokens, share) pairs.
+    """
+    for store, share in sources:
+        wanted = min(int(tokens * share), len(store.tokens))
+        number = max(1, round(store.documents * wanted / max(len(store.tokens), 1)))
+        for index in np.linspace(0, store.documents - 1, min(number, store.documents)).astype(np.int64):
+            start, end = (int(place) for place in store.offsets[index : index + 2])
+            document = np.asarray(store.tokens[start : min(end, start + wanted)], dtype=np.int64)
+            wanted -= len(document)
+            if len(document):
+                yield document
+            if wanted <= 0:
+                break
+
+
+def count(
+    documents: Iterable[np.ndarray], vocab_size: int, eos_token_id: int, min_documents: int
+) -> tuple[Tensors, dict[str, int]]:
+    """Counts of tokens [V] and of hashed pairs [BIGRAM_BUCKETS] as 8-bit codes, and the sample's size.
+
+    A document's first token follows an EOS. What fewer than `min_documents` of the documents hold is zero.
+    """
+    sizes = {"unigrams": vocab_size, "bigrams": BIGRAM_BUCKETS}
+    totals = {name: np.zeros(size, np.int64) for name, size in sizes.items()}
+    holders = {name: np.zeros(size, np.int32) for name, size in sizes.items()}
+    facts = {"tokens": 0, "documents": 0, "min_documents": min_documents}
+    for document in documents:
+        padded = np.concatenate(([eos_token_id], document))
+        found = {"unigrams": document, "bigrams": bigram_bucket(padded[:-1], padded[1:])}
+        for name, places in found.items():
+            kinds, times = np.unique(places, return_counts=True)
+            totals[name][kinds] += times
+            holders[name][kinds] += 1
+        facts["tokens"] += len(document)
+        facts["documents"] += 1
+    for name, held in holders.items():
+        totals[name][held < min_documents] = 0
+    return {name: torch.from_numpy(encode(total)) for name, total in totals.items()}, facts
+
+
+@torch.no_grad()
+def moments(trunk: Any, documents: Iterable[np.ndarray], sequence_length: int, device: torch.device) -> Tensors:
+    """Per layer the mean of x x' and of x over the normed inputs x of the feed-forward, for a ridge regression.
+
+    second [L, d, d] and first [L, d], float16, d = D or MOMENT_WIDTH by a fixed projection; source: DUME,
+    arXiv 2603.29765. The trunk is the bare one, without a module.
+    """
+    layers = trunk.model.layers
+    project = projection(trunk.config.hidden_size).to(device)
+    second = torch.zeros(len(layers), *[project.shape[1]] * 2, device=device, dtype=torch.float32)
+    first = torch.zeros(len(layers), project.shape[1], device=device, dtype=torch.float32)
+    seen = 0
+
+    def hook(index: int):
+        def add(module, arguments, output):
+            x = output.float().flatten(0, 1) @ project
+            second[index] += x.T @ x
+            first[index] += x.sum(0)
+
+        return add
+
+    handles = [layer.post_attention_layernorm.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
+    try:
+        for document in documents:
+            for start in range(0, min(len(document), 4 * sequence_length), sequence_length):
+                ids = torch.from_numpy(document[start : start + sequence_length])[None].to(device)
+                trunk.model(ids)
+                seen += ids.numel()
+            if seen >= MOMENT_TOKENS:
+                break
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {"second": (second / max(seen, 1)).half().cpu(), "first": (first / max(seen, 1)).half().cpu()}
+
+
+def projection(width: int) -> torch.Tensor:
+    """[D, d]: the identity up to MOMENT_WIDTH, else orthonormal columns that follow from the width alone."""
+    if width <= MOMENT_WIDTH:
+        return torch.eye(width)
+    generator = torch.Generator().manual_seed(width)
+    return torch.linalg.qr(torch.randn(width, MOMENT_WIDTH, generator=generator))[0]
