@@ -5,8 +5,9 @@ READY := .venv/.ready
 RUN := OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 2) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 DEMO := runs/demo
 SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
+SPEAK = --max-new-tokens 60 --show-routing
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test lint bench compare clean
 
 setup: $(READY)
 
@@ -16,7 +17,7 @@ $(READY): requirements.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(READY)
 
-# A small trunk on text that is on every machine, a module for Python and one for C++, and what each is worth.
+# A small trunk on text that is on every machine, a module for Python and one for C++, assembled, and what each is worth.
 demo: $(READY)
 	$(RUN) train_shared.py --data local:docs@0.8 local:python@0.1 local:cpp@0.1 --output-dir $(DEMO)/trunk \
 		--preset tiny --tokenizer train:2048 $(SMALL) --steps 480 --lr 3e-3 --val-every 0
@@ -24,13 +25,15 @@ demo: $(READY)
 		$(SMALL) --steps 190 --val-every 0
 	$(RUN) train_module.py --trunk $(DEMO)/trunk/trunk --name cpp --data local:cpp --output-dir $(DEMO)/cpp \
 		$(SMALL) --steps 190 --val-every 0
-	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/trunk/trunk --module $(DEMO)/python/module $(DEMO)/cpp/module \
-		--data docs=local:docs python=local:python cpp=local:cpp --cache-dir $(DEMO)/cache --json $(DEMO)/losses.json
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/trunk/trunk --prompt "This package provides" --max-new-tokens 60
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/trunk/trunk --module $(DEMO)/python/module --prompt "def main" \
-		--max-new-tokens 60
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/trunk/trunk --module $(DEMO)/cpp/module --prompt "#include" \
-		--max-new-tokens 60
+	rm -rf $(DEMO)/assembled
+	$(BIN)/python -m forge_common.assemble --trunk $(DEMO)/trunk/trunk --modules $(DEMO)/python/module $(DEMO)/cpp/module \
+		--output-dir $(DEMO)/assembled
+	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/assembled --without python cpp --spliced 64 --max-tokens 40000 \
+		--data docs=local:docs python=local:python cpp=local:cpp --cache-dir $(DEMO)/cache \
+		--json $(DEMO)/losses.json --svg $(DEMO)/losses.svg
+	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "This package provides" $(SPEAK)
+	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "def main" $(SPEAK)
+	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "#include" $(SPEAK)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -41,6 +44,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/engine.py
+
+# Two hours of two cores; the same command goes on where it was interrupted.
+compare: $(READY)
+	$(BIN)/python benchmarks/compare.py
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache
