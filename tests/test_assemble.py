@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from forge_common import artifact, assembled, statistics
+from forge_common import artifact, assemble, assembled, statistics
 from forge_common.config import ModelConfig
 from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.errors import UserError
 from forge_common.model import Trunk
 from forge_common.modules import put_in
 
@@ -286,24 +287,24 @@ def test_calibration_never_makes_it_worse(trunk, parts, domain, text, cache, tmp
 
 
 def test_refusals(trunk, parts, whole, shared, tmp_path):
-    def refused(*line: object) -> str:
-        return call("assemble", *line, "--output-dir", tmp_path / "never", fails=True)
+    def refused(*modules, of=trunk, **how) -> str:
+        with pytest.raises(UserError) as caught:
+            assemble.main(assemble.Settings(str(of), modules, tmp_path / "never", **how))
+        return str(caught.value)
 
     shared(tmp_path / "other", "--steps", 2, "--seed", 1)
-    assert "another trunk" in refused("--trunk", tmp_path / "other" / "trunk", "--modules", parts["cpp"])
-    assert "both called cpp" in refused("--trunk", trunk, "--modules", parts["cpp"], parts["cpp"])
-    assert "needs modules of --kind expert" in refused(
-        "--trunk", trunk, "--modules", parts["cpp"], "--router", "learned"
-    )
-    assert "no such module" in refused("--trunk", trunk, "--modules", parts["cpp"], "--without", "law")
-    assert "no module is left" in refused("--trunk", trunk, "--modules", parts["cpp"], "--without", "cpp")
+    assert "another trunk" in refused(parts["cpp"], of=tmp_path / "other" / "trunk")
+    assert "both called cpp" in refused(parts["cpp"], parts["cpp"])
+    assert "needs modules of --kind expert" in refused(parts["cpp"], router="learned")
+    assert "no such module" in refused(parts["cpp"], without=("law",))
+    assert "no module is left" in refused(parts["cpp"], without=("cpp",))
     for name, key in (("module", "model.layers.0.mlp.up_proj.weight"), ("statistics", "bigrams")):
         copy = tmp_path / name
         shutil.copytree(parts["cpp"], copy)
         tensors = load_file(copy / f"{name}.safetensors")
         tensors[key][0] += 1
         save_file(tensors, copy / f"{name}.safetensors")
-        assert "changed or damaged" in refused("--trunk", trunk, "--modules", copy)
+        assert "changed or damaged" in refused(copy)
     for name, key, reason in (
         ("module", "model.layers.0.mlp.up_proj.weight", "has the shape"),
         ("statistics", "bigrams", "bigrams are not 131072 codes"),
@@ -316,7 +317,7 @@ def test_refusals(trunk, parts, whole, shared, tmp_path):
         facts = json.loads((copy / "module.json").read_text())
         facts[{"module": "digest", "statistics": "statistics_digest"}[name]] = artifact.digest(tensors)
         (copy / "module.json").write_text(json.dumps(facts))
-        assert reason in refused("--trunk", trunk, "--modules", copy)
+        assert reason in refused(copy)
     assert not (tmp_path / "never").exists()
     assert "exists" in call("assemble", "--trunk", trunk, "--modules", parts["cpp"], "--output-dir", whole, fails=True)
     assert "no such module" in call("evaluate", "--model", whole, "--data", "a=b", "--without", "law", fails=True)
