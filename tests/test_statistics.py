@@ -112,3 +112,16 @@ def test_a_module_that_is_told_twice_changes_nothing_but_shares():
     tokens = torch.from_numpy(documents(8, 1)[0])[None]
     ours, theirs = (one.route(tokens, one.start(1, at_document=True))[0] for one in (found, again))
     torch.testing.assert_close(ours[..., order], theirs)
+
+
+def test_what_others_left_in_a_bucket_is_no_knowledge():
+    """With every bucket full, a pair counts no more than its rarer token: after a token never seen, nothing is known."""
+    unigrams = np.full(VOCABULARY, 50)
+    unigrams[20] = 0
+    full = {"unigrams": unigrams, "bigrams": np.full(statistics.BIGRAM_BUCKETS, 10_000)}
+    own = {name: torch.from_numpy(statistics.encode(counts)) for name, counts in full.items()}
+    found = ContextRouter([own], torch.ones(1), EOS, Tuning())
+    token = torch.arange(30, 40)[:, None]
+    alone, unseen, seen = (found.scores(token, torch.full((10, 1), last)) for last in (-1, 20, 21))
+    torch.testing.assert_close(unseen, alone)
+    assert (seen > alone).all() and (seen <= 0).all()
