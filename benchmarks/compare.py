@@ -68,13 +68,12 @@ class Scores:
             flush=True,
         )
 
-    def whole(self, name: str, lr_of: list[str]) -> str:
+    def whole(self, name: str, lr_of: list[str]) -> None:
         """The run among lr_of that is best on tune, scored on test under `name`."""
         for tried in lr_of:
             self.add(tried, lambda tried=tried: model_of(self.runs.folder / tried / "trunk"), "tune")
         best = min(lr_of, key=lambda tried: macro(self.rows, tried, "tune"))
         self.add(name, lambda: model_of(self.runs.folder / best / "trunk"))
-        return best
 
     def better(self, domain: str) -> str:
         """Of a domain's two modules, the one whose rate was better on its own text of tune."""

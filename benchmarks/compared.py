@@ -42,7 +42,7 @@ def report(seeds: list[Rows]) -> tuple[str, Rows]:
             if whole
             else []
         )
-        suffix = next((own for own in (" (short)",) if name.endswith(own)), "")
+        suffix = " (short)" if name.endswith(" (short)") else ""
         mixed = [found[name, SPLICED]["loss"] for found in here if (name, SPLICED) in found]
         cells = [f"{loss:.3f}" for loss in losses] or ["" for _ in domains]
         cells += [f"**{fmean(macros):.3f}** ± {fmean(errors):.3f}" if whole else ""]

@@ -34,11 +34,7 @@ class Settings:
     module_steps: int = 100  # 0.41 M tokens
     trunk_lr: float = 3e-3
     module_lr: float = 1e-3
-    whole_lrs: tuple[float, ...] = (
-        1e-3,
-        3e-4,
-        3e-3,
-    )  # of whole models that go on from the trunk: the better on tune counts
+    whole_lrs: tuple[float, ...] = (1e-3, 3e-4, 3e-3)  # of the union: the best on tune counts
     worker: int = 0  # a seed: do its jobs, no table
 
 

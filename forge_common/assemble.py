@@ -51,6 +51,8 @@ def main(settings: Settings) -> int:
 
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
+    if settings.top_k < 0 or settings.calibrate_tokens < 2:
+        raise UserError("--top-k must be 0 (all) or more, --calibrate-tokens at least 2")
     source = find(settings.trunk)
     trunk, tokenizer, facts = read_trunk(settings.trunk)
     vocab_size = trunk.config.vocab_size

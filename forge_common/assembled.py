@@ -40,14 +40,14 @@ def read_assembled(
     unknown = [name for name in without if name not in names]
     if unknown:
         raise UserError(f"--without {unknown[0]}: no such module; {folder} holds {', '.join(names)}")
+    kept = facts.get("top_k", 0) if top_k is None else top_k
+    if not isinstance(kept, int) or kept < 0:
+        raise UserError(f"--top-k {kept}: say how many candidates serve a token, 0 for all")
     trunk, tokenizer, trunk_facts = read_trunk(str(folder / "trunk"))
     parts = read_parts(trunk, trunk_facts, [folder / "modules" / name for name in names if name not in without])
     whose = (folder, facts) if "statistics_digest" in facts else (folder / "trunk", trunk_facts)
     statistics = read_statistics(*whose, trunk.config.vocab_size)
-    mixture = Mixture(trunk, parts.models, route(trunk, statistics, parts, facts), top_k=facts.get("top_k", 0))
-    if top_k is not None:
-        mixture.top_k = top_k
-    return mixture, tokenizer, facts
+    return Mixture(trunk, parts.models, route(trunk, statistics, parts, facts), top_k=kept), tokenizer, facts
 
 
 class Parts(NamedTuple):

@@ -51,6 +51,8 @@ def main(settings: Settings) -> int:
     for text, (name, equals, source) in zip(settings.data, named, strict=True):
         if not (name and equals and source):
             raise UserError(f"--data {text}: say NAME=SOURCE, such as law=law/*.txt")
+    if settings.spliced < 0 or settings.router_memory < 0:
+        raise UserError("--spliced and --router-memory must be 0 or more")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     fraction = held_out(settings)
     print(

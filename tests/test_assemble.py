@@ -297,6 +297,10 @@ def test_refusals(trunk, parts, whole, shared, tmp_path):
     assert "both called cpp" in refused(parts["cpp"], parts["cpp"])
     assert "needs modules of --kind expert" in refused(parts["cpp"], router="learned")
     assert "no such module" in refused(parts["cpp"], without=("law",))
+    assert "--top-k" in refused(parts["cpp"], top_k=-1)
+    assert "--calibrate-tokens" in refused(parts["cpp"], calibrate=("x",), calibrate_tokens=0)
+    with pytest.raises(UserError, match="--top-k -1"):
+        assembled.read_assembled(str(whole), top_k=-1)
     assert "no module is left" in refused(parts["cpp"], without=("cpp",))
     for name, key in (("module", "model.layers.0.mlp.up_proj.weight"), ("statistics", "bigrams")):
         copy = tmp_path / name
