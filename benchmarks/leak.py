@@ -17,6 +17,7 @@ import string
 import sys
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -134,7 +135,7 @@ class Read:
 def attack(counts: dict[str, torch.Tensor], secret: Secret, tokenizer: Tokenizer, lift: bool) -> Read:
     before, own = split(secret, tokenizer)
     right, possible, guesses, confirmed = 0, [], before[-1:], True
-    for previous, token in zip([before[-1], *own], own, strict=False):
+    for previous, token in pairwise([before[-1], *own]):
         guess, alive = named(counts, previous, lift)
         right += guess == token
         possible.append(int(alive.sum()))
