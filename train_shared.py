@@ -65,6 +65,9 @@ class Settings:
     weight_decay: float = 0.1  # on matrices; not on norms, biases and embeddings
     max_grad_norm: float = 1.0
     max_bad_updates: int = 10  # stop after so many updates in a row with NaN or Inf
+    hang_timeout: float = (
+        60.0  # seconds: a standstill so long ends the run (at its start or in a save ten times); 0: never
+    )
     seed: int = 42
 
     # -- what is told and kept --
@@ -72,6 +75,7 @@ class Settings:
     val_every: int = 250  # updates; 0: at the end alone
     save_every: int = 250  # updates; 0: at the end alone (and whenever validation improves)
     keep: int = 2  # newest checkpoints; the best by validation stays besides
+    on_full_disk: Literal["continue", "stop"] = "continue"  # when a checkpoint finds no room; the last one must
     patience: int = 0  # stop after so many validations without a better one; 0: never
     log_every: int = 10
     tracker: Literal["auto", "none", "wandb", "trackio", "tensorboard"] = "auto"
@@ -84,6 +88,10 @@ class Settings:
 
 def main(settings: Settings) -> int:
     """Trains a trunk; returns the exit code (0, or 143 or 130 when it was asked to stop)."""
+    from forge_common.stopping import StopRequest
+
+    stop = StopRequest(settings.hang_timeout)
+
     # Heavy, so only after the settings were checked.
     import secrets
     from datetime import timedelta
@@ -92,12 +100,11 @@ def main(settings: Settings) -> int:
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-    from forge_common import artifact, checkpoint, schedule, statistics, tracking
+    from forge_common import artifact, checkpoint, output, schedule, statistics, tracking
     from forge_common.data.corpora import held_out_fraction, open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.files import write_json
     from forge_common.model import Trunk, even_load, load_of, parameter_groups
-    from forge_common.stopping import StopRequest
     from forge_common.validation import validate
 
     # ---- Set up ----
@@ -110,6 +117,7 @@ def main(settings: Settings) -> int:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the main process may tokenize that long
     )
     config.check_launch(accelerator, accumulation)
+    claimed = None if settings.dry_run else output.claim(accelerator, settings.output_dir)  # no other run writes there
     if accelerator.state.deepspeed_plugin:  # there is no prepared loader that it could read the size off
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
             settings.micro_batch_size
@@ -146,18 +154,16 @@ def main(settings: Settings) -> int:
         accelerator.print(f"resumed     {found} at update {progress.global_step} of {settings.steps}")
     checkpoint.check_fresh(settings, found)
     if accelerator.is_main_process and not settings.dry_run:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
+        output.check_room(settings.output_dir, checkpoint.size(model), settings.keep)
         write_json(settings.output_dir / "settings.json", config.to_json(settings))
 
     # ---- Train ----
     # This chapter is the same text in train_shared.py and train_module.py; a test holds them together.
     last = min(settings.steps, 4) if settings.dry_run else settings.steps
     folder = None if settings.dry_run else settings.output_dir
-    log = tracking.RunLog(accelerator, folder, steps=last, done=progress.global_step)
+    log = tracking.RunLog(accelerator, folder, progress, steps=last)
     log.start_tracker(tracker, settings, progress.run_id)
-    stop = StopRequest()
     peak, interrupted = tracking.peak_flops(device), False
-    stopping = log.patience_is_over(progress, settings.patience)  # a run that had stopped early stays stopped
     interval = tracking.Interval(accelerator, progress.interval)
     load = even_load(trunk.config, device)  # f of the balance loss; from the second update on, the last update's own
     if progress.expert_counts:
@@ -167,6 +173,12 @@ def main(settings: Settings) -> int:
         corpora.training, start=progress.global_step, rank=rank, processes=processes, device=device, **sizes
     )
     model.train()
+    stop.working = not settings.dry_run  # from here on a signal waits for the end of the update
+    if progress.validation_due:  # its run was asked to stop before it was through
+        result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
+        log.validation(result, progress)
+        interrupted = progress.validation_due
+    stopping = interrupted or log.patience_is_over(progress, settings.patience)  # what had stopped early stays stopped
     log.lap(progress.global_step)
     while progress.global_step < last and not stopping:
         windows = next(shares)  # [micro-batches, micro_batch_size, sequence_length + 1]
@@ -179,7 +191,8 @@ def main(settings: Settings) -> int:
 
         # backward divides by the micro-batches and DDP by the processes; sum x P * N / n undoes both, so that the
         # gradient is the mean over the n scored tokens of the whole update, however it was divided.
-        scored = accelerator.reduce((windows[..., 1:] != trunk.config.ignore_index).sum(), "sum").clamp(min=1)
+        labels = accelerator.reduce((windows[..., 1:] != trunk.config.ignore_index).sum(), "sum")
+        scored = labels.clamp(min=1)
         scale, sums = processes * accumulation / scored, []
         for micro_batch in windows:
             with accelerator.accumulate(model):
@@ -187,15 +200,19 @@ def main(settings: Settings) -> int:
                 accelerator.backward(sums[-1].objective * scale)
                 if accelerator.sync_gradients:
                     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
-                    finite = math.isfinite(grad_norm)
-                if not accelerator.sync_gradients or finite or accelerator.scaler:  # fp16's scaler skips by itself
+                    loss = float(accelerator.reduce(sum(part.objective.detach() for part in sums), "sum"))
+                    finite = math.isfinite(grad_norm) and math.isfinite(loss)
+                    apply = (finite and labels > 0) or accelerator.scaler  # fp16's scaler skips by itself
+                if not accelerator.sync_gradients or apply:
                     optimizer.step()
                 optimizer.zero_grad()
+            stop.alive()
 
         progress.global_step = step
         progress.epoch = corpora.training.epoch(step * settings.batch_size)
         if finite:
-            progress.tokens += int(scored)
+            progress.tokens += int(labels)
+            progress.empty_updates += not labels
             progress.bad_in_a_row = 0
             interval.add(sums)
             if load is not None:
@@ -206,7 +223,7 @@ def main(settings: Settings) -> int:
         else:
             progress.bad_updates += 1
             progress.bad_in_a_row += 1
-            log.say(f"update {step}: the gradient is {grad_norm}; not applied ({progress.bad_updates} so far)")
+            log.say(f"update {step}: loss {loss}, gradient {grad_norm}: not applied ({progress.bad_updates} so far)")
             if progress.bad_in_a_row >= settings.max_bad_updates:
                 positions = range((step - progress.bad_in_a_row) * settings.batch_size, step * settings.batch_size)
                 raise UserError(tracking.diverged(step, progress.bad_in_a_row, corpora.training.origins(positions)))
@@ -214,21 +231,23 @@ def main(settings: Settings) -> int:
             continue
 
         interrupted = stopping = stop(accelerator)
-        ended = stopping or step == last
         if step % settings.log_every == 0 or step == last:
             log.training(interval, progress, rate=rate, grad_norm=grad_norm, flops=flops, peak=peak)
         better = False
         if corpora.held_out and (step == last or (settings.val_every and step % settings.val_every == 0)):
             with log.aside():
-                result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size)
+                result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
             better = log.validation(result, progress)
-            if log.patience_is_over(progress, settings.patience):
-                ended = stopping = True
+            interrupted = interrupted or progress.validation_due
+            stopping = interrupted or log.patience_is_over(progress, settings.patience)
+        ended = stopping or step == last
         if better or ended or (settings.save_every and step % settings.save_every == 0):
-            with log.aside():
+            with log.aside(), stop.patient():
                 progress.interval = interval.settle()
-                checkpoint.save(accelerator, checkpoints, progress, settings.keep)
+                must = ended or settings.on_full_disk == "stop"
+                checkpoint.save(accelerator, model, checkpoints, progress, settings.keep, must=must)
     shares.close()
+    stop.working = False  # all is saved: from here on a signal ends the run at once
 
     # ---- Publish ----
     if settings.dry_run:
@@ -236,9 +255,7 @@ def main(settings: Settings) -> int:
     elif interrupted:  # what all ranks agreed on; a signal that comes later finds the work done
         log.say(f"stopped at update {progress.global_step} of {settings.steps}; the same command goes on from there")
     else:
-        if progress.best_step not in (0, progress.global_step):
-            accelerator.load_state(str(checkpoints / f"step-{progress.best_step:08d}"))
-            log.say(f"publishing the best weights by validation, those of update {progress.best_step}")
+        checkpoint.load_best(accelerator, checkpoints, progress)
         tensors = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
             sample = statistics.sample(corpora.training.shares(), settings.statistics_tokens)
@@ -263,6 +280,7 @@ def main(settings: Settings) -> int:
             log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
     log.close()
+    output.release(claimed)
     return stop.exit_code if interrupted else 0
 
 

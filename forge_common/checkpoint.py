@@ -3,13 +3,17 @@
 OUTPUT/checkpoints/step-00000100/  model.safetensors (the trained tensors only), optimizer.bin, random_states_*.pkl,
                                    progress.json, manifest.json (size and SHA-256 of every file)
 A folder has its name only when it is whole and on the disk. What accelerate pickles is opened only after the manifest
-was verified. Checkpoints are private: nobody should load one from a stranger (an artifact is what one gives away).
+was verified, and with weights_only=True: a planted pickle is refused, not run. Checkpoints are private all the same (an
+artifact is what one gives away).
 """
 
 import dataclasses
+import errno
 import hashlib
-import json
+import os
+import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +22,12 @@ from safetensors.torch import load_file
 
 from .config import differences, to_json
 from .errors import UserError
-from .files import sync, sync_folder, write_json
+from .files import is_full, lack_of_room, read_json, sync, sync_folder, write_json
 
 # What a resumed run may change without a word: none of it changes what is learned, or in which order.
 FREE = {"output_dir", "resume", "accept_change", "micro_batch_size", "log_every", "save_every", "val_every", "keep"}
-FREE |= {"tracker", "project", "run_name", "cache_dir", "dry_run", "patience", "max_bad_updates"}
+FREE |= {"tracker", "project", "run_name", "cache_dir", "dry_run", "patience", "max_bad_updates", "hang_timeout"}
+FREE |= {"on_full_disk"}
 # What it may change by saying so (--accept-change): the data's order and the model's shape stay what they were.
 ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
 
@@ -40,8 +45,10 @@ class Progress:
     best_val_loss: float | None = None
     best_step: int = 0
     validations_without_gain: int = 0
+    validation_due: bool = False  # of global_step: the run was asked to stop before it was through
     bad_updates: int = 0  # not applied, for a gradient that was NaN or Inf
     bad_in_a_row: int = 0
+    empty_updates: int = 0  # not applied, for there was no token to learn from
     scaler_skips: int = 0  # fp16: not applied while the loss scale was looking for its place
     seconds: float = 0.0  # spent in updates
     expert_counts: list[list[int]] = dataclasses.field(default_factory=list)  # of the last update; the balance loss's f
@@ -68,9 +75,9 @@ def keep_only_trained(accelerator: Any) -> None:
     def before_load(models: list, folder: str) -> None:
         while models:
             parameters, stored = trained(models.pop()), load_file(Path(folder, "model.safetensors"))
-            if parameters.keys() != stored.keys():
-                odd = sorted(parameters.keys() ^ stored.keys())
-                raise UserError(f"{folder}: the checkpoint holds other tensors than this run trains, first {odd[0]}")
+            odd = differences(_shapes(parameters), _shapes(stored))
+            for name, (ours, theirs) in odd.items():
+                raise UserError(f"{folder}: this run trains {name} as {ours}, the checkpoint holds it as {theirs}")
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(stored[name])
@@ -79,30 +86,64 @@ def keep_only_trained(accelerator: Any) -> None:
     accelerator.register_load_state_pre_hook(before_load)
 
 
-def save(accelerator: Any, folder: Path, progress: Progress, keep: int) -> None:
+def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+    return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
+
+
+def size(model: torch.nn.Module) -> int:
+    """Bytes that a checkpoint of `model` takes, about: what is trained, and AdamW's two moments of it."""
+    return (1 << 16) + 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+
+
+def save(accelerator: Any, model: torch.nn.Module, folder: Path, progress: Progress, keep: int, *, must: bool) -> None:
     """Writes OUTPUT/checkpoints/step-N beside its name, verifiable and synced, renames it, then rotates. A collective.
 
-    Kept are the `keep` newest and the best by validation.
+    Kept are the `keep` newest and the best by validation. Where the disk is full, what was written is removed, the older
+    ones stay, and the message says how much was missing; if it `must` succeed, that is a UserError on all ranks.
     """
     final = folder / f"step-{progress.global_step:08d}"
     aside = folder / f".tmp-{final.name}"
     if final.exists():
         return
-    accelerator.wait_for_everyone()
+
+    def begin() -> None:
+        if accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+            sync_folder(folder.parent)
+            if shutil.disk_usage(folder).free < size(model):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(aside))
+
+    def finish() -> None:
+        if accelerator.is_main_process:
+            write_json(aside / "progress.json", dataclasses.asdict(progress))
+            write_json(aside / "manifest.json", _manifest(aside))
+            sync(aside)
+            aside.rename(final)
+            sync_folder(folder)
+            _rotate(folder, keep, progress.best_step)
+
+    work = (begin, lambda: accelerator.save_state(str(aside)), finish)
+    if all(_found_room(accelerator, folder, part) for part in work):
+        return
     if accelerator.is_main_process:
         shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        write_json(aside / "progress.json", dataclasses.asdict(progress))
-        write_json(aside / "manifest.json", _manifest(aside))
-        sync(aside)
-        aside.rename(final)
-        sync_folder(folder)
-        _rotate(folder, keep, progress.best_step)
-    accelerator.wait_for_everyone()
+    said = f"the checkpoint of update {progress.global_step} was not saved: {lack_of_room(folder, size(model))}"
+    if must:
+        raise UserError(f"{said} The older ones are kept; the same command goes on from the newest.")
+    accelerator.print(f"{said} The older ones are kept; the run goes on (--on-full-disk).", flush=True)
+
+
+def _found_room(accelerator: Any, folder: Path, work: Callable[[], None]) -> bool:
+    """Does `work` on every rank; whether the disk had room for it on all of them. A collective."""
+    full = False
+    try:
+        work()
+    except Exception as reason:
+        if not is_full(folder, reason):
+            raise
+        full = True
+    return not accelerator.reduce(torch.tensor(float(full), device=accelerator.device), "sum").item()
 
 
 def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
@@ -134,9 +175,9 @@ def _found(folder: Path) -> list[Path]:
 def fault(folder: Path) -> str | None:
     """What is wrong with a checkpoint: the first file that is missing, surplus or not what the manifest says."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        manifest = read_json(folder / "manifest.json")
         found = _manifest(folder)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as reason:
+    except (OSError, UserError) as reason:
         return f"manifest.json: {reason}"
     changed = differences(manifest, found)
     for name, (stated, seen) in changed.items():
@@ -145,25 +186,46 @@ def fault(folder: Path) -> str | None:
 
 
 def newest(accelerator: Any, folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None; damaged ones are named and set aside. A collective."""
+    """The newest checkpoint that verifies, or None; damaged ones are named and set aside. A collective.
+
+    UserError where there are damaged ones alone: to begin anew would be to lose the run in silence.
+    """
     chosen: list[str | None] = [None]
     if accelerator.is_main_process and folder.is_dir():
         for leftover in [*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")]:
             shutil.rmtree(leftover, ignore_errors=True)
-        for path in reversed(_found(folder)):
-            wrong = fault(path)
-            if wrong is None:
-                chosen = [str(path)]
-                break
-            print(f"{path} is damaged ({wrong}); set aside as {path.name}.broken", flush=True)
-            path.rename(path.with_name(f"{path.name}.broken"))
+        good = next((path for path in reversed(_found(folder)) if verified(path)), None)
+        broken = sorted(path.name for path in folder.glob("step-*.broken*"))
+        if broken and good is None:
+            raise UserError(
+                f"{folder} holds damaged checkpoints only: {', '.join(broken)}. Restore one from a backup (under its name "
+                "without .broken), delete them to begin anew, or name another --output-dir."
+            )
+        chosen = [str(good) if good else None]
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(chosen, src=0)
     return Path(chosen[0]) if chosen[0] else None
 
 
+def verified(path: Path) -> bool:
+    """Whether every file is what the manifest says; a checkpoint that is not is named and set aside."""
+    wrong = fault(path)
+    if wrong is None:
+        return True
+    aside, number = path.with_name(f"{path.name}.broken"), 1
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{path.name}.broken-{number}")
+    print(f"{path} is damaged ({wrong}); set aside as {aside.name}", flush=True)
+    path.rename(aside)
+    return False
+
+
 def read_progress(path: Path) -> Progress:
-    return Progress(**json.loads((path / "progress.json").read_text(encoding="utf-8")))
+    try:
+        return Progress(**read_json(path / "progress.json"))
+    except TypeError as reason:
+        raise UserError(f"{path} is of another version of forge ({reason}). Go on with that one.") from None
 
 
 def resume(accelerator: Any, path: Path, fresh: Progress, accepted: tuple[str, ...]) -> Progress:
@@ -186,11 +248,44 @@ def resume(accelerator: Any, path: Path, fresh: Progress, accepted: tuple[str, .
             + (f"Say so with {' '.join(mend)}, " if len(mend) == len(refused) else "Restore them, ")
             + "or start another run with another --output-dir."
         )
-    accelerator.load_state(str(path))
+    load(accelerator, path)
     # accelerate counts micro-batches across runs; with another division of the batch it would be out of step.
     accelerator.step = 0
     progress.settings = fresh.settings
     return progress
+
+
+def load(accelerator: Any, path: Path) -> None:
+    """The tensors of a verified checkpoint into what was prepared; what cannot be opened is refused before anything changes."""
+    custom = sorted(file.name for file in path.glob("custom_checkpoint_*"))
+    if custom:  # accelerate opens these with weights_only=False
+        raise UserError(f"{path / custom[0]} is not one of ours, and is not opened. Do not use this checkpoint.")
+    for file in sorted([*path.glob("*.bin"), *path.glob("*.pt")]):
+        try:
+            torch.load(file, map_location="meta", mmap=True, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as reason:
+            first = str(reason).split(". ")[0]
+            raise UserError(f"{file} holds other things than tensors ({first}). Do not use this checkpoint.") from None
+    accelerator.load_state(str(path))
+
+
+def load_best(accelerator: Any, folder: Path, progress: Progress) -> bool:
+    """Loads the best weights by validation, if they are others than the present ones and whole. A collective."""
+    if progress.best_step in (0, progress.global_step):
+        return False
+    path, found = folder / f"step-{progress.best_step:08d}", [False]
+    if accelerator.is_main_process:
+        found = [path.is_dir() and verified(path)]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(found, src=0)
+    if found[0]:
+        load(accelerator, path)
+        accelerator.print(f"publishing the best weights by validation, those of update {progress.best_step}")
+    else:
+        said = f"the best weights by validation, of update {progress.best_step}, are lost or damaged"
+        accelerator.print(f"{said}; publishing the newest, of update {progress.global_step}")
+        progress.best_step, progress.best_val_loss = progress.global_step, None
+    return found[0]
 
 
 def check_fresh(settings: Any, found: Path | None) -> None:

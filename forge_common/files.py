@@ -1,5 +1,6 @@
-"""Files that are whole or absent: written under another name, synced, renamed."""
+"""Files that are whole or absent: written under another name, synced, renamed; and what a full disk says of itself."""
 
+import errno
 import json
 import os
 import shutil
@@ -8,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+
+MIB = 1 << 20
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -35,16 +38,25 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:
-    """Fills a folder beside `folder` by `write`, syncs it, and only then gives it the name; an older one is replaced."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    """Fills a folder beside `folder` by `write`, syncs it, and only then gives it the name; an older one is replaced.
+
+    UserError where the disk is full or cannot be written; nothing is left behind then.
+    """
     aside, old = folder.with_name(f".tmp-{folder.name}-{os.getpid()}"), folder.with_name(f".old-{folder.name}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
     try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
         write(aside)
         sync(aside)
-    except BaseException:
+    except BaseException as reason:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(reason, Exception) and folder.parent.is_dir() and is_full(folder.parent, reason):
+            free = shutil.disk_usage(folder.parent).free / MIB
+            raise UserError(
+                f"{folder} was not written: the disk is full, {free:,.1f} MiB are free. Free some."
+            ) from reason
+        if isinstance(reason, OSError):
+            raise UserError(f"{folder} cannot be written ({reason.strerror}). Name another place.") from reason
         raise
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
@@ -69,3 +81,18 @@ def sync_folder(folder: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def is_full(folder: Path, reason: Exception) -> bool:
+    """Whether a write failed for want of room. torch and safetensors do not give errno, but its text or nothing at all."""
+    if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return True
+    told = ("No space left", "quota exceeded", "File too large", "file write failed")
+    return any(text in str(reason) for text in told) or shutil.disk_usage(folder).free < MIB
+
+
+def lack_of_room(folder: Path, needed: int) -> str:
+    """How much is missing for `needed` bytes, and the mend."""
+    free = shutil.disk_usage(folder).free
+    missing = f"{(needed - free) / MIB:,.1f} MiB are missing" if needed > free else "the disk or a quota is full"
+    return f"it needs {needed / MIB:,.1f} MiB, {free / MIB:,.1f} MiB are free on {folder}: {missing}. Free some."

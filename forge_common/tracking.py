@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from .errors import UserError
+from .files import is_full
 
 PARTS = ("nats", "tokens", "balance", "z")  # of loss.Sums, what an interval adds up
 # Dense peak of the matrix units in bfloat16, FLOP/s, from the makers' data sheets.
@@ -134,14 +135,16 @@ class Interval:
 class RunLog:
     """The log of one run. Only the main process writes; the folder may be None (a dry run: nothing is written)."""
 
-    def __init__(self, accelerator: Any, folder: Path | None, *, steps: int, done: int):
+    def __init__(self, accelerator: Any, folder: Path | None, progress: Any, *, steps: int):
         self.accelerator, self.folder, self.steps = accelerator, folder, steps
         self.file = folder / "metrics.jsonl" if folder else None
         self.main = accelerator.is_main_process
         self.tracker: str | None = None
+        done = progress.global_step
+        self._unwritten: list[str] = []
         self._mark, self._lap_step, self._bar = time.perf_counter(), done, None
         if self.main and self.file:
-            _forget_after(self.file, done)
+            _forget_after(self.file, done, progress.validation_due)
         if self.main and folder and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -193,14 +196,34 @@ class RunLog:
         if not self.main or self.file is None:
             return
         flat = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        with open(self.file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **flat}) + "\n")
+        self._unwritten.append(json.dumps({"step": step, **flat}) + "\n")
+        self._write()
         if self.tracker:
             try:
                 self.accelerator.log({k: v for k, v in flat.items() if v is not None}, step=step)
             except Exception as reason:  # noqa: BLE001 (as above)
                 self.say(f"tracker {self.tracker} failed ({reason}); going on with metrics.jsonl alone")
                 self.tracker = None
+
+    def _write(self) -> None:
+        """Appends the rows that are not written yet, down to the disk: a checkpoint never knows more than the log.
+
+        On a full disk they are kept for the next time, and no half of a row stays behind.
+        """
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write("".join(self._unwritten))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as reason:
+            if not is_full(self.folder, reason):
+                raise
+            if self.file.exists():
+                os.truncate(self.file, size)
+            self.say(f"metrics.jsonl: the disk is full; {len(self._unwritten)} row(s) wait to be written")
+        else:
+            self._unwritten.clear()
 
     def training(
         self, interval: Interval, progress: Any, *, rate: float, grad_norm: float, flops: int, peak: float
@@ -223,6 +246,7 @@ class RunLog:
             "train/tokens_per_second": speed,
             "train/mfu": speed * flops / (peak * self.accelerator.num_processes),
             "train/bad_updates": progress.bad_updates,
+            "train/empty_updates": progress.empty_updates,
             "train/scaler_skips": progress.scaler_skips,
             "memory/peak_mb": peak_memory_mb(self.accelerator.device),
             "memory/process_peak_mb": process_peak_mb(),
@@ -239,7 +263,13 @@ class RunLog:
         )
 
     def validation(self, result: Any, progress: Any) -> bool:
-        """A row and a line for a validation; whether it is the best so far, which `progress` then knows."""
+        """A row and a line for a validation; whether it is the best so far, which `progress` then knows.
+
+        `result` None, one that was broken off, is due: the run that resumes begins with it.
+        """
+        progress.validation_due = result is None
+        if result is None:
+            return False
         better = progress.best_val_loss is None or result.loss < progress.best_val_loss
         if better:
             progress.best_val_loss, progress.best_step = result.loss, progress.global_step
@@ -290,8 +320,8 @@ def diverged(step: int, bad: int, origins: list[str]) -> str:
     )
 
 
-def _forget_after(file: Path, step: int) -> None:
-    """Drops the rows after `step`, and a torn last one: a resumed run writes them again, once."""
+def _forget_after(file: Path, step: int, validation_due: bool) -> None:
+    """Drops the rows after `step`, its validation where that is due, and a torn last one: all are written again, once."""
     if not file.exists():
         return
     kept = []
@@ -300,7 +330,7 @@ def _forget_after(file: Path, step: int) -> None:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if row["step"] <= step:
+        if row["step"] < step or (row["step"] == step and not (validation_due and "val/loss" in row)):
             kept.append(line)
     aside = file.with_name(f".tmp-{file.name}")
     with open(aside, "w", encoding="utf-8") as out:

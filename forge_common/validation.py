@@ -21,12 +21,15 @@ class Validation(NamedTuple):
 
 
 @torch.no_grad()
-def validate(accelerator: Any, model: torch.nn.Module, stores: Sequence[Any], batch_size: int) -> Validation:
+def validate(
+    accelerator: Any, model: torch.nn.Module, stores: Sequence[Any], batch_size: int, stop: Any = None
+) -> Validation | None:
     """Scores all windows of `stores` (each gives windows [T + 1], and has `.tokens.bytes`) without gradients. A collective.
 
     Rank r takes the windows r, r + P, r + 2P, ...; nothing is padded to even batches; sums of nats and of tokens are local
     and reduced once at the end. Under FSDP every forward is a collective, so all ranks run as many as the longest; the
-    surplus ones see only fillers and add nothing.
+    surplus ones see only fillers and add nothing. None where `stop`, the run's StopRequest, was asked on any rank: what is
+    broken off is no result.
     """
     training = model.training
     model.eval()
@@ -35,11 +38,16 @@ def validate(accelerator: Any, model: torch.nn.Module, stores: Sequence[Any], ba
     processes, rank = accelerator.num_processes, accelerator.process_index
     total = torch.zeros(2, dtype=_exact(accelerator.device), device=accelerator.device)
     for start in range(0, len(places), processes * batch_size):
+        if stop and stop(accelerator):
+            model.train(training)
+            return None
         mine = places[start + rank : start + processes * batch_size : processes]
         length = len(places[0][0][0])
         windows = np.stack([store[i] for store, i in mine] or [np.full(length, bare.config.ignore_index)])
         sums = model(torch.from_numpy(windows).to(accelerator.device))
         total += torch.stack((sums.nats, sums.tokens)).to(total.dtype)
+        if stop:
+            stop.alive()
     total = accelerator.reduce(total, "sum")
     model.train(training)
     nats, tokens = total.tolist()

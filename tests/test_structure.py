@@ -12,7 +12,7 @@ PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
 RUNNABLE = {"assemble", "evaluate", "generate", "merge"}
 LEAVES = {"config", "schedule", "loss", "tracking", "errors", "files", "stopping", "validation"}
-LEAVES |= {"statistics", "picture"}
+LEAVES |= {"statistics", "picture", "output"}
 MAY = {  # what else a room may reach; errors, files and config are everybody's
     "model": {"loss"},
     "modules": {"model", "loss"},
