@@ -7,7 +7,7 @@ DEMO := runs/demo
 SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
 SPEAK = --max-new-tokens 60 --show-routing
 
-.PHONY: setup demo test lint bench compare clean
+.PHONY: setup demo test lint bench compare soak clean
 
 setup: $(READY)
 
@@ -48,6 +48,10 @@ bench: $(READY)
 # Two hours of two cores; the same command goes on where it was interrupted.
 compare: $(READY)
 	$(BIN)/python benchmarks/compare.py
+
+# 200 kills at random moments, about an hour of two cores; the same command goes on where it was interrupted.
+soak: $(READY)
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/campaign.py --kills 200 --output-dir runs/soak
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

@@ -102,6 +102,7 @@ def main(settings: Settings) -> int:
     from forge_common.files import write_json
     from forge_common.model import even_load, load_of, parameter_groups
     from forge_common.modules import chosen_layers, plug_in
+    from forge_common.progress import begin
     from forge_common.validation import validate
 
     # ---- Set up ----
@@ -145,7 +146,7 @@ def main(settings: Settings) -> int:
     # ---- Where were we? ----
     checkpoints = settings.output_dir / "checkpoints"
     digests = {**corpora.digests, "tokenizer": tokenizer.digest, "trunk": origin.get("digest")}
-    progress = checkpoint.begin(settings, digests, secrets.token_hex(4))
+    progress = begin(settings, digests, secrets.token_hex(4))
     found = checkpoint.newest(accelerator, checkpoints) if settings.resume != "never" and not settings.dry_run else None
     if found:
         progress = checkpoint.resume(accelerator, found, progress, settings.accept_change)

@@ -253,6 +253,8 @@ def problems(settings: Any) -> list[str]:
     for name in ("lr", "max_grad_norm"):
         if not (value(name) > 0 and math.isfinite(value(name))):
             found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
+    if not value("hang_timeout") >= 0:
+        found.append(f"--hang-timeout is {value('hang_timeout')}; it must be 0 (never) or more seconds")
     if not 0 <= value("weight_decay") < 1:
         found.append(f"--weight-decay is {value('weight_decay')}; it must lie in [0, 1)")
     if not 0 <= value("min_lr_ratio") <= 1:

@@ -62,15 +62,32 @@ RAGGED = (
 )
 
 
+def excerpts_of_library(folder: Path) -> Path:
+    """Real text of ragged lengths: modules of the standard library, the first 150 to 6,000 characters of each."""
+    library = Path(sysconfig.get_paths()["stdlib"])
+    return _excerpts([library / f"{name}.py" for name in RAGGED], folder)
+
+
+def excerpts_of_headers(folder: Path) -> Path:
+    """Text of another domain, ragged: C++ headers that torch ships."""
+    import torch
+
+    return _excerpts(sorted((Path(torch.__file__).parent / "include" / "c10" / "util").glob("*.h"))[:60], folder)
+
+
+def _excerpts(files: list[Path], folder: Path) -> Path:
+    """Written once: a text that is there already keeps its time, which the cache of tokens knows."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, file in enumerate(files):
+        copy, source = folder / file.name, file.read_text(encoding="utf-8")
+        if not copy.exists():
+            copy.write_text(source[: 150 + (number * 997) % 5850], encoding="utf-8")
+    return folder
+
+
 @pytest.fixture(scope="session")
 def text(tmp_path_factory) -> Path:
-    """Real text of ragged lengths: modules of the standard library, the first 150 to 6,000 characters of each."""
-    folder = tmp_path_factory.mktemp("text")
-    library = Path(sysconfig.get_paths()["stdlib"])
-    for number, name in enumerate(RAGGED):
-        source = (library / f"{name}.py").read_text(encoding="utf-8")
-        (folder / f"{name}.py").write_text(source[: 150 + (number * 997) % 5850], encoding="utf-8")
-    return folder
+    return excerpts_of_library(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="session")
@@ -99,15 +116,7 @@ def trunk(shared, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def domain(tmp_path_factory) -> Path:
-    """Text of another domain, ragged: C++ headers that torch ships."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("domain")
-    headers = sorted((Path(torch.__file__).parent / "include" / "c10" / "util").glob("*.h"))[:60]
-    for number, header in enumerate(headers):
-        source = header.read_text(encoding="utf-8")
-        (folder / header.name).write_text(source[: 150 + (number * 997) % 5850], encoding="utf-8")
-    return folder
+    return excerpts_of_headers(tmp_path_factory.mktemp("domain"))
 
 
 @pytest.fixture(scope="session")

@@ -30,11 +30,14 @@ def command(script: Path | str, *arguments: object, processes: int = 1, launcher
     """One process: python, or `launcher`; more: torchrun, which on CPUs is what gives several (see ACCELERATE_USE_CPU)."""
     start = [sys.executable]
     if processes > 1:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        start = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(port)]
+        start = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
     return [*(launcher or start), str(ROOT / script), *map(str, arguments)]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run(

@@ -12,7 +12,7 @@ PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
 RUNNABLE = {"assemble", "evaluate", "generate", "merge"}
 LEAVES = {"config", "schedule", "loss", "tracking", "errors", "files", "stopping", "validation"}
-LEAVES |= {"statistics", "picture", "output"}
+LEAVES |= {"statistics", "picture", "output", "progress"}
 MAY = {  # what else a room may reach; errors, files and config are everybody's
     "model": {"loss"},
     "modules": {"model", "loss"},
@@ -21,7 +21,7 @@ MAY = {  # what else a room may reach; errors, files and config are everybody's
     "artifact": {"model", "modules", "statistics", "data"},
     "assembled": {"artifact", "data", "model", "mixture", "routers"},
     "texts": {"data"},
-    "checkpoint": set(),
+    "checkpoint": {"progress"},
 }
 COMMON = {"errors", "files", "config"}
 

@@ -1,0 +1,302 @@
+"""SIGKILL at random moments: real `accelerate launch` runs of both scripts, killed again and again, resumed, compared.
+
+    python tests/campaign.py --kills 200 --output-dir runs/soak        (make soak; the same command goes on where it was left)
+
+A life is one launch, killed at a moment drawn from U(0, the whole run's time); the next life is the same command. The last
+life of a run is left alone, and what it leaves is compared with a run that was never killed. A kill hits the whole tree of
+processes, or one trainer, or the launcher alone.
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import launch
+import psutil
+import torch
+
+from forge_common.checkpoint import fault
+
+STEPS = 48
+TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
+PATIENCE = 240.0  # seconds that anything may take before it counts as hanging
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One kind of run. `slow`: on a slow disk (tests/slow_disk)."""
+
+    script: str
+    processes: int
+    slow: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.script.removeprefix('train_')}-{self.processes}{'-slow' if self.slow else ''}"
+
+
+CELLS = [
+    Cell(script, processes, slow)
+    for script in ("train_shared", "train_module")
+    for processes in (1, 2)
+    for slow in (False, True)
+]
+
+
+@dataclass
+class Tally:
+    """What a run of many lives came to. Every field but the first four is a fault, and is to be 0."""
+
+    kills: int = 0
+    in_a_save: int = 0  # kills that left a checkpoint half-written, aside
+    finals: int = 0
+    rows: int = 0
+    resumes_failed: int = 0
+    no_good_checkpoint: int = 0
+    finals_that_differ: int = 0
+    rows_lost_or_doubled: int = 0
+
+    def add(self, other: "Tally") -> None:
+        for name, value in asdict(other).items():
+            setattr(self, name, getattr(self, name) + value)
+
+    def faults(self) -> int:
+        return self.resumes_failed + self.no_good_checkpoint + self.finals_that_differ + self.rows_lost_or_doubled
+
+    def table(self) -> str:
+        return "\n".join(
+            (
+                f"SIGKILLs {self.kills}, of them in the midst of a save {self.in_a_save}",
+                f"resumes that failed                          {self.resumes_failed} / {self.kills}",
+                f"kills that left no good checkpoint           {self.no_good_checkpoint} / {self.kills}",
+                f"finals that differ from an unkilled run      {self.finals_that_differ} / {self.finals}",
+                f"rows of metrics.jsonl lost or doubled        {self.rows_lost_or_doubled} / {self.rows}",
+            )
+        )
+
+
+class Campaign:
+    """Texts and trunk are given; `home` is where everything is written."""
+
+    def __init__(self, home: Path, text: Path, domain: Path):
+        self.home, self.text, self.domain, self.cache = home, text, domain, home / "cache"
+        self.seconds: dict[tuple[str, int], float] = {}  # that a whole run takes
+
+    def command(self, cell: Cell, folder: Path) -> list[str]:
+        data = self.text if cell.script == "train_shared" else self.domain
+        arguments = ["--data", data, "--output-dir", folder, "--cache-dir", self.cache, *launch.SIZES]
+        arguments += ["--steps", STEPS, "--save-every", 1, "--keep", 1, "--val-every", 4]
+        if cell.script == "train_shared":
+            arguments += launch.SHAPE
+        else:
+            arguments += ["--trunk", self.trunk, "--name", "cpp", "--general-tokens", 0]
+        if cell.processes == 1:
+            launcher = launch.LAUNCH
+        else:
+            launcher = ("accelerate", "launch", "--multi_gpu", "--num_processes", str(cell.processes))
+            launcher += ("--main_process_port", str(launch.free_port()), "--mixed_precision", "no")
+        return launch.command(f"{cell.script}.py", *arguments, launcher=launcher)
+
+    @property
+    def trunk(self) -> Path:
+        return self.home / "straight-shared-1" / "trunk"
+
+    def start(self, cell: Cell, folder: Path) -> subprocess.Popen:
+        environment = launch.environment(ACCELERATE_USE_CPU="true")
+        if cell.slow:
+            environment["PYTHONPATH"] = f"{launch.ROOT / 'tests' / 'slow_disk'}{os.pathsep}{environment['PYTHONPATH']}"
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_suffix(".out"), "ab") as out:
+            return subprocess.Popen(
+                self.command(cell, folder),
+                env=environment,
+                cwd=launch.ROOT,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
+
+    def straight(self, script: str, processes: int) -> Path:
+        """The run that is never killed."""
+        folder = self.home / f"straight-{script.removeprefix('train_')}-{processes}"
+        started = time.monotonic()
+        if not (folder / "done").exists():
+            code = self.start(Cell(script, processes, False), folder).wait(PATIENCE)
+            assert code == 0, folder.with_suffix(".out").read_text()
+            (folder / "done").write_text(str(time.monotonic() - started))
+        self.seconds[script, processes] = float((folder / "done").read_text())
+        return folder
+
+    def run(self, cell: Cell, number: int, kills: int) -> Tally:
+        """One run of `kills` + 1 lives."""
+        draw = random.Random(f"{cell.name} {number}")
+        folder, tally, known = self.home / cell.name / f"{number:03d}", Tally(), 0
+        while tally.kills < kills:
+            moment = draw.uniform(0, self.seconds[cell.script, cell.processes] * (1.5 if cell.slow else 1))
+            whom = draw.choices(("all", "trainer", "launcher"), (4, 1, 1))[0]
+            running = self.start(cell, folder)
+            try:
+                code = running.wait(moment)
+            except subprocess.TimeoutExpired:
+                tally.kills += 1
+                tally.in_a_save += kill(running, folder, whom, draw)
+                here = good(folder)
+                tally.no_good_checkpoint += here < known
+                known = max(here, known)
+            else:
+                tally.resumes_failed += code != 0
+                break  # it was through before the moment came
+        running = self.start(cell, folder)
+        try:
+            failed = running.wait(PATIENCE) != 0
+        except subprocess.TimeoutExpired:
+            failed = True
+            kill(running, folder, "all", draw)
+        tally.resumes_failed += failed or not resumed_well(folder, known)
+        self.compare(cell, folder, tally)
+        return tally
+
+    def compare(self, cell: Cell, folder: Path, tally: Tally) -> None:
+        straight = self.straight(cell.script, cell.processes)
+        tally.finals += 1
+        if not (folder / "checkpoints" / f"step-{STEPS:08d}").exists():
+            tally.finals_that_differ += 1
+            return
+        tally.finals_that_differ += final(folder) != final(straight)
+        wanted, found = rows(straight), rows(folder)
+        tally.rows += len(wanted)
+        tally.rows_lost_or_doubled += sum(row not in found for row in wanted) + abs(len(found) - len(wanted))
+
+
+def kill(running: subprocess.Popen, folder: Path, whom: str, draw: random.Random) -> bool:
+    """SIGKILL; waits until nothing of the run is left. Whether it hit a save."""
+    launcher, trainers = psutil.Process(running.pid), processes_of(folder)
+    victims = {
+        "launcher": [launcher],
+        "trainer": trainers and [draw.choice(trainers)],
+        "all": [launcher, *trainers],
+    }[whom] or [launcher]
+    for victim in victims:
+        try:
+            victim.kill()
+        except psutil.NoSuchProcess:
+            continue
+    half = bool(list((folder / "checkpoints").glob(".tmp-step-*")))
+    running.wait(PATIENCE)
+    deadline = time.monotonic() + PATIENCE
+    while left := processes_of(folder):
+        if whom == "all":
+            for process in left:  # what the launcher had just begun
+                process.kill()
+        assert time.monotonic() < deadline, f"{folder}: a {whom} was killed, and others are still there: {left}"
+        time.sleep(0.05)
+    return half
+
+
+def processes_of(folder: Path) -> list[psutil.Process]:
+    """The living trainers and launchers of a run, without the first launcher, known by their --output-dir."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = process.info["cmdline"] or []
+        if str(folder) in line and process.info["status"] != psutil.STATUS_ZOMBIE and process.ppid() != os.getpid():
+            found.append(process)
+    return found
+
+
+def good(folder: Path) -> int:
+    """The update of the newest checkpoint, 0 without one; -1 where one has its final name and does not verify."""
+    found = {path: fault(path) for path in (folder / "checkpoints").glob("step-*")}
+    torn = {path.name: wrong for path, wrong in found.items() if wrong}
+    if torn:
+        print(f"{folder}: torn under a final name: {torn}", flush=True)
+        return -1
+    return max((int(path.name.removeprefix("step-")) for path in found), default=0)
+
+
+def resumed_well(folder: Path, step: int) -> bool:
+    """Whether the last life said that it went on from update `step`."""
+    said = folder.with_suffix(".out").read_text(errors="replace")
+    if "Traceback" in said.rpartition("tracking ")[2]:
+        return False
+    return not step or f"at update {step} of {STEPS}" in said.rpartition("tracking ")[2]
+
+
+def final(folder: Path) -> str:
+    """A digest of all that a run came to: weights, both moments, and what it published."""
+    step = folder / "checkpoints" / f"step-{STEPS:08d}"
+    states = torch.load(step / "optimizer.bin", weights_only=True)["state"]
+    tensors = {f"{index} {name}": value for index, state in states.items() for name, value in state.items()}
+    published = next(
+        path for path in (folder / "trunk" / "forge.json", folder / "module" / "module.json") if path.exists()
+    )
+    facts = json.loads(published.read_text())
+    from forge_common.artifact import digest
+
+    parts = [digest(launch.load_file(step / "model.safetensors")), digest(tensors), facts["digest"]]
+    return " ".join([*parts, facts["statistics_digest"]])
+
+
+def rows(folder: Path) -> list[dict]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
+
+
+def campaign(home: Path, text: Path, domain: Path, cells: list[Cell], kills: int, most: int, workers: int) -> Tally:
+    """`kills` kills over `cells`, 1 to `most` of them a run. What was done before is read from kills.jsonl and not repeated."""
+    home.mkdir(parents=True, exist_ok=True)
+    all_of_it, log = Campaign(home.absolute(), text, domain), home / "kills.jsonl"
+    all_of_it.straight("train_shared", 1)
+    for cell in cells:
+        all_of_it.straight(cell.script, cell.processes)
+    done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    total = Tally()
+    for line in done:
+        total.add(Tally(**line["tally"]))
+    numbers = {cell: sum(line["cell"] == cell.name for line in done) for cell in cells}
+
+    def one(cell: Cell) -> None:
+        number = numbers[cell]
+        numbers[cell] += 1
+        wanted = random.Random(f"{cell.name} {number} lives").randint(1, most)
+        tally = all_of_it.run(cell, number, wanted)
+        with open(log, "a") as file:
+            file.write(json.dumps({"cell": cell.name, "number": number, "tally": asdict(tally)}) + "\n")
+        total.add(tally)
+        print(
+            f"{cell.name:15} {number:3}  {tally.kills} kills, {tally.faults()} faults; so far {total.kills}", flush=True
+        )
+
+    with ThreadPoolExecutor(workers) as pool:
+        while total.kills < kills:
+            list(pool.map(one, random.Random(total.kills).sample(cells, min(workers, len(cells)))))
+    return total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--most", type=int, default=2, help="kills of one run at most")
+    parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--output-dir", type=Path, default=Path("runs/soak"))
+    given = parser.parse_args()
+    from conftest import excerpts_of_headers, excerpts_of_library
+
+    texts = given.output_dir.absolute() / "text", given.output_dir.absolute() / "domain"
+    for folder, excerpts in zip(texts, (excerpts_of_library, excerpts_of_headers), strict=True):
+        excerpts(folder)
+    began = time.monotonic()
+    total = campaign(given.output_dir, *texts, CELLS, given.kills, given.most, given.workers)
+    print(
+        f"{total.table()}\n{(time.monotonic() - began) / 60:.0f} minutes, {os.cpu_count()} cores, {os.uname().machine}"
+    )
+    raise SystemExit(bool(total.faults()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,12 @@
+"""Ten SIGKILLs at random moments over real runs; `make soak` does two hundred."""
+
+import campaign
+
+
+def test_nothing_is_lost_to_ten_kills(text, domain, tmp_path):
+    """A trunk in one process on a slow disk, a module in two: resumed by themselves, bit for bit the unkilled runs."""
+    cells = [campaign.Cell("train_shared", 1, True), campaign.Cell("train_module", 2, False)]
+    total = campaign.campaign(tmp_path, text, domain, cells, kills=10, most=5, workers=1)
+    print(total.table())
+    assert total.kills >= 10 and total.finals >= 2
+    assert total.faults() == 0, total.table()
