@@ -24,7 +24,6 @@ import torch
 from forge_common.checkpoint import fault
 
 STEPS = 48
-TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
 PATIENCE = 240.0  # seconds that anything may take before it counts as hanging
 
 
@@ -108,9 +107,7 @@ class Campaign:
         return self.home / "straight-shared-1" / "trunk"
 
     def start(self, cell: Cell, folder: Path) -> subprocess.Popen:
-        environment = launch.environment(ACCELERATE_USE_CPU="true")
-        if cell.slow:
-            environment["PYTHONPATH"] = f"{launch.ROOT / 'tests' / 'slow_disk'}{os.pathsep}{environment['PYTHONPATH']}"
+        environment = launch.environment(ACCELERATE_USE_CPU="true", **(launch.slow_disk(0.03) if cell.slow else {}))
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(folder.with_suffix(".out"), "ab") as out:
             return subprocess.Popen(
@@ -169,7 +166,7 @@ class Campaign:
             tally.finals_that_differ += 1
             return
         tally.finals_that_differ += final(folder) != final(straight)
-        wanted, found = rows(straight), rows(folder)
+        wanted, found = launch.without_times(straight), launch.without_times(folder)
         tally.rows += len(wanted)
         tally.rows_lost_or_doubled += sum(row not in found for row in wanted) + abs(len(found) - len(wanted))
 
@@ -240,11 +237,6 @@ def final(folder: Path) -> str:
 
     parts = [digest(launch.load_file(step / "model.safetensors")), digest(tensors), facts["digest"]]
     return " ".join([*parts, facts["statistics_digest"]])
-
-
-def rows(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key not in TIMES} for line in lines]
 
 
 def campaign(home: Path, text: Path, domain: Path, cells: list[Cell], kills: int, most: int, workers: int) -> Tally:

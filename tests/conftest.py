@@ -1,3 +1,4 @@
+import subprocess
 import sysconfig
 from pathlib import Path
 
@@ -107,6 +108,22 @@ def shared(text, cache):
 
 
 @pytest.fixture(scope="session")
+def started(text, cache):
+    """train_shared.py on that text in the background, in a session of its own; what it prints goes to OUTPUT_DIR.out."""
+
+    def call(output: Path, *more: object, script: Path | str = "train_shared.py", launcher=(), processes=1, **extra):
+        fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
+        line = launch.command(script, *fixed, *more, launcher=launcher, processes=processes)
+        environment = launch.environment(**{"ACCELERATE_USE_CPU": "true"} | extra)
+        with open(output.with_suffix(".out"), "a") as out:
+            return subprocess.Popen(
+                line, env=environment, cwd=launch.ROOT, stdout=out, stderr=out, start_new_session=True
+            )
+
+    return call
+
+
+@pytest.fixture(scope="session")
 def trunk(shared, tmp_path_factory) -> Path:
     """A published trunk, trained for 20 updates: the folder trunk/."""
     folder = tmp_path_factory.mktemp("trunk")
@@ -142,3 +159,11 @@ def altered(tmp_path_factory):
         return copy
 
     return make
+
+
+@pytest.fixture(scope="session")
+def straight(shared, tmp_path_factory) -> Path:
+    """A run of launch.MORE that nobody disturbed, with all its checkpoints."""
+    folder = tmp_path_factory.mktemp("straight") / "run"
+    shared(folder, *launch.MORE)
+    return folder

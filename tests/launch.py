@@ -3,9 +3,11 @@
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +19,12 @@ SHAPE = ("--hidden-size", "32", "--intermediate-size", "64", "--num-hidden-layer
 SHAPE += ("--num-key-value-heads", "2", "--preset", "tiny", "--tokenizer", "bytes")
 SIZES = ("--sequence-length", "64", "--batch-size", "64", "--micro-batch-size", "16", "--lr", "0.003")
 SIZES += ("--warmup-steps", "2", "--val-fraction", "0.1", "--tracker", "none", "--log-every", "1")
+
+# A run of twelve updates that is kept whole: so few windows that it passes the end of an epoch.
+STEPS = 12
+LONG = ("--sequence-length", 256)
+MORE = (*LONG, "--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 5)
+TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
 
 
 def environment(**extra: str) -> dict[str, str]:
@@ -65,6 +73,19 @@ def run(
     return done.stdout
 
 
+def wait_for(path: Path, running: subprocess.Popen) -> None:
+    """Until `path` exists (a glob of its last part will do), while the process runs."""
+    deadline = time.monotonic() + 120
+    while not any(path.parent.glob(path.name)):
+        assert running.poll() is None and time.monotonic() < deadline, f"{path} never came"
+        time.sleep(0.005)
+
+
+def slow_disk(seconds: float) -> dict[str, str]:
+    """The environment of a run whose disk takes `seconds` before and after it syncs, renames or deletes."""
+    return {"PYTHONPATH": f"{ROOT / 'tests' / 'slow_disk'}{os.pathsep}{ROOT}", "SLOW_DISK_SECONDS": str(seconds)}
+
+
 def rows(folder: Path, key: str = "train/loss") -> list[dict]:
     """The rows of metrics.jsonl that have `key`."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
@@ -93,3 +114,28 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 def steps_of(text: str) -> list[int]:
     """The updates that console lines tell of."""
     return [int(step) for step in re.findall(r"^step (\d+)/\d+  loss", text, re.M)]
+
+
+def without_times(folder: Path) -> list[dict]:
+    """All rows of metrics.jsonl, but for what a clock or a machine says."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def same_run(one: Path, other: Path) -> None:
+    """The same weights and optimizer, to the bit, the same artifact, and the same rows, none lost and none twice."""
+    assert same_bits(weights(one, STEPS), weights(other, STEPS))
+    first, second = optimizer_state(one, STEPS)["state"], optimizer_state(other, STEPS)["state"]
+    for index, state in first.items():
+        assert same_bits(state, second[index])
+    facts = [json.loads((folder / "trunk" / "forge.json").read_text())["digest"] for folder in (one, other)]
+    assert facts[0] == facts[1]
+    assert without_times(one) == without_times(other)
+
+
+def copy_until(source: Path, target: Path, step: int) -> None:
+    """A run as it was when killed just after its checkpoint `step`."""
+    shutil.copytree(source, target, ignore=shutil.ignore_patterns("trunk"))
+    for path in (target / "checkpoints").iterdir():
+        if int(path.name.removeprefix("step-")) > step:
+            shutil.rmtree(path)

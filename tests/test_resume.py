@@ -1,64 +1,11 @@
 """A run that was stopped and resumed is the run that was not, bit for bit; a damaged checkpoint costs one checkpoint."""
 
 import json
-import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import launch
 import pytest
-
-STEPS = 12
-LONG = ("--sequence-length", 256)  # so few windows that the run passes the end of an epoch
-MORE = (*LONG, "--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 5)
-TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
-
-
-@pytest.fixture(scope="module")
-def straight(shared, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("straight") / "run"
-    shared(folder, *MORE)
-    return folder
-
-
-def start(folder: Path, text: Path, cache: Path, *more: object, launcher=(), processes: int = 1) -> subprocess.Popen:
-    """train_shared.py in the background, in a session of its own."""
-    fixed = ("--data", text, "--output-dir", folder, "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
-    line = launch.command("train_shared.py", *fixed, *more, launcher=launcher, processes=processes)
-    with open(folder.with_suffix(".out"), "a") as out:
-        return subprocess.Popen(
-            line,
-            env=launch.environment(ACCELERATE_USE_CPU="true"),
-            cwd=launch.ROOT,
-            stdout=out,
-            stderr=out,
-            start_new_session=True,
-        )
-
-
-def wait_for(path: Path, running: subprocess.Popen) -> None:
-    deadline = time.monotonic() + 120
-    while not path.exists():
-        assert running.poll() is None and time.monotonic() < deadline, f"{path} never came"
-        time.sleep(0.01)
-
-
-def without_times(folder: Path) -> list[dict]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
-def same_run(one: Path, other: Path) -> None:
-    """The same weights and optimizer, to the bit, the same artifact, and the same rows, none lost and none twice."""
-    assert launch.same_bits(launch.weights(one, STEPS), launch.weights(other, STEPS))
-    first, second = launch.optimizer_state(one, STEPS)["state"], launch.optimizer_state(other, STEPS)["state"]
-    for index, state in first.items():
-        assert launch.same_bits(state, second[index])
-    facts = [json.loads((folder / "trunk" / "forge.json").read_text())["digest"] for folder in (one, other)]
-    assert facts[0] == facts[1]
-    assert without_times(one) == without_times(other)
 
 
 def test_the_run_passes_an_epochs_end(straight):
@@ -67,88 +14,50 @@ def test_the_run_passes_an_epochs_end(straight):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_stopped_by_a_signal_and_resumed(number, straight, shared, text, cache, tmp_path):
+def test_stopped_by_a_signal_and_resumed(number, straight, shared, started, tmp_path):
     folder = tmp_path / "run"
-    running = start(folder, text, cache, *MORE, "--save-every", 3)
-    wait_for(folder / "checkpoints" / "step-00000003", running)
+    running = started(folder, *launch.MORE, "--save-every", 3)
+    launch.wait_for(folder / "checkpoints" / "step-00000003", running)
     running.send_signal(number)
     assert running.wait(60) == 128 + number
     assert not (folder / "trunk").exists()
-    printed = shared(folder, *MORE)
+    printed = shared(folder, *launch.MORE)
     assert "resumed" in printed
-    same_run(straight, folder)
-
-
-def test_a_trainer_whose_launcher_died_saves_and_ends(straight, shared, text, cache, tmp_path):
-    """accelerate launch, alone, is killed: the trainer that it leaves behind notices, and loses nothing."""
-    folder = tmp_path / "run"
-    running = start(folder, text, cache, *MORE, "--steps", 5000, "--save-every", 3, launcher=launch.LAUNCH)
-    wait_for(folder / "checkpoints" / "step-00000003", running)
-    running.kill()
-    running.wait(30)
-    deadline = time.monotonic() + 60
-    while "the same command goes on" not in folder.with_suffix(".out").read_text():
-        assert time.monotonic() < deadline, "the trainer went on without its launcher"
-        time.sleep(0.1)
-    saved = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
-    assert launch.rows(folder)[-1]["step"] <= saved < 5000
-
-
-@pytest.mark.parametrize("launcher", [(), launch.LAUNCH], ids=["python", "accelerate launch"])
-def test_killed_and_resumed(launcher, straight, shared, text, cache, tmp_path):
-    """SIGKILL to all of it, twice, wherever it happens to be."""
-    folder = tmp_path / "run"
-    for step in (2, 7):
-        running = start(folder, text, cache, *MORE, launcher=launcher)
-        wait_for(folder / "checkpoints" / f"step-{step:08d}", running)
-        os.killpg(running.pid, signal.SIGKILL)
-        running.wait(30)
-    shared(folder, *MORE)
-    same_run(straight, folder)
+    launch.same_run(straight, folder)
 
 
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_resumed_from_any_update(step, straight, shared, tmp_path):
     """From the middle of an epoch and from beyond its end, with other micro-batches of the same float32 rows order."""
     folder = tmp_path / "run"
-    copy_until(straight, folder, step)
-    shared(folder, *MORE)
-    same_run(straight, folder)
+    launch.copy_until(straight, folder, step)
+    shared(folder, *launch.MORE)
+    launch.same_run(straight, folder)
 
 
 def test_an_interval_cut_by_a_checkpoint_is_logged_the_same(shared, tmp_path):
     """Lines every 4 updates, a kill after update 6: what updates 5 and 6 had added up is neither lost nor rounded."""
-    more = (*MORE, "--log-every", 4)
+    more = (*launch.MORE, "--log-every", 4)
     shared(tmp_path / "straight", *more)
-    copy_until(tmp_path / "straight", tmp_path / "run", 6)
+    launch.copy_until(tmp_path / "straight", tmp_path / "run", 6)
     shared(tmp_path / "run", *more)
-    same_run(tmp_path / "straight", tmp_path / "run")
+    launch.same_run(tmp_path / "straight", tmp_path / "run")
     shared(tmp_path / "rarely", *more, "--save-every", 0, "--val-every", 0)  # saving is nothing that a loss depends on
     losses = [[row["train/loss"] for row in launch.rows(tmp_path / name)] for name in ("straight", "rarely")]
     assert losses[0] == losses[1]
-
-
-def copy_until(source: Path, target: Path, step: int) -> None:
-    """A run as it was when killed just after its checkpoint `step`."""
-    import shutil
-
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("trunk"))
-    for path in (target / "checkpoints").iterdir():
-        if int(path.name.removeprefix("step-")) > step:
-            shutil.rmtree(path)
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
 def test_one_two_one_processes(dtype, bound, shared, tmp_path):
     """The same windows and the same weights, to rounding (AdamW's in float32), when processes change on the way."""
     straight, folder, copy = tmp_path / "straight", tmp_path / "run", tmp_path / "again"
-    more = (*MORE, "--dtype", dtype)
+    more = (*launch.MORE, "--dtype", dtype)
     shared(straight, *more)
-    copy_until(straight, folder, 4)
+    launch.copy_until(straight, folder, 4)
     shared(folder, *more, processes=2, script=stop_at(8, tmp_path))
-    copy_until(folder, copy, 8)
+    launch.copy_until(folder, copy, 8)
     shared(copy, *more)
-    assert launch.difference(launch.weights(straight, STEPS), launch.weights(copy, STEPS)) <= bound
+    assert launch.difference(launch.weights(straight, launch.STEPS), launch.weights(copy, launch.STEPS)) <= bound
     for row, reference in zip(launch.rows(copy), launch.rows(straight), strict=True):
         assert row["train/tokens"] == reference["train/tokens"] and row["train/epoch"] == reference["train/epoch"]
         assert row["train/loss"] == pytest.approx(reference["train/loss"], abs=bound)
@@ -193,14 +102,14 @@ def test_a_damaged_checkpoint_is_seen(name, how, straight, tmp_path):
 
 def test_resumes_from_the_one_before_a_damaged_one(straight, shared, tmp_path):
     folder = tmp_path / "run"
-    copy_until(straight, folder, 6)
+    launch.copy_until(straight, folder, 6)
     damage(folder / "checkpoints" / "step-00000006" / "optimizer.bin", "flipped")
     (folder / "checkpoints" / ".tmp-step-00000007").mkdir()  # what a kill in the middle of a save leaves
-    printed = shared(folder, *MORE)
+    printed = shared(folder, *launch.MORE)
     assert "optimizer.bin" in printed and "step-00000005 at update 5" in printed
     assert (folder / "checkpoints" / "step-00000006.broken").is_dir()
     assert not list((folder / "checkpoints").glob(".tmp-*"))
-    same_run(straight, folder)
+    launch.same_run(straight, folder)
 
 
 @pytest.mark.parametrize(
@@ -214,16 +123,16 @@ def test_resumes_from_the_one_before_a_damaged_one(straight, shared, tmp_path):
 )
 def test_a_changed_run_is_refused(change, named, straight, shared, tmp_path):
     folder = tmp_path / "run"
-    copy_until(straight, folder, 4)
-    printed = shared(folder, *MORE, *change, fails=True)
+    launch.copy_until(straight, folder, 4)
+    printed = shared(folder, *launch.MORE, *change, fails=True)
     assert named in printed and "Traceback" not in printed
 
 
 def test_more_steps_by_saying_so(straight, shared, tmp_path):
     folder = tmp_path / "run"
-    copy_until(straight, folder, STEPS)
-    shared(folder, *MORE, "--steps", STEPS + 1, "--accept-change", "steps")
-    assert launch.rows(folder)[-1]["step"] == STEPS + 1
+    launch.copy_until(straight, folder, launch.STEPS)
+    shared(folder, *launch.MORE, "--steps", launch.STEPS + 1, "--accept-change", "steps")
+    assert launch.rows(folder)[-1]["step"] == launch.STEPS + 1
 
 
 @pytest.fixture

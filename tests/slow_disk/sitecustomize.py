@@ -7,7 +7,7 @@ import os
 import shutil
 import time
 
-SECONDS = float(os.environ.get("SLOW_DISK_SECONDS", "0.03"))
+SECONDS = float(os.environ["SLOW_DISK_SECONDS"])
 
 
 def slowly(call):
