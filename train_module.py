@@ -247,8 +247,8 @@ def main(settings: Settings) -> int:
         if better or ended or (settings.save_every and step % settings.save_every == 0):
             with log.aside(), stop.patient():
                 progress.interval = interval.settle()
-                must = ended or settings.on_full_disk == "stop"
-                checkpoint.save(accelerator, model, checkpoints, progress, settings.keep, must=must)
+                how = {"must": ended or settings.on_full_disk == "stop", "say": log.say}
+                checkpoint.save(accelerator, model, checkpoints, progress, settings.keep, **how)
     shares.close()
     stop.working = False  # all is saved: from here on a signal ends the run at once
 
@@ -258,7 +258,7 @@ def main(settings: Settings) -> int:
     elif interrupted:  # what all ranks agreed on; a signal that comes later finds the work done
         log.say(f"stopped at update {progress.global_step} of {settings.steps}; the same command goes on from there")
     else:
-        checkpoint.load_best(accelerator, checkpoints, progress)
+        checkpoint.load_best(accelerator, checkpoints, progress, log.say)
         losses = dict(progress.notes)  # nats a token on held-out text: before (the trunk's) and after
         for domain, windows in (("own", corpora.held_out), ("general", general)):
             result = validate(accelerator, model, windows, settings.micro_batch_size)

@@ -65,7 +65,16 @@ def size(model: torch.nn.Module) -> int:
     return (1 << 16) + 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
 
 
-def save(accelerator: Any, model: torch.nn.Module, folder: Path, progress: Progress, keep: int, *, must: bool) -> None:
+def save(
+    accelerator: Any,
+    model: torch.nn.Module,
+    folder: Path,
+    progress: Progress,
+    keep: int,
+    *,
+    must: bool,
+    say: Callable[[str], None],
+) -> None:
     """Writes OUTPUT/checkpoints/step-N beside its name, verifiable and synced, renames it, then rotates. A collective.
 
     Kept are the `keep` newest and the best by validation. Where the disk is full, what was written is removed, the older
@@ -101,7 +110,7 @@ def save(accelerator: Any, model: torch.nn.Module, folder: Path, progress: Progr
     said = f"the checkpoint of update {progress.global_step} was not saved: {lack_of_room(folder, size(model))}"
     if must:
         raise UserError(f"{said} The older ones are kept; the same command goes on from the newest.")
-    accelerator.print(f"{said} The older ones are kept; the run goes on (--on-full-disk).", flush=True)
+    say(f"{said} The older ones are kept; the run goes on (--on-full-disk).")
 
 
 def _found_room(accelerator: Any, folder: Path, work: Callable[[], None]) -> bool:
@@ -218,7 +227,7 @@ def load(accelerator: Any, path: Path) -> None:
     accelerator.load_state(str(path))
 
 
-def load_best(accelerator: Any, folder: Path, progress: Progress) -> bool:
+def load_best(accelerator: Any, folder: Path, progress: Progress, say: Callable[[str], None]) -> bool:
     """Loads the best weights by validation, if they are others than the present ones and whole. A collective."""
     if progress.best_step in (0, progress.global_step):
         return False
@@ -229,10 +238,10 @@ def load_best(accelerator: Any, folder: Path, progress: Progress) -> bool:
         torch.distributed.broadcast_object_list(found, src=0)
     if found[0]:
         load(accelerator, path)
-        accelerator.print(f"publishing the best weights by validation, those of update {progress.best_step}")
+        say(f"publishing the best weights by validation, those of update {progress.best_step}")
     else:
         said = f"the best weights by validation, of update {progress.best_step}, are lost or damaged"
-        accelerator.print(f"{said}; publishing the newest, of update {progress.global_step}")
+        say(f"{said}; publishing the newest, of update {progress.global_step}")
         progress.best_step, progress.best_val_loss = progress.global_step, None
     return found[0]
 

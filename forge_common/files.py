@@ -51,10 +51,8 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
     except BaseException as reason:
         shutil.rmtree(aside, ignore_errors=True)
         if isinstance(reason, Exception) and folder.parent.is_dir() and is_full(folder.parent, reason):
-            free = shutil.disk_usage(folder.parent).free / MIB
-            raise UserError(
-                f"{folder} was not written: the disk is full, {free:,.1f} MiB are free. Free some."
-            ) from reason
+            free = amount(shutil.disk_usage(folder.parent).free)
+            raise UserError(f"{folder} was not written: the disk is full, {free} are free. Free some.") from reason
         if isinstance(reason, OSError):
             raise UserError(f"{folder} cannot be written ({reason.strerror}). Name another place.") from reason
         raise
@@ -94,5 +92,11 @@ def is_full(folder: Path, reason: Exception) -> bool:
 def lack_of_room(folder: Path, needed: int) -> str:
     """How much is missing for `needed` bytes, and the mend."""
     free = shutil.disk_usage(folder).free
-    missing = f"{(needed - free) / MIB:,.1f} MiB are missing" if needed > free else "the disk or a quota is full"
-    return f"it needs {needed / MIB:,.1f} MiB, {free / MIB:,.1f} MiB are free on {folder}: {missing}. Free some."
+    missing = f"{amount(needed - free)} are missing" if needed > free else "the disk or a quota is full"
+    return f"it needs {amount(needed)}, {amount(free)} are free on {folder}: {missing}. Free some."
+
+
+def amount(size: int) -> str:
+    """1536 -> 1.5 KiB."""
+    unit = min((max(size, 1).bit_length() - 1) // 10, 4)
+    return f"{size / (1 << 10 * unit):,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"

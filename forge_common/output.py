@@ -12,9 +12,7 @@ from typing import Any, TextIO
 import psutil
 
 from .errors import UserError
-from .files import sync_folder
-
-MIB = 1 << 20
+from .files import MIB, amount, sync_folder
 
 
 def claim(accelerator: Any, folder: Path) -> TextIO | None:
@@ -118,7 +116,7 @@ def check_room(folder: Path, checkpoint: int, keep: int) -> None:
     free = shutil.disk_usage(folder).free
     if free + here < needed:
         raise UserError(
-            f"{folder} needs about {needed / MIB:,.1f} MiB ({kept} checkpoints of {checkpoint / MIB:,.1f} MiB and what is "
-            f"published, {published / MIB:,.1f} MiB), but {free / MIB:,.1f} MiB are free: "
-            f"{(needed - free - here) / MIB:,.1f} MiB are missing. Free some, lower --keep, or name another --output-dir."
+            f"{folder} needs about {amount(needed)} ({kept} checkpoints of {amount(checkpoint)} and what is published, "
+            f"{amount(published)}), but {amount(free)} are free: {amount(needed - free - here)} are missing. Free some, lower "
+            "--keep, or name another --output-dir."
         )

@@ -3,6 +3,7 @@
 metrics.jsonl is always written and always complete; a tracker is a copy of it for people, and never worth a run.
 """
 
+import errno
 import importlib.util
 import json
 import math
@@ -171,16 +172,24 @@ class RunLog:
             self.say(f"tracker {tracker} could not start ({reason}); going on with metrics.jsonl alone")
 
     def say(self, text: str) -> None:
-        """A line on the console, above the progress bar where there is one."""
-        if self.main and self._bar is not None:
-            self._bar.write(text)
-        elif self.main:
-            print(text, flush=True)
+        """A line on the console, above the progress bar where there is one. A console that is gone is not worth the run."""
+        try:
+            if self.main and self._bar is not None:
+                self._bar.write(text)
+            elif self.main:
+                print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+        except OSError as reason:
+            if reason.errno != errno.ENOSPC:
+                raise
 
     @contextmanager
     def aside(self) -> Iterator[None]:
         """Time that is not training's: validation, saving."""
         start = time.perf_counter()
+        if self._unwritten:
+            self._write()
         yield
         self._mark += time.perf_counter() - start
 

@@ -109,16 +109,15 @@ def shared(text, cache):
 
 @pytest.fixture(scope="session")
 def started(text, cache):
-    """train_shared.py on that text in the background, in a session of its own; what it prints goes to OUTPUT_DIR.out."""
+    """train_shared.py on that text in the background, in a session of its own; it prints to `out` or OUTPUT_DIR.out."""
 
-    def call(output: Path, *more: object, script: Path | str = "train_shared.py", launcher=(), processes=1, **extra):
+    def call(output: Path, *more, script="train_shared.py", launcher=(), processes=1, out=None, **extra):
         fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
         line = launch.command(script, *fixed, *more, launcher=launcher, processes=processes)
         environment = launch.environment(**{"ACCELERATE_USE_CPU": "true"} | extra)
-        with open(output.with_suffix(".out"), "a") as out:
-            return subprocess.Popen(
-                line, env=environment, cwd=launch.ROOT, stdout=out, stderr=out, start_new_session=True
-            )
+        with open(out or output.with_suffix(".out"), "a", closefd=not isinstance(out, int)) as console:
+            how = {"stdout": console, "stderr": console, "start_new_session": True}
+            return subprocess.Popen(line, env=environment, cwd=launch.ROOT, **how)
 
     return call
 

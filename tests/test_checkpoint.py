@@ -1,16 +1,16 @@
 """A checkpoint is whole or absent, whatever moment a kill, a full disk or a damaged file chooses; loading runs no code."""
 
-import json
 import os
 import pickle
 import shutil
-import subprocess
 from pathlib import Path
 
 import launch
 import pytest
 import torch
 from accelerate import Accelerator
+from disks import fill, mounted, told
+from launch import reseal
 
 from forge_common import checkpoint
 from forge_common.errors import UserError
@@ -40,7 +40,7 @@ def save(prepared, folder: Path, step: int, *, keep: int = 1, must: bool = True,
     accelerator, model, _ = prepared
     train(prepared)
     progress = Progress("id", {}, {}, global_step=step, best_step=best)
-    checkpoint.save(accelerator, model, folder, progress, keep, must=must)
+    checkpoint.save(accelerator, model, folder, progress, keep, must=must, say=print)
 
 
 def steps(folder: Path) -> list[int]:
@@ -130,7 +130,7 @@ def test_a_damaged_best_is_never_published(prepared, tmp_path, capsys):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    assert not checkpoint.load_best(accelerator, folder, progress)
+    assert not checkpoint.load_best(accelerator, folder, progress, print)
     assert launch.same_bits(now, model.state_dict())
     assert progress.best_step == 2 and progress.best_val_loss is None
     assert "lost or damaged" in capsys.readouterr().out and (folder / "step-00000001.broken").is_dir()
@@ -156,12 +156,6 @@ class Evil:
 
     def __reduce__(self):
         return os.mkdir, (str(self.marker),)
-
-
-def reseal(path: Path) -> None:
-    """A manifest that fits, as someone who plants a file would write it."""
-    (path / "manifest.json").write_text(json.dumps(checkpoint._manifest(path)))
-    assert checkpoint.fault(path) is None
 
 
 @pytest.mark.parametrize("form", ["pickle", "torch"])
@@ -217,20 +211,8 @@ def test_other_shapes_change_nothing(prepared, tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 8 MiB of its own."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("only root may mount a small disk")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
-
-
-def fill(disk: Path, *, leaving: int) -> Path:
-    """Takes up all but `leaving` bytes."""
-    filler = disk / "filler"
-    filler.write_bytes(bytes(max(shutil.disk_usage(disk).free - leaving, 0)))
-    return filler
+    with mounted(tmp_path / "disk", "size=8m") as disk:
+        yield disk
 
 
 @pytest.mark.parametrize("foreseen", [True, False])
@@ -247,8 +229,7 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(leaving, foreseen, prepared,
     said = capsys.readouterr().out
     assert "the checkpoint of update 2 was not saved" in said and "The older ones are kept" in said
     if foreseen:
-        told = float(said.split("free on")[1].split(" MiB are missing")[0].split()[-1].replace(",", ""))
-        assert told == pytest.approx(missing / (1 << 20), abs=0.06)
+        assert told(said) == pytest.approx(missing, rel=0.01, abs=5000)  # a disk gives whole pages
     assert steps(folder) == [1] and not list(folder.glob(".*"))
     with pytest.raises(UserError, match="was not saved"):
         save(prepared, folder, 3)

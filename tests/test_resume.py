@@ -128,6 +128,30 @@ def test_a_changed_run_is_refused(change, named, straight, shared, tmp_path):
     assert named in printed and "Traceback" not in printed
 
 
+def test_changed_text_is_refused(shared, text, tmp_path):
+    """The same flags and file names, one more sentence: the digest of the tokens tells; so does a tokenizer's."""
+    folder, copy = tmp_path / "run", tmp_path / "text"
+    shutil.copytree(text, copy)
+    more = ("--data", copy, "--steps", 1, "--tokenizer", "train:300", "--val-every", 0)
+    shared(folder, *more)
+    with open(copy / "abc.py", "a") as file:
+        file.write("One more sentence.\n" * 20)
+    said = shared(folder, *more, fails=True)
+    assert f"digest of {copy}: " in said and "digest of tokenizer: " in said and "Traceback" not in said
+
+
+def test_a_changed_trunk_is_refused(module, shared, trunk, tmp_path):
+    """A module goes on only on the trunk that it began on."""
+    folder, copy = tmp_path / "run", tmp_path / "trunk"
+    shutil.copytree(trunk, copy)
+    module(folder, "--trunk", copy, "--steps", 1)
+    shared(tmp_path / "other", "--steps", 1, "--seed", 5)
+    shutil.rmtree(copy)
+    shutil.copytree(tmp_path / "other" / "trunk", copy)
+    said = module(folder, "--trunk", copy, "--steps", 1, fails=True)
+    assert "digest of trunk: " in said and "Traceback" not in said
+
+
 def test_more_steps_by_saying_so(straight, shared, tmp_path):
     folder = tmp_path / "run"
     launch.copy_until(straight, folder, launch.STEPS)

@@ -9,8 +9,7 @@ from pathlib import Path
 import launch
 import psutil
 import pytest
-from launch import MORE, STEPS, copy_until, same_run
-from test_checkpoint import reseal
+from launch import MORE, STEPS, copy_until, reseal, same_run
 
 SIGNALS = pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
 
