@@ -1,6 +1,7 @@
 """A run that was stopped and resumed is the run that was not, bit for bit; a damaged checkpoint costs one checkpoint."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
