@@ -15,7 +15,8 @@ TEXTS = {"description": "", "config": "{}", "sweepName": None}
 
 
 class Server(ThreadingHTTPServer):
-    """`mode`: well, silent (takes requests and never answers), error (500), garbage, or denied (401).
+    """`mode`: well, silent (takes requests and never answers), half (answers a GET alone), error (500), garbage, or
+    denied (401).
 
     `then`, where it is set, is the mode from the first file stream on: the client had started its run.
     """
@@ -28,7 +29,7 @@ class Server(ThreadingHTTPServer):
         self.mode, self.then = mode, then
         self.requests: list[str] = []
         self.steps: set[int] = set()  # of the rows that arrived
-        self.finished = False
+        self.exit_code: int | None = None  # of the run, once it is said to be over
         self.over = threading.Event()
 
     @property
@@ -58,9 +59,11 @@ class _Request(BaseHTTPRequestHandler):
         server = self.server
         server.requests.append(self.path)
         mode = server.mode
-        if mode == "silent":
+        if mode == "half" and self.command == "GET":
+            mode = "well"
+        if mode in ("silent", "half"):
             server.over.wait()
-        if mode in ("silent", "gone"):
+        if mode in ("silent", "half", "gone"):
             self.close_connection = True
             return
         status = {"error": 500, "denied": 401}.get(mode, 200)
@@ -93,7 +96,8 @@ class _Request(BaseHTTPRequestHandler):
         """Notes the rows of a file stream's request; the first one may be what the server fails at."""
         rows = sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
         self.server.steps |= {json.loads(row)["_step"] for row in rows}
-        self.server.finished |= bool(sent.get("complete"))
+        if sent.get("complete"):
+            self.server.exit_code = sent["exitcode"]
         if self.server.then:
             self.server.fail()
 
