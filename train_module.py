@@ -96,7 +96,7 @@ def main(settings: Settings) -> int:
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-    from forge_common import artifact, checkpoint, output, schedule, statistics, tracking
+    from forge_common import artifact, checkpoint, output, schedule, statistics, trackers, tracking
     from forge_common.data.corpora import general_sample, held_out_fraction, open_corpora
     from forge_common.data.order import updates
     from forge_common.files import write_json
@@ -106,7 +106,7 @@ def main(settings: Settings) -> int:
     from forge_common.validation import validate
 
     # ---- Set up ----
-    tracker, tracked = tracking.choose(settings.tracker)
+    tracker, tracked = trackers.choose(settings.tracker)
     accumulation = config.accumulation_steps(settings)
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
@@ -298,9 +298,10 @@ def main(settings: Settings) -> int:
             log.say(f"frozen      {len(frozen)} tensors, digest {frozen_before[:12]} before and after")
             log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
-    log.close()
+    exit_code = stop.exit_code if interrupted else 0
+    log.close(exit_code)
     output.release(claimed)
-    return stop.exit_code if interrupted else 0
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def main(settings: Settings) -> int:
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-    from forge_common import artifact, checkpoint, output, schedule, statistics, tracking
+    from forge_common import artifact, checkpoint, output, schedule, statistics, trackers, tracking
     from forge_common.data.corpora import held_out_fraction, open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.files import write_json
@@ -109,7 +109,7 @@ def main(settings: Settings) -> int:
     from forge_common.validation import validate
 
     # ---- Set up ----
-    tracker, tracked = tracking.choose(settings.tracker)
+    tracker, tracked = trackers.choose(settings.tracker)
     accumulation = config.accumulation_steps(settings)
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
@@ -280,9 +280,10 @@ def main(settings: Settings) -> int:
             artifact.read_trunk(str(published))
             log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
-    log.close()
+    exit_code = stop.exit_code if interrupted else 0
+    log.close(exit_code)
     output.release(claimed)
-    return stop.exit_code if interrupted else 0
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""What a run says of itself: metrics.jsonl, the console, memory, speed, and accelerate's trackers.
+"""What a run says of itself: metrics.jsonl, the console, memory and speed.
 
 metrics.jsonl is always written and always complete; a tracker is a copy of it for people, and never worth a run.
 """
 
 import errno
-import importlib.util
 import json
 import math
-import netrc
 import os
 import resource
 import sys
@@ -19,8 +17,8 @@ from typing import Any
 
 import torch
 
-from .errors import UserError
 from .files import is_full
+from .trackers import Tracker
 
 PARTS = ("nats", "tokens", "balance", "z")  # of loss.Sums, what an interval adds up
 # Dense peak of the matrix units in bfloat16, FLOP/s, from the makers' data sheets.
@@ -34,32 +32,6 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "V100": 125e12,
 }
-
-
-def wandb_account() -> bool:
-    """Whether W&B would find a key: in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return "api.wandb.ai" in netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
-
-
-def choose(tracker: str) -> tuple[str | None, str]:
-    """--tracker -> (what accelerate logs with, or None; a line that says so). Puts W&B offline where nobody has a key."""
-    if tracker == "auto":
-        if not wandb_account():
-            return None, "metrics.jsonl alone (no W&B account is configured; --tracker wandb records offline)"
-        tracker = "wandb"
-    if tracker == "none":
-        return None, "metrics.jsonl alone"
-    if importlib.util.find_spec(tracker) is None:
-        raise UserError(f"--tracker {tracker}: the package is not installed. pip install {tracker}, or --tracker none.")
-    if tracker == "wandb" and not wandb_account() and os.environ.get("WANDB_MODE") is None:
-        os.environ["WANDB_MODE"] = "offline"
-        return tracker, "metrics.jsonl and W&B offline (no account is configured; `wandb sync` sends it later)"
-    return tracker, f"metrics.jsonl and {tracker}"
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -140,7 +112,7 @@ class RunLog:
         self.accelerator, self.folder, self.steps = accelerator, folder, steps
         self.file = folder / "metrics.jsonl" if folder else None
         self.main = accelerator.is_main_process
-        self.tracker: str | None = None
+        self.tracker: Tracker | None = None
         done = progress.global_step
         self._unwritten: list[str] = []
         self._mark, self._lap_step, self._bar = time.perf_counter(), done, None
@@ -152,24 +124,9 @@ class RunLog:
             self._bar = tqdm(total=steps, initial=done, unit="update", dynamic_ncols=True)
 
     def start_tracker(self, tracker: str | None, settings: Any, run_id: str) -> None:
-        """Starts accelerate's tracker under the run's id, so that a resumed run is one run there too.
-
-        W&B is given ten seconds to answer; whatever fails, the run goes on with metrics.jsonl.
-        """
-        if tracker is None or self.folder is None:
-            return
-        options: dict[str, dict[str, Any]] = {}
-        if tracker == "wandb" and self.main:
-            import wandb
-
-            options["wandb"] = {"id": run_id, "resume": "allow", "dir": str(self.folder), "name": settings.run_name}
-            options["wandb"]["settings"] = wandb.Settings(init_timeout=10, silent=True)
-        flat = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(settings).items()}
-        try:
-            self.accelerator.init_trackers(settings.project, config=flat, init_kwargs=options)
-            self.tracker = tracker
-        except Exception as reason:  # noqa: BLE001 (whatever a tracker raises, it is not worth the run)
-            self.say(f"tracker {tracker} could not start ({reason}); going on with metrics.jsonl alone")
+        """Starts accelerate's tracker under the run's id; whatever it does, the run goes on with metrics.jsonl."""
+        if tracker and self.main and self.folder:
+            self.tracker = Tracker(self.accelerator, tracker, settings, run_id=run_id, folder=self.folder, say=self.say)
 
     def say(self, text: str) -> None:
         """A line on the console, above the progress bar where there is one. A console that is gone is not worth the run."""
@@ -208,11 +165,7 @@ class RunLog:
         self._unwritten.append(json.dumps({"step": step, **flat}) + "\n")
         self._write()
         if self.tracker:
-            try:
-                self.accelerator.log({k: v for k, v in flat.items() if v is not None}, step=step)
-            except Exception as reason:  # noqa: BLE001 (as above)
-                self.say(f"tracker {self.tracker} failed ({reason}); going on with metrics.jsonl alone")
-                self.tracker = None
+            self.tracker.log({k: v for k, v in flat.items() if v is not None}, step=step)
 
     def _write(self) -> None:
         """Appends the rows that are not written yet, down to the disk: a checkpoint never knows more than the log.
@@ -313,10 +266,13 @@ class RunLog:
             "nothing was written but the cache of tokens"
         )
 
-    def close(self) -> None:
-        """Ends trackers and the process group; last."""
+    def close(self, exit_code: int) -> None:
+        """Ends the tracker and the process group; last. `exit_code`: what the process will end with."""
         if self._bar is not None:
             self._bar.close()
+        if self.tracker:
+            self.tracker.finish(exit_code)
+        self.accelerator.trackers = []  # finished, or given up
         self.accelerator.end_training()
 
 

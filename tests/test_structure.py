@@ -11,7 +11,7 @@ import pytest
 PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
 RUNNABLE = {"assemble", "evaluate", "generate", "merge"}
-LEAVES = {"config", "schedule", "loss", "tracking", "errors", "files", "stopping", "validation"}
+LEAVES = {"config", "schedule", "loss", "trackers", "errors", "files", "stopping", "validation"}
 LEAVES |= {"statistics", "picture", "output", "progress"}
 MAY = {  # what else a room may reach; errors, files and config are everybody's
     "model": {"loss"},
@@ -22,6 +22,7 @@ MAY = {  # what else a room may reach; errors, files and config are everybody's
     "assembled": {"artifact", "data", "model", "mixture", "routers"},
     "texts": {"data"},
     "checkpoint": {"progress"},
+    "tracking": {"trackers"},
 }
 COMMON = {"errors", "files", "config"}
 

@@ -1,0 +1,142 @@
+"""A W&B server on this machine: what the real client needs of one to start a run online, and every way to fail it."""
+
+import gzip
+import json
+import socket
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+KEY = "0123456789" * 4  # the form of a key, nobody's
+VIEWER = {"id": "user", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
+PROJECT = {"id": "project", "name": "forge", "entity": {"id": "entity", "name": "someone"}}
+TEXTS = {"description": "", "config": "{}", "sweepName": None}
+
+
+class Server(ThreadingHTTPServer):
+    """`mode`: well, silent (takes requests and never answers), half (answers a GET alone), error (500), garbage, or
+    denied (401).
+
+    `then`, where it is set, is the mode from the first file stream on: the client had started its run.
+    """
+
+    daemon_threads = True
+    block_on_close = False
+
+    def __init__(self, mode: str = "well", then: str | None = None):
+        super().__init__(("127.0.0.1", 0), _Request)
+        self.mode, self.then = mode, then
+        self.requests: list[str] = []
+        self.steps: set[int] = set()  # of the rows that arrived
+        self.exit_code: int | None = None  # of the run, once it is said to be over
+        self.over = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def handle_error(self, *_) -> None:
+        """A client that was killed cuts its connections; that is what these tests are for."""
+
+    def fail(self) -> None:
+        """Goes over to `then`. gone: no one listens any more, and the open connections are cut."""
+        self.mode, self.then = self.then, None
+        if self.mode == "gone":
+            self.socket.close()
+
+
+class _Request(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Content-Encoding") == "gzip":
+            body = gzip.decompress(body)
+        server = self.server
+        server.requests.append(self.path)
+        mode = server.mode
+        if mode == "half" and self.command == "GET":
+            mode = "well"
+        if mode in ("silent", "half"):
+            server.over.wait()
+        if mode in ("silent", "half", "gone"):
+            self.close_connection = True
+            return
+        status = {"error": 500, "denied": 401}.get(mode, 200)
+        content = json.dumps(self.answer(body)).encode() if mode == "well" else b"<html>\x00 not what was asked for"
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_PUT = do_GET
+
+    def answer(self, body: bytes) -> dict:
+        if self.path.endswith("/file_stream"):
+            self.take(json.loads(body))
+            return {}
+        if self.path != "/graphql" or not body:
+            return {}
+        asked = json.loads(body)
+        given = asked.get("variables", {})
+        if "upsertBucket" in asked["query"]:
+            run = {"id": "bucket", "name": given["name"], "displayName": given["name"], "historyLineCount": 0}
+            return {"data": {"upsertBucket": {"bucket": run | TEXTS | {"project": PROJECT}, "inserted": True}}}
+        if "createRunFiles" in asked["query"]:
+            files = [{"name": name, "uploadUrl": f"{self.server.url}/upload"} for name in given["files"]]
+            return {"data": {"createRunFiles": {"runID": "bucket", "uploadHeaders": [], "files": files}}}
+        return {"data": {"viewer": VIEWER}}
+
+    def take(self, sent: dict) -> None:
+        """Notes the rows of a file stream's request; the first one may be what the server fails at."""
+        rows = sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
+        self.server.steps |= {json.loads(row)["_step"] for row in rows}
+        if sent.get("complete"):
+            self.server.exit_code = sent["exitcode"]
+        if self.server.then:
+            self.server.fail()
+
+
+@contextmanager
+def serve(mode: str = "well", then: str | None = None) -> Iterator[Server]:
+    server = Server(mode, then)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.over.set()
+        server.shutdown()
+        server.server_close()
+
+
+@contextmanager
+def nobody() -> Iterator[str]:
+    """The address of a closed port: connections are refused."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@contextmanager
+def dropped() -> Iterator[str]:
+    """An address where nothing comes back at all: a listener with a full backlog, whose kernel drops what knocks."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        full = []
+        for _ in range(4):
+            knock = socket.socket()
+            knock.setblocking(False)
+            knock.connect_ex(address)
+            full.append(knock)
+        try:
+            yield f"http://127.0.0.1:{address[1]}"
+        finally:
+            for knock in full:
+                knock.close()
