@@ -162,17 +162,26 @@ def untie(trunk: Trunk) -> None:
 @torch.no_grad()
 def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: int) -> None:
     """Puts a module's tensors into `trunk`, in place. Every name and shape must be what the kind asks for."""
-    expected = set(plug_in(trunk, kind, layers, **sizes))
-    parameters = dict(trunk.named_parameters())
-    if expected != tensors.keys():
-        missing, surplus = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
-        raise UserError(f"the module's tensors are not those of kind {kind}: missing {missing}, surplus {surplus}")
-    for name, tensor in tensors.items():
-        if tensor.shape != parameters[name].shape:
+    with torch.device("meta"):  # what a stranger's width or rank would ask for is not allocated, but compared
+        bare = Trunk(trunk.config)
+        names = plug_in(bare, kind, layers, **sizes)
+    parameters = dict(bare.named_parameters())
+    expected = {name: tuple(parameters[name].shape) for name in names}
+    missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or surplus:
+        raise UserError(
+            f"the module's tensors are not those of kind {kind}: missing {missing[:9]}, surplus {surplus[:9]}. "
+            "Fetch or train the module again."
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
             raise UserError(
-                f"the module's {name} has the shape {tuple(tensor.shape)}, the trunk's {tuple(parameters[name].shape)}"
+                f"the module's {name} has the shape {tuple(tensors[name].shape)}, the trunk's {shape}. "
+                "Fetch or train the module again."
             )
-    for name, tensor in tensors.items():  # only when all of them fit
+    plug_in(trunk, kind, layers, **sizes)
+    parameters = dict(trunk.named_parameters())
+    for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
 
 
