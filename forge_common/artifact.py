@@ -226,11 +226,13 @@ def read_statistics(folder: Path, facts: dict[str, Any], config: ModelConfig) ->
             raise UserError(
                 f"{path}: {name} are not {size} codes of 8 bits. Make the artifact again with this version."
             )
-    moments = {name: tensor for name, tensor in statistics.items() if name not in ("unigrams", "bigrams")}
+    moments = {name: (t.dtype, tuple(t.shape)) for name, t in statistics.items() if name not in ("unigrams", "bigrams")}
     shapes = moment_shapes(config.num_hidden_layers, config.hidden_size)
-    found = {name: tuple(tensor.shape) for name, tensor in moments.items() if tensor.is_floating_point()}
-    if moments and found != shapes:
-        raise UserError(f"{path}: the moments are not {shapes}. Make the artifact again with this version.")
+    if moments and moments != {name: (torch.float16, shape) for name, shape in shapes.items()}:
+        raise UserError(
+            f"{path}: beside its codes it holds {shown(moments)}; moments of this trunk are {shapes} in float16. "
+            "Make the artifact again with this version."
+        )
     return statistics
 
 

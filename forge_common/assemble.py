@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from . import config
 from .errors import UserError
+from .untrusted import closed, naming
 
 STATISTICS_TOKENS = 1_000_000  # of --trunk-data
 CALIBRATED = {  # which of a router's numbers --calibrate fits
@@ -50,7 +51,6 @@ def main(settings: Settings) -> int:
     from .passport import FORMAT_VERSION
     from .routers import Tuning
     from .tensors import digest, weight_files
-    from .untrusted import naming
 
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
@@ -126,11 +126,10 @@ def _held_out(passports: list[dict[str, Any]]) -> float:
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
     """Those of the files that are there; nothing else that lies beside them, and nothing from elsewhere."""
-    from .untrusted import closed
-
+    closed(source)
     target.mkdir(parents=True)
     for name in names:
-        if (closed(source) / name).is_file():
+        if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 

@@ -42,19 +42,28 @@ def read_assembled(
     trunk, tokenizer, trunk_facts = read_trunk(str(folder / "trunk"))
     modules = closed(folder / "modules")
     parts = read_parts(trunk, trunk_facts, [modules / name for name in names if name not in without])
-    found = {"trunk": trunk_facts["digest"], **parts.digests}
-    for name, own in found.items():
-        if facts["digests"].get(name) != own:
-            raise UserError(
-                f"{folder}: {name} has the digest {own}, assembled.json says {facts['digests'].get(name)}. It is not what "
-                "was assembled: assemble the modules again."
-            )
+    _check_digests(folder, facts, {"trunk": trunk_facts["digest"], **parts.digests})
     stated = "statistics_digest" in facts or (folder / "statistics.safetensors").exists()
     whose = (folder, facts) if stated else (folder / "trunk", trunk_facts)
     statistics = read_statistics(*whose, trunk.config)
     with naming(folder):
         router = route(trunk, statistics, parts, facts)
     return Mixture(trunk, parts.models, router, top_k=kept), tokenizer, facts
+
+
+def _check_digests(folder: Path, facts: dict[str, Any], found: dict[str, str]) -> None:
+    """Refuses other parts than were assembled, each of which may be sound in itself. found: of what was read."""
+    stated = facts["digests"]
+    if stated.keys() != {"trunk", *facts["modules"]}:
+        raise UserError(
+            f"{folder}: assembled.json has digests of other parts than it names. Assemble the modules again."
+        )
+    for name, own in found.items():
+        if stated.get(name) != own:
+            raise UserError(
+                f"{folder}: {name} has the digest {own}, assembled.json says {stated.get(name)}. It is not what was "
+                "assembled: assemble the modules again."
+            )
 
 
 class Parts(NamedTuple):
