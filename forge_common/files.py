@@ -24,7 +24,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 16 MiB; anything else is the user's to mend.
+    """A JSON object from a file of at most 8 MiB; anything else is the user's to mend.
 
     Refused as well is what JSON knows not, or leaves open: NaN, Infinity, 1e999, and a key that stands twice.
     """

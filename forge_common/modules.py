@@ -125,7 +125,7 @@ def plug_in(trunk: Trunk, kind: str, layers: list[int], *, width: int = 0, rank:
         raise UserError(f"--kind {kind}: the kinds of module are {', '.join(KINDS)}")
     surplus = [layer for layer in layers if layer not in range(len(trunk.model.layers))]
     if surplus:
-        raise UserError(f"layers {surplus}: the trunk's layers are 0 to {len(trunk.model.layers) - 1}")
+        raise UserError(f"layers {surplus[:9]}: the trunk's layers are 0 to {len(trunk.model.layers) - 1}")
     config, (body, _, head) = trunk.config, kind.partition("+")
     if config.num_local_experts and body in ("lora", "expert"):
         raise UserError(f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow.")

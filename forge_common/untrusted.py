@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import UserError
 
-JSON_BYTES = 16 << 20  # of a file; an index of 90,000 tensors has 9 MB
+JSON_BYTES = 8 << 20  # of a file; an index of 80,000 tensors, which becomes 200 MiB at the very worst
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,63}")
 DEVICE = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # no files on Windows, wherever they stand
 Field = tuple[str, Callable[[Any], bool]]  # what the value must be, in words and as a test

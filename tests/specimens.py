@@ -1,14 +1,18 @@
 """Small artifacts for the tests of what strangers may send: a trunk, two modules, and the two assembled, in milliseconds."""
 
 import dataclasses
+import json
+import struct
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from forge_common import artifact, assemble, assembled, statistics
 from forge_common.config import ModelConfig
 from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.errors import UserError
 from forge_common.model import Trunk
 from forge_common.modules import plug_in
 
@@ -29,6 +33,7 @@ CONFIG = ModelConfig(
     },
 )
 MODULES = {"one": {"kind": "narrow+head", "width": 5, "rank": 0}, "two": {"kind": "lora", "width": 0, "rank": 3}}
+ONE = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'  # a tensor in a safetensors header
 TOKENS = torch.tensor([[1, *range(70, 90), 1, *range(100, 110)]])
 
 
@@ -88,3 +93,30 @@ def same(one: Any, other: Any) -> bool:
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(same, one, other))
     return type(one) is type(other) and one == other
+
+
+def refused(call, *arguments, **named) -> str:
+    """What a UserError says; anything else fails the test."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **named)
+    return str(caught.value)
+
+
+def edit(path: Path, **changes) -> None:
+    """Other values of fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def header(text: bytes, claimed: int | None = None, body: bytes = b"") -> bytes:
+    """A safetensors file, well-formed or not."""
+    return struct.pack("<Q", len(text) if claimed is None else claimed) + text + body
+
+
+def spoiled(*path, value):
+    """The byte tokenizer's JSON with another value at a path."""
+    content = json.loads(byte_tokenizer().backend.to_str())
+    inside = content
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    return json.dumps(content)

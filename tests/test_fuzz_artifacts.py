@@ -99,7 +99,7 @@ def is_same_or_refused(made, kind):
 # ---- Bytes ----
 
 
-@fuzz(120)
+@fuzz(100)
 @given(place=st.sampled_from(PLACES), content=st.binary(max_size=200) | st.text(max_size=60).map(str.encode))
 def test_any_bytes_in_place_of_a_file(made, place, content):
     kind, name = place
@@ -133,7 +133,7 @@ def damaged(draw, content: bytes) -> bytes:
     return content[stop:] + content[:stop]
 
 
-@fuzz(250)
+@fuzz(220)
 @given(place=st.sampled_from(PLACES), data=st.data())
 def test_damaged_bytes(made, place, data):
     kind, name = place
@@ -213,7 +213,7 @@ def written(content) -> bytes:
 JSON_PLACES = [(kind, name) for kind, name in PLACES if name.endswith(".json")]
 
 
-@fuzz(300)
+@fuzz(250)
 @given(place=st.sampled_from(JSON_PLACES), data=st.data())
 def test_edited_json(made, place, data):
     kind, name = place
@@ -234,7 +234,7 @@ def runs_or_is_refused(made, kind):
     return found
 
 
-@fuzz(300)
+@fuzz(250)
 @given(
     name=st.sampled_from(["config.json", "config.json", "tokenizer.json", "tokenizer_config.json", *ADDED]),
     data=st.data(),
@@ -300,7 +300,7 @@ def saved(tensors, folder) -> bytes:
     return content
 
 
-@fuzz(150)
+@fuzz(120)
 @given(kind=st.sampled_from(["one", "two", "trunk"]), counted=st.booleans(), data=st.data())
 def test_other_tensors_with_their_own_digests(made, kind, counted, data):
     folder, wanted = made.folder, made.wanted
