@@ -126,17 +126,17 @@ def read_trunk(place: str, eos_token: str | None = None) -> tuple[Trunk, Tokeniz
         )
     tensors = _read_weights(weights, config)
     facts = read_passport(folder / "forge.json") if (folder / "forge.json").exists() else {}
-    own = {"digest": digest(tensors), "config_digest": _config_digest(config), "tokenizer_digest": tokenizer.digest}
-    if facts:
-        verify(folder, tensors, facts["digest"], facts.get("tensor_digests", {}), "forge.json")
+    own = {"config_digest": _config_digest(config), "tokenizer_digest": tokenizer.digest}
     for name, found in own.items():
         if facts.get(name, found) != found:
             raise UserError(
                 f"{folder}: the {name} is {found}, but forge.json says {facts[name]}. The files were changed or damaged "
                 "since they were published: fetch or export the trunk again."
             )
-    trunk = _load_exactly(config, tensors, folder)
-    return trunk, tokenizer, facts | own
+    own["digest"] = facts.get("digest") or digest(tensors)
+    if facts:
+        verify(folder, tensors, facts["digest"], facts.get("tensor_digests", {}), "forge.json")
+    return _load_exactly(config, tensors, folder), tokenizer, facts | own
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:

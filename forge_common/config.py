@@ -154,7 +154,9 @@ class ModelConfig:
             raise UserError(
                 f"{where}: model_type {shown(kind)} cannot be a trunk here. Use a Llama, Mistral, Mixtral, Qwen2 or Qwen3."
             )
-        checked(config, where, STATED)
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["rms_norm_eps"]
+        needed.remove("num_key_value_heads")  # each kind has another default for the others: nothing is guessed
+        checked(config, where, STATED, needed)
         rope = checked(config.get("rope_parameters") or config.get("rope_scaling") or {}, f"{where}: rope", ROPE)
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
@@ -168,10 +170,6 @@ class ModelConfig:
         for name, value in unknown.items():
             if value is not None:
                 raise UserError(f"{where}: {name} {shown(value)} is not implemented. Choose a checkpoint without it.")
-        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["rms_norm_eps"]
-        missing = [name for name in needed if config.get(name) is None and name != "num_key_value_heads"]
-        if missing:  # each kind has another default for it: nothing is guessed
-            raise UserError(f"{where} does not say {', '.join(missing)}. Fetch the checkpoint again.")
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in config.items() if key in known and value is not None}
         window = config.get("sliding_window", 4096 if kind == "mistral" else None)

@@ -84,7 +84,8 @@ def read_passport(path: Path) -> dict[str, Any]:
             f"{path}: format version {shown(version)}, this program reads {FORMAT_VERSION}. "
             "Use the version of forge that it was made with, or make it again."
         )
-    return checked(facts, path, *KNOWN[path.name])
+    checked(facts, path, *KNOWN[path.name])
+    return {name: value for name, value in facts.items() if value is not None}  # null is as if it were not there
 
 
 def plug(passport: dict[str, Any]) -> dict[str, Any]:

@@ -210,6 +210,17 @@ def written(content) -> bytes:
     return json.dumps(content).encode()
 
 
+def test_every_field_missing_or_null(made):
+    """One after the other, at the top of each file."""
+    for kind, name in JSON_PLACES:
+        path = made.folder / kind / name
+        content = json.loads(path.read_bytes())
+        for key in content:
+            for change in ({key: None}, {}):
+                with replaced({path: written({k: v for k, v in content.items() if k != key} | change)}):
+                    is_same_or_refused(made, kind)
+
+
 JSON_PLACES = [(kind, name) for kind, name in PLACES if name.endswith(".json")]
 
 
