@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .config import ModelConfig
@@ -22,21 +21,15 @@ from .errors import UserError
 from .files import publish, read_json, write_json
 from .model import Trunk
 from .modules import put_in
-from .statistics import BIGRAM_BUCKETS
+from .passport import FORMAT_VERSION, plug, read_passport
+from .statistics import BIGRAM_BUCKETS, moment_shapes
+from .tensors import PICKLES, Tensors, digest, digests, read_tensors, verify, weight_files
+from .untrusted import PLAIN, closed, is_plain, naming, shown
 
-FORMAT_VERSION = 1
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-Tensors = dict[str, torch.Tensor]
-
-
-def digest(tensors: Tensors) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes in the order of the names; a file's layout plays no part."""
-    total = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
-    return total.hexdigest()
+LONG = ("shapes", "tensor_digests")  # facts that are not for the card
+TRUNK_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+TRUNK_FILES += ("special_tokens_map.json", "forge.json", "statistics.safetensors", "README.md")
+MODULE_FILES = ("module.json", "module.safetensors", "statistics.safetensors", "README.md")
 
 
 def write_trunk(
@@ -51,6 +44,8 @@ def write_trunk(
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     own = digest(stored)
     facts = {"format_version": FORMAT_VERSION, "digest": own, "tokenizer_digest": tokenizer.digest, **facts}
+    facts["config_digest"] = _config_digest(_with_ids(config, tokenizer))
+    facts["tensor_digests"] = digests(stored | (statistics or {}))
     if statistics:
         facts["statistics_digest"] = digest(statistics)
 
@@ -69,11 +64,13 @@ def write_trunk(
 
 def write_module(folder: Path, tensors: Tensors, facts: dict[str, Any], statistics: Tensors) -> str:
     """Publishes a module: its tensors, its passport `module.json`, the router's statistics; returns its digest."""
+    if not is_plain(facts["name"]):
+        raise UserError(f"a module cannot be called {shown(facts['name'])}; it needs {PLAIN[0]}")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     own = digest(stored)
     shapes = {name: list(tensor.shape) for name, tensor in sorted(stored.items())}
     facts = {"format_version": FORMAT_VERSION, "digest": own, "statistics_digest": digest(statistics), **facts}
-    facts["shapes"] = shapes
+    facts |= {"shapes": shapes, "tensor_digests": digests(stored | statistics)}
 
     def write(aside: Path) -> None:
         save_file(statistics, aside / "statistics.safetensors")
@@ -88,23 +85,10 @@ def write_module(folder: Path, tensors: Tensors, facts: dict[str, Any], statisti
 def _card(title: str, facts: dict[str, Any]) -> str:
     """A model card: the facts, readable."""
     rows = "\n".join(
-        f"| {name} | {json.dumps(value, ensure_ascii=False)} |" for name, value in facts.items() if name != "shapes"
+        f"| {name} | {json.dumps(value, ensure_ascii=False)} |" for name, value in facts.items() if name not in LONG
     )
     licence = f"license: {facts['licence']}\n" if facts.get("licence") else ""
     return f"---\ntags: [forge]\n{licence}---\n\n# {title}\n\n| fact | value |\n| --- | --- |\n{rows}\n"
-
-
-def read_tensors(path: Path) -> Tensors:
-    """All tensors of a safetensors file; a malformed file, NaN or Inf is refused, and the tensor named."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    except (SafetensorError, OSError) as reason:
-        raise UserError(f"{path} cannot be read as safetensors ({reason}). Fetch or export it again.") from None
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise UserError(f"{path}: {name} holds NaN or Inf. Use an artifact of a run that did not diverge.")
-    return tensors
 
 
 def find(place: str) -> Path:
@@ -126,11 +110,11 @@ def find(place: str) -> Path:
 def read_trunk(place: str, eos_token: str | None = None) -> tuple[Trunk, Tokenizer, dict[str, Any]]:
     """A trunk in float32 on the CPU, its tokenizer, and its facts (digest, data, val_fraction where known).
 
-    A folder with a forge.json is verified against it, weights and tokenizer; another Transformers checkpoint is taken
-    as it is, and its digest computed.
+    A folder with a forge.json is verified against it: weights, configuration, tokenizer. Another Transformers checkpoint
+    is taken as it is, and its digest computed.
     """
-    folder = find(place)
-    weights = _weight_files(folder)
+    folder = closed(find(place))
+    weights = weight_files(folder)
     raw = read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder, eos_token)
     config = ModelConfig.from_hf(raw | {"eos_token_id": tokenizer.eos_token_id}, str(folder / "config.json"))
@@ -140,25 +124,19 @@ def read_trunk(place: str, eos_token: str | None = None) -> tuple[Trunk, Tokeniz
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}. "
             "They are not of one checkpoint: fetch it again."
         )
-    tensors: Tensors = {}
-    for path in weights:
-        tensors |= read_tensors(path)
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-        del tensors[name]  # old checkpoints hold what follows from rope_theta
-    facts = read_json(folder / "forge.json") if (folder / "forge.json").exists() else {}
-    own = digest(tensors)
-    for name, found in (("digest", own), ("tokenizer_digest", tokenizer.digest)):
+    tensors = _read_weights(weights, config)
+    facts = read_passport(folder / "forge.json") if (folder / "forge.json").exists() else {}
+    own = {"config_digest": _config_digest(config), "tokenizer_digest": tokenizer.digest}
+    for name, found in own.items():
         if facts.get(name, found) != found:
             raise UserError(
                 f"{folder}: the {name} is {found}, but forge.json says {facts[name]}. The files were changed or damaged "
                 "since they were published: fetch or export the trunk again."
             )
-    with torch.device("meta"):
-        trunk = Trunk(config)
-    _load_exactly(trunk, tensors, folder)
-    return trunk, tokenizer, facts | {"digest": own, "tokenizer_digest": tokenizer.digest}
+    own["digest"] = facts.get("digest") or digest(tensors)
+    if facts:
+        verify(folder, tensors, facts["digest"], facts.get("tensor_digests", {}), "forge.json")
+    return _load_exactly(config, tensors, folder), tokenizer, facts | own
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -166,23 +144,35 @@ def _with_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
     return dataclasses.replace(config, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    if (folder / "model.safetensors.index.json").exists():
-        names = set(read_json(folder / "model.safetensors.index.json")["weight_map"].values())
-        outside = [name for name in names if Path(name).name != name]
-        if outside:
-            raise UserError(
-                f"{folder}: the index names files outside of the folder: {outside}. Do not use this artifact."
-            )
-        return [folder / name for name in sorted(names)]
-    if (folder / "model.safetensors").exists():
-        return [folder / "model.safetensors"]
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
-    raise UserError(f"{folder} holds no model.safetensors{hint}. Export the model with safetensors.")
+def _config_digest(config: ModelConfig) -> str:
+    """SHA-256 over what is computed with; what else stands in a config.json plays no part."""
+    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
 
 
-def _load_exactly(trunk: Trunk, tensors: Tensors, folder: Path) -> None:
+def _read_weights(files: list[Path], config: ModelConfig) -> Tensors:
+    """The tensors of all the files, without what follows from others."""
+    tensors: Tensors = {}
+    for path in files:
+        for name, tensor in read_tensors(path).items():
+            if name in tensors:
+                raise UserError(f"{path}: {name} stands in another file as well. Fetch the checkpoint again.")
+            tensors[name] = tensor
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
+        del tensors[name]  # old checkpoints hold what follows from rope_theta
+    return tensors
+
+
+def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path) -> Trunk:
+    parts = config.num_hidden_layers * max(1, config.num_local_experts)
+    if parts > len(tensors):  # before so many are made
+        raise UserError(
+            f"{folder}: config.json speaks of {config.num_hidden_layers} layers of {max(1, config.num_local_experts)} "
+            f"feed-forwards, the files hold {len(tensors)} tensors in all. Fetch the checkpoint again."
+        )
+    with torch.device("meta"):
+        trunk = Trunk(config)
     expected = {name: tuple(parameter.shape) for name, parameter in trunk.named_parameters()}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if expected != found:
@@ -194,6 +184,7 @@ def _load_exactly(trunk: Trunk, tensors: Tensors, folder: Path) -> None:
         )
     widened = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
     trunk.load_state_dict(widened, strict=True, assign=True)
+    return trunk
 
 
 def read_module(folder: Path, trunk_facts: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
@@ -201,55 +192,48 @@ def read_module(folder: Path, trunk_facts: dict[str, Any]) -> tuple[Tensors, dic
     if not folder.is_dir():
         hint = " Pickles are not opened." if folder.suffix in PICKLES else ""
         raise UserError(f"{folder} is not a module's folder.{hint} Name the folder with module.json in it.")
-    facts = read_json(folder / "module.json")
-    if facts.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{folder}: format version {facts.get('format_version')!r}, this program reads {FORMAT_VERSION}. "
-            "Use the version of forge that the module was made with, or export it again."
-        )
+    facts = read_passport(folder / "module.json")
     for name, ours in (("trunk_digest", "digest"), ("tokenizer_digest", "tokenizer_digest")):
         if facts.get(name) != trunk_facts[ours]:
             raise UserError(
                 f"{folder}: the module was made for another {name.split('_')[0]}: its {name} is {facts.get(name)}, here it "
                 f"is {trunk_facts[ours]}. Use the trunk that the module names."
             )
-    tensors = read_tensors(folder / "module.safetensors")
-    if digest(tensors) != facts.get("digest"):
-        raise UserError(
-            f"{folder}: the tensors' digest is {digest(tensors)}, module.json says {facts.get('digest')}. The files were "
-            "changed or damaged since they were published: fetch the module again."
-        )
+    path = folder / "module.safetensors"
+    tensors = read_tensors(path)
+    verify(path, tensors, facts["digest"], facts.get("tensor_digests", {}), "module.json")
+    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
+    stated = facts.get("shapes", shapes)
+    for name in sorted(shapes.keys() | stated.keys()):
+        if shapes.get(name) != stated.get(name):
+            raise UserError(
+                f"{path}: {shown(name)} has the shape {shapes.get(name)}, module.json says {stated.get(name)}. "
+                "Fetch the module again."
+            )
     return tensors, facts
 
 
-def read_statistics(folder: Path, facts: dict[str, Any], vocab_size: int) -> Tensors | None:
-    """The router's statistics beside a trunk or a module, verified; None where none were published."""
+def read_statistics(folder: Path, facts: dict[str, Any], config: ModelConfig) -> Tensors | None:
+    """The router's statistics beside a trunk or a module, verified; None where none were published. config: the trunk's."""
     path = folder / "statistics.safetensors"
     if "statistics_digest" not in facts and not path.exists():
         return None
-    statistics = read_tensors(path)
-    if digest(statistics) != facts.get("statistics_digest"):
-        raise UserError(
-            f"{path}: the digest is {digest(statistics)}, the passport says {facts.get('statistics_digest')}. The file was "
-            "changed or damaged since it was published: fetch the artifact again."
-        )
-    for name, size in (("unigrams", vocab_size), ("bigrams", BIGRAM_BUCKETS)):
+    statistics = read_tensors(path, (torch.uint8, torch.float16))
+    verify(path, statistics, facts.get("statistics_digest"), facts.get("tensor_digests", {}), "the passport")
+    for name, size in (("unigrams", config.vocab_size), ("bigrams", BIGRAM_BUCKETS)):
         found = statistics.get(name)
         if found is None or found.shape != (size,) or found.dtype != torch.uint8:
             raise UserError(
                 f"{path}: {name} are not {size} codes of 8 bits. Make the artifact again with this version."
             )
+    moments = {name: (t.dtype, tuple(t.shape)) for name, t in statistics.items() if name not in ("unigrams", "bigrams")}
+    shapes = moment_shapes(config.num_hidden_layers, config.hidden_size)
+    if moments and moments != {name: (torch.float16, shape) for name, shape in shapes.items()}:
+        raise UserError(
+            f"{path}: beside its codes it holds {shown(moments)}; moments of this trunk are {shapes} in float16. "
+            "Make the artifact again with this version."
+        )
     return statistics
-
-
-def plug(module: Path, passport: dict[str, Any]) -> dict[str, Any]:
-    """What modules.plug_in is told of a module, from its passport: kind, layers, width, rank."""
-    layers, sizes = passport.get("layers"), {name: passport.get(name, 0) for name in ("width", "rank")}
-    if not isinstance(layers, list) or not all(isinstance(layer, int) for layer in layers):
-        raise UserError(f"{module}: module.json does not say which layers the module is for. Fetch the module again.")
-    if not all(isinstance(size, int) and 0 <= size <= 1 << 20 for size in sizes.values()):
-        raise UserError(f"{module}: module.json gives the sizes {sizes}. Fetch the module again.")
-    return {"kind": passport.get("kind"), "layers": layers, **sizes}
 
 
 def read_model(place: str, module: Path | None) -> tuple[Trunk, Tokenizer, dict[str, Any], dict[str, Any] | None]:
@@ -258,5 +242,6 @@ def read_model(place: str, module: Path | None) -> tuple[Trunk, Tokenizer, dict[
     if module is None:
         return trunk, tokenizer, facts, None
     tensors, passport = read_module(module, facts)
-    put_in(trunk, tensors, **plug(module, passport))
+    with naming(module):
+        put_in(trunk, tensors, **plug(passport))
     return trunk, tokenizer, facts, passport

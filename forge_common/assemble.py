@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from . import config
 from .errors import UserError
+from .untrusted import closed, naming
 
 STATISTICS_TOKENS = 1_000_000  # of --trunk-data
 CALIBRATED = {  # which of a router's numbers --calibrate fits
@@ -44,10 +45,12 @@ class Settings:
 def main(settings: Settings) -> int:
     from safetensors.torch import save_file
 
-    from .artifact import FORMAT_VERSION, digest, find, plug, read_module, read_statistics, read_trunk
+    from .artifact import MODULE_FILES, TRUNK_FILES, find, plug, read_module, read_statistics, read_trunk
     from .files import publish, write_json
     from .mixture import with_module
+    from .passport import FORMAT_VERSION
     from .routers import Tuning
+    from .tensors import digest, weight_files
 
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
@@ -55,20 +58,19 @@ def main(settings: Settings) -> int:
         raise UserError("--top-k must be 0 (all) or more, --calibrate-tokens at least 2")
     source = find(settings.trunk)
     trunk, tokenizer, facts = read_trunk(settings.trunk)
-    vocab_size = trunk.config.vocab_size
     found: dict[str, tuple[Path, dict[str, Any]]] = {}
     for folder in settings.modules:
         tensors, passport = read_module(folder, facts)  # one at a time: refused with the reason, and let go again
-        with_module(trunk, tensors, **plug(folder, passport))
+        with naming(folder):
+            with_module(trunk, tensors, **plug(passport))
         del tensors
         name = passport["name"]
-        if name in found:
-            raise UserError(
-                f"{folder} and {found[name][0]} are both called {name}; train one of them under another name"
-            )
+        for other, (taken, _) in found.items():
+            if other.lower() == name.lower():  # a disk may take A and a for one
+                raise UserError(f"{folder} and {taken} are both called {name}; train one of them under another name")
         if settings.router == "learned" and passport["kind"] != "expert":
             raise UserError(f"{folder} is of kind {passport['kind']}: --router learned needs modules of --kind expert")
-        if settings.router in ("context", "ridge") and read_statistics(folder, passport, vocab_size) is None:
+        if settings.router in ("context", "ridge") and read_statistics(folder, passport, trunk.config) is None:
             raise UserError(f"{folder} brings no statistics.safetensors: --router {settings.router} needs it")
         found[name] = (folder, passport)
     unknown = [name for name in settings.without if name not in found]
@@ -79,9 +81,9 @@ def main(settings: Settings) -> int:
         raise UserError("no module is left to assemble; name some by --modules")
     folders = {name: found[name][0] for name in names}
     background = (
-        _statistics(settings, tokenizer, vocab_size)
+        _statistics(settings, tokenizer, trunk.config.vocab_size)
         if settings.trunk_data
-        else read_statistics(source, facts, vocab_size)
+        else read_statistics(source, facts, trunk.config)
     )
     described = {
         "format_version": FORMAT_VERSION,
@@ -97,9 +99,10 @@ def main(settings: Settings) -> int:
     del trunk
 
     def write(aside: Path) -> None:
-        _copy(source, aside / "trunk")
+        index = "model.safetensors.index.json"
+        _copy(source, aside / "trunk", (*TRUNK_FILES, index, *(path.name for path in weight_files(source))))
         for name, folder in folders.items():
-            _copy(folder, aside / "modules" / name)
+            _copy(folder, aside / "modules" / name, MODULE_FILES)
             read_module(aside / "modules" / name, facts)
         if settings.trunk_data:
             save_file(background, aside / "statistics.safetensors")
@@ -121,12 +124,13 @@ def _held_out(passports: list[dict[str, Any]]) -> float:
     return min((facts["val_fraction"] for facts in passports if facts.get("val_fraction")), default=0.0)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """The files that an artifact consists of, one by one; nothing else that lies beside them, and no pickle."""
+def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
+    """Those of the files that are there; nothing else that lies beside them, and nothing from elsewhere."""
+    closed(source)
     target.mkdir(parents=True)
-    for path in sorted(source.iterdir()):
-        if path.suffix in (".json", ".safetensors") or path.name in ("README.md", "tokenizer.model"):
-            shutil.copyfile(path, target / path.name)
+    for name in names:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def _opened(sources: tuple[str, ...], settings: Settings, tokenizer: Any) -> list[tuple[Any, float]]:

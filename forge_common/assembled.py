@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .artifact import FORMAT_VERSION, Tensors, plug, read_module, read_statistics, read_trunk
+from .artifact import Tensors, plug, read_module, read_passport, read_statistics, read_trunk
 from .data.tokenizer import Tokenizer
 from .errors import UserError
-from .files import read_json
 from .mixture import Mixture, with_module
 from .model import Trunk
 from .routers import ROUTERS, ContextRouter, LearnedRouter, RidgeRouter, Tuning, UniformRouter
+from .untrusted import closed, naming
 
 
 def is_assembled(place: str) -> bool:
@@ -31,39 +31,61 @@ def read_assembled(
     top_k over the one that it was assembled with. The modules left out are not read.
     """
     folder = Path(place)
-    facts = read_json(folder / "assembled.json")
-    names = facts.get("modules")
-    if facts.get("format_version") != FORMAT_VERSION or not isinstance(names, list):
-        raise UserError(f"{folder}: assembled.json is not of format {FORMAT_VERSION}. Assemble the modules again.")
-    if any(not isinstance(name, str) or Path(name).name != name or name in ("", "..") for name in names):
-        raise UserError(f"{folder}: assembled.json names modules outside of the folder. Do not use this artifact.")
+    facts = read_passport(folder / "assembled.json")
+    names = facts["modules"]
     unknown = [name for name in without if name not in names]
     if unknown:
         raise UserError(f"--without {unknown[0]}: no such module; {folder} holds {', '.join(names)}")
-    kept = facts.get("top_k", 0) if top_k is None else top_k
-    if not isinstance(kept, int) or kept < 0:
+    kept = facts["top_k"] if top_k is None else top_k
+    if kept < 0:
         raise UserError(f"--top-k {kept}: say how many candidates serve a token, 0 for all")
     trunk, tokenizer, trunk_facts = read_trunk(str(folder / "trunk"))
-    parts = read_parts(trunk, trunk_facts, [folder / "modules" / name for name in names if name not in without])
-    whose = (folder, facts) if "statistics_digest" in facts else (folder / "trunk", trunk_facts)
-    statistics = read_statistics(*whose, trunk.config.vocab_size)
-    return Mixture(trunk, parts.models, route(trunk, statistics, parts, facts), top_k=kept), tokenizer, facts
+    modules = closed(folder / "modules")
+    parts = read_parts(trunk, trunk_facts, [modules / name for name in names if name not in without])
+    _check_digests(folder, facts, {"trunk": trunk_facts["digest"], **parts.digests})
+    stated = "statistics_digest" in facts or (folder / "statistics.safetensors").exists()
+    whose = (folder, facts) if stated else (folder / "trunk", trunk_facts)
+    statistics = read_statistics(*whose, trunk.config)
+    with naming(folder):
+        router = route(trunk, statistics, parts, facts)
+    return Mixture(trunk, parts.models, router, top_k=kept), tokenizer, facts
+
+
+def _check_digests(folder: Path, facts: dict[str, Any], found: dict[str, str]) -> None:
+    """Refuses other parts than were assembled, each of which may be sound in itself. found: of what was read."""
+    stated = facts["digests"]
+    if stated.keys() != {"trunk", *facts["modules"]}:
+        raise UserError(
+            f"{folder}: assembled.json has digests of other parts than it names. Assemble the modules again."
+        )
+    for name, own in found.items():
+        if stated.get(name) != own:
+            raise UserError(
+                f"{folder}: {name} has the digest {own}, assembled.json says {stated.get(name)}. It is not what was "
+                "assembled: assemble the modules again."
+            )
 
 
 class Parts(NamedTuple):
-    """Modules by name: the trunk with each in it (its parameters shared), and what each tells a router."""
+    """Modules by name: the trunk with each in it (its parameters shared), what each tells a router, their digests."""
 
     models: dict[str, Trunk]
     statistics: dict[str, Tensors | None]
+    digests: dict[str, str]
 
 
 def read_parts(trunk: Trunk, trunk_facts: dict[str, Any], folders: list[Path]) -> Parts:
     """The modules in these folders, verified against the trunk."""
-    parts = Parts({}, {})
+    parts = Parts({}, {}, {})
     for folder in folders:
         tensors, passport = read_module(folder, trunk_facts)
-        parts.models[passport["name"]] = with_module(trunk, tensors, **plug(folder, passport))
-        parts.statistics[passport["name"]] = read_statistics(folder, passport, trunk.config.vocab_size)
+        name = passport["name"]
+        if name in parts.models:
+            raise UserError(f"{folder}: another module is called {name} as well. Assemble the modules again.")
+        with naming(folder):
+            parts.models[name] = with_module(trunk, tensors, **plug(passport))
+        parts.statistics[name] = read_statistics(folder, passport, trunk.config)
+        parts.digests[name] = passport["digest"]
     return parts
 
 
@@ -72,14 +94,14 @@ def route(trunk: Trunk, background: Tensors | None, parts: Parts, facts: dict[st
     names, router = list(parts.models), facts.get("router")
     try:
         tuning = Tuning(**facts["tuning"])
-        if tuning.trunk_share <= 0:
-            raise ValueError(f"a trunk_share of {tuning.trunk_share}")
-    except (KeyError, TypeError, ValueError) as reason:
+    except (TypeError, ValueError) as reason:
         raise UserError(
             f"assembled.json does not describe its router ({reason}). Assemble the modules again."
         ) from None
     shares = torch.tensor([tuning.trunk_share, *[1.0] * len(names)])
     prior = shares / shares.sum()
+    if not names:
+        return UniformRouter(prior)  # the trunk alone: whoever is asked, it speaks
     statistics = list(parts.statistics.values())
     if router in ("context", "ridge") and None in statistics:
         name = names[statistics.index(None)]
@@ -98,7 +120,10 @@ def route(trunk: Trunk, background: Tensors | None, parts: Parts, facts: dict[st
     if router == "ridge":
         if any("second" not in own or "first" not in own for own in statistics):
             raise UserError("a module's statistics.safetensors brings no moments: the ridge router needs them.")
-        return RidgeRouter(statistics, prior, trunk.config.hidden_size, tuning)
+        try:
+            return RidgeRouter(statistics, prior, trunk.config.hidden_size, tuning)
+        except ValueError as reason:
+            raise UserError(f"{reason}. Use --router context, or modules of other text.") from None
     if router == "uniform":
         return UniformRouter(prior)
     raise UserError(f"router {router!r}: the routers are {', '.join(ROUTERS)}. Assemble the modules again.")

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from .errors import UserError
+from .untrusted import ANY, FLAG, Field, checked, dict_of, list_of, number, shown, whole
 
 Settings = TypeVar("Settings")
 
@@ -46,6 +47,33 @@ PRESETS: dict[str, dict[str, int]] = {
         "num_attention_heads": 16,
         "num_key_value_heads": 8,
     },
+}
+
+
+_ID = whole(-1, 1 << 31)
+STATED: dict[str, Field] = {  # in a config.json; no model is near the bounds, beyond them sizes and positions overflow
+    "vocab_size": whole(1, 1 << 24),
+    "num_hidden_layers": whole(1, 1 << 16),
+    "max_position_embeddings": whole(1, 1 << 31),
+    "head_dim": whole(2, 1 << 16),
+    "num_local_experts": whole(0, 1 << 16),
+    "sliding_window": whole(0, 1 << 31),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), whole(1, 1 << 20)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"), whole(1, 1 << 16)),
+    **dict.fromkeys(("rms_norm_eps", "initializer_range"), number(0, 1)),
+    **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef"), number(0, 1e6)),
+    **dict.fromkeys(("tie_word_embeddings", "cross_document_attention", "use_sliding_window"), FLAG),
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), dict_of(ANY)),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID),
+    "eos_token_id": ("an id or a list of ids", lambda value: _ID[1](value) or (bool(value) and list_of(_ID)[1](value))),
+    "rope_theta": number(1, 1e12),
+}
+ROPE: dict[str, Field] = {
+    "rope_theta": STATED["rope_theta"],
+    "factor": number(1, 1e6),
+    "low_freq_factor": number(1e-3, 1e6),
+    "high_freq_factor": number(1e-3, 1e6),
+    "original_max_position_embeddings": STATED["max_position_embeddings"],
 }
 
 
@@ -124,10 +152,13 @@ class ModelConfig:
         kind = config.get("model_type")
         if kind not in ("llama", "mistral", "mixtral", "qwen2", "qwen3"):
             raise UserError(
-                f"{where}: model_type {kind!r} cannot be a trunk here. Use a Llama, Mistral, Mixtral, Qwen2 or Qwen3."
+                f"{where}: model_type {shown(kind)} cannot be a trunk here. Use a Llama, Mistral, Mixtral, Qwen2 or Qwen3."
             )
-        rope = dict(config.get("rope_parameters") or {}) or dict(config.get("rope_scaling") or {})
-        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["rms_norm_eps"]
+        needed.remove("num_key_value_heads")  # each kind has another default for the others: nothing is guessed
+        checked(config, where, STATED, needed)
+        rope = checked(config.get("rope_parameters") or config.get("rope_scaling") or {}, f"{where}: rope", ROPE)
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
         partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
         unknown = {
             "rope type": rope_type if rope_type not in ("default", "llama3") else None,
@@ -138,11 +169,7 @@ class ModelConfig:
         }
         for name, value in unknown.items():
             if value is not None:
-                raise UserError(f"{where}: {name} {value!r} is not implemented. Choose a checkpoint without it.")
-        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["rms_norm_eps"]
-        missing = [name for name in needed if config.get(name) is None and name != "num_key_value_heads"]
-        if missing:  # each kind has another default for it: nothing is guessed
-            raise UserError(f"{where} does not say {', '.join(missing)}. Fetch the checkpoint again.")
+                raise UserError(f"{where}: {name} {shown(value)} is not implemented. Choose a checkpoint without it.")
         known = {field.name for field in dataclasses.fields(cls)}
         kept = {key: value for key, value in config.items() if key in known and value is not None}
         window = config.get("sliding_window", 4096 if kind == "mistral" else None)
@@ -152,11 +179,31 @@ class ModelConfig:
         eos = config.get("eos_token_id")
         kept["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
         kept["pad_token_id"] = config.get("pad_token_id")
-        kept["tie_word_embeddings"] = config.get("tie_word_embeddings", False)
-        kept["rope_theta"] = float(rope.get("rope_theta", config.get("rope_theta", 1e6 if kind == "mixtral" else 1e4)))
-        kept["rope_scaling"] = {k: v for k, v in rope.items() if k != "rope_theta"} if rope_type == "llama3" else None
+        kept["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
+        theta = rope.get("rope_theta") or config.get("rope_theta") or (1e6 if kind == "mixtral" else 1e4)
+        kept |= {"rope_theta": float(theta), "rope_scaling": None}
+        if rope_type == "llama3":
+            stretch = [name for name in ROPE if name != "rope_theta"]
+            checked(rope, f"{where}: rope", {}, stretch)
+            kept["rope_scaling"] = {"rope_type": "llama3"} | {name: rope[name] for name in stretch}
         kept.setdefault("num_key_value_heads", config["num_attention_heads"])
-        return cls(**kept | {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"})
+        return _possible(cls(**kept | {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}), where)
+
+
+def _possible(config: ModelConfig, where: str) -> ModelConfig:
+    """`config`, if its numbers are a model's when taken together."""
+    rope = config.rope_scaling or {"low_freq_factor": 0, "high_freq_factor": 1}
+    wrong = {
+        "num_key_value_heads does not divide num_attention_heads": config.num_attention_heads
+        % config.num_key_value_heads,
+        "head_dim (else hidden_size / num_attention_heads) is not even": config.head_dim % 2 or not config.head_dim,
+        "num_experts_per_tok exceeds num_local_experts": 0 < config.num_local_experts < config.num_experts_per_tok,
+        "high_freq_factor is not above low_freq_factor": rope["high_freq_factor"] < rope["low_freq_factor"] + 1e-3,
+    }
+    for told, holds in wrong.items():
+        if holds:
+            raise UserError(f"{where}: {told}. Fetch the checkpoint again.")
+    return config
 
 
 def model_config(settings: Any, tokenizer: Any) -> ModelConfig:

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import config
 from .errors import UserError
-from .files import read_json, write_json
+from .files import write_json
 
 
 @dataclass(frozen=True)
@@ -103,14 +103,15 @@ def held_out(settings: Settings) -> float:
     """The share of documents that every part's run held out by hash; 1 where none held out any."""
     from .artifact import find
     from .assembled import is_assembled
+    from .passport import read_passport
 
     if settings.val_fraction is not None:
         return settings.val_fraction
     if is_assembled(settings.model):
-        return read_json(Path(settings.model) / "assembled.json").get("val_fraction") or 1.0
+        return read_passport(Path(settings.model) / "assembled.json").get("val_fraction") or 1.0
     passport = find(settings.model) / "forge.json"
-    stated = [read_json(passport).get("val_fraction")] if passport.exists() else []
-    stated += [read_json(folder / "module.json").get("val_fraction") for folder in settings.module]
+    stated = [read_passport(passport).get("val_fraction")] if passport.exists() else []
+    stated += [read_passport(folder / "module.json").get("val_fraction") for folder in settings.module]
     return min((fraction for fraction in stated if fraction), default=1.0)
 
 

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import UserError
+from .untrusted import read_bounded
 
 MIB = 1 << 20
 
@@ -25,16 +27,34 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; anything else is the user's to mend."""
+    """A JSON object from a file of at most 8 MiB; anything else is the user's to mend.
+
+    Refused as well is what JSON knows not, or leaves open: NaN, Infinity, 1e999, and a key that stands twice.
+    """
+    content = read_bounded(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist. Name a folder that holds it.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as reason:
+        parsed = json.loads(
+            content.decode("utf-8"), object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite
+        )
+    except (ValueError, RecursionError) as reason:
         raise UserError(f"{path} is not JSON ({reason}). Fetch or export it again.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path} holds a {type(content).__name__}, not an object. Fetch or export it again.")
-    return content
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} holds a {type(parsed).__name__}, not an object. Fetch or export it again.")
+    return parsed
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands twice in an object")
+    return found
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text[:20]} is no number of JSON's, or too large")
+    return value
 
 
 def publish(folder: Path, write: Callable[[Path], None]) -> None:

@@ -125,7 +125,7 @@ def plug_in(trunk: Trunk, kind: str, layers: list[int], *, width: int = 0, rank:
         raise UserError(f"--kind {kind}: the kinds of module are {', '.join(KINDS)}")
     surplus = [layer for layer in layers if layer not in range(len(trunk.model.layers))]
     if surplus:
-        raise UserError(f"layers {surplus}: the trunk's layers are 0 to {len(trunk.model.layers) - 1}")
+        raise UserError(f"layers {surplus[:9]}: the trunk's layers are 0 to {len(trunk.model.layers) - 1}")
     config, (body, _, head) = trunk.config, kind.partition("+")
     if config.num_local_experts and body in ("lora", "expert"):
         raise UserError(f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow.")
@@ -162,17 +162,26 @@ def untie(trunk: Trunk) -> None:
 @torch.no_grad()
 def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: int) -> None:
     """Puts a module's tensors into `trunk`, in place. Every name and shape must be what the kind asks for."""
-    expected = set(plug_in(trunk, kind, layers, **sizes))
-    parameters = dict(trunk.named_parameters())
-    if expected != tensors.keys():
-        missing, surplus = sorted(expected - tensors.keys()), sorted(tensors.keys() - expected)
-        raise UserError(f"the module's tensors are not those of kind {kind}: missing {missing}, surplus {surplus}")
-    for name, tensor in tensors.items():
-        if tensor.shape != parameters[name].shape:
+    with torch.device("meta"):  # what a stranger's width or rank would ask for is not allocated, but compared
+        bare = Trunk(trunk.config)
+        names = plug_in(bare, kind, layers, **sizes)
+    parameters = dict(bare.named_parameters())
+    expected = {name: tuple(parameters[name].shape) for name in names}
+    missing, surplus = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    if missing or surplus:
+        raise UserError(
+            f"the module's tensors are not those of kind {kind}: missing {missing[:9]}, surplus {surplus[:9]}. "
+            "Fetch or train the module again."
+        )
+    for name, shape in expected.items():
+        if tensors[name].shape != shape:
             raise UserError(
-                f"the module's {name} has the shape {tuple(tensor.shape)}, the trunk's {tuple(parameters[name].shape)}"
+                f"the module's {name} has the shape {tuple(tensors[name].shape)}, the trunk's {shape}. "
+                "Fetch or train the module again."
             )
-    for name, tensor in tensors.items():  # only when all of them fit
+    plug_in(trunk, kind, layers, **sizes)
+    parameters = dict(trunk.named_parameters())
+    for name, tensor in tensors.items():
         parameters[name].copy_(tensor)
 
 

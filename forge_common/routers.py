@@ -26,13 +26,20 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Tuning:
-    """A router's handful of numbers. Measured defaults: docs/RESULTS.md."""
+    """A router's handful of numbers. Measured defaults: docs/RESULTS.md. ValueError where the gates would be no numbers."""
 
     temperature: float = 0.2  # weight of a token's evidence
     switch: float = 0.02  # the chance that the domain changes at a token
     own: float = 1.0  # weight of what each head itself gave the tokens so far, in the mixture of the outputs
     trunk_share: float = 1.0  # of the prior, beside 1 for each module
     sharpness: float = 10.0  # of ridge: softmax(sharpness * regression)
+
+    def __post_init__(self):
+        bounds = {"switch": (0, 1), "trunk_share": (1e-9, 1e9)}
+        for name, value in vars(self).items():
+            least, most = bounds.get(name, (0, 1e9))
+            if not least <= value <= most:
+                raise ValueError(f"a {name} of {value}, which must lie from {least} to {most}")
 
 
 @dataclass
@@ -139,7 +146,10 @@ class RidgeRouter:
         first = torch.stack([own["first"].double() for own in statistics], dim=-1) / len(statistics)
         eye = torch.eye(second.shape[-1], dtype=second.dtype)
         scale = second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
-        self.weights = torch.linalg.solve(second + RIDGE * scale * eye, first).float()  # [L, d, E - 1]
+        weights, failed = torch.linalg.solve_ex(second + RIDGE * scale * eye, first)
+        self.weights = weights.float()  # [L, d, E - 1]
+        if failed.any() or not torch.isfinite(self.weights).all():
+            raise ValueError("the modules' moments have no ridge regression")
         self.prior, self.tuning, self.projection = prior, tuning, projection(hidden_size)
 
     def layer(self, index: int, normed: torch.Tensor) -> torch.Tensor:

@@ -115,6 +115,12 @@ def moments(trunk: Any, documents: Iterable[np.ndarray], sequence_length: int, d
     return {"second": (second / max(seen, 1)).half().cpu(), "first": (first / max(seen, 1)).half().cpu()}
 
 
+def moment_shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
+    """The shapes of `moments` of a trunk of that many layers and that width."""
+    projected = min(width, MOMENT_WIDTH)
+    return {"second": (layers, projected, projected), "first": (layers, projected)}
+
+
 def projection(width: int) -> torch.Tensor:
     """[D, d]: the identity up to MOMENT_WIDTH, else orthonormal columns that follow from the width alone."""
     if width <= MOMENT_WIDTH:

@@ -1,9 +1,12 @@
+import os
 import subprocess
 import sysconfig
 from pathlib import Path
 
 import launch
 import pytest
+
+FUZZ = int(os.environ.get("FORGE_FUZZ", "1"))
 
 RAGGED = (
     "abc",

@@ -225,7 +225,7 @@ def test_one_learned_row_is_the_module_as_it_was_trained(trunk, parts, tmp_path)
     model, tokenizer = read(folder)
     tensors, passport = artifact.read_module(parts["expert_cpp"], artifact.read_trunk(str(trunk))[2])
     alone, _, _ = artifact.read_trunk(str(trunk))
-    put_in(alone, tensors, **artifact.plug(parts["expert_cpp"], passport))
+    put_in(alone, tensors, **artifact.plug(passport))
     torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-5)
 
 

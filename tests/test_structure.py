@@ -12,19 +12,20 @@ PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
 RUNNABLE = {"assemble", "evaluate", "generate", "merge"}
 LEAVES = {"config", "schedule", "loss", "trackers", "errors", "files", "stopping", "validation"}
-LEAVES |= {"statistics", "picture", "output", "progress"}
-MAY = {  # what else a room may reach; errors, files and config are everybody's
+LEAVES |= {"statistics", "picture", "output", "progress", "untrusted", "tensors"}
+MAY = {  # what else a room may reach; errors, files, config and untrusted are everybody's
     "model": {"loss"},
     "modules": {"model", "loss"},
     "routers": {"statistics"},
     "mixture": {"model", "modules", "routers", "loss"},
-    "artifact": {"model", "modules", "statistics", "data"},
+    "passport": {"modules", "routers"},
+    "artifact": {"model", "modules", "statistics", "data", "passport", "tensors"},
     "assembled": {"artifact", "data", "model", "mixture", "routers"},
     "texts": {"data"},
     "checkpoint": {"progress"},
     "tracking": {"trackers"},
 }
-COMMON = {"errors", "files", "config"}
+COMMON = {"errors", "files", "config", "untrusted"}
 
 
 def imports(path: Path) -> set[str]:
@@ -62,7 +63,7 @@ def test_imports_run_one_way(name):
 
 def test_the_data_knows_nothing_of_models():
     for path in (PACKAGE / "data").glob("*.py"):
-        assert ours(path) <= {"errors", "files", "data"}, path.name
+        assert ours(path) <= {"errors", "files", "data", "untrusted"}, path.name
 
 
 def test_the_package_knows_no_script_and_no_accelerate():

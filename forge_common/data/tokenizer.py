@@ -5,8 +5,10 @@ A document's text never yields a special id, whatever is written in it: '<pad>' 
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,11 +16,16 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..errors import UserError
+from ..files import read_json
+from ..untrusted import read_bounded, shown
 from .document import nearest
 
 PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
 SMALLEST_VOCABULARY = 2 + 256
 TRAINING_CHARACTERS = 64 << 20
+FILE_BYTES = 64 << 20  # of a tokenizer.json; the largest known have 33 MB
+LARGEST_VOCABULARY = 1 << 24  # ids may have gaps, and each costs a row of the embedding
+LONGEST_REWRITING = 4096  # characters that a normalizer may make of one
 EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|im_end|>")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 FORMS = "a folder with tokenizer.json, such a file, train:VOCAB (as train:4096) or bytes"
@@ -58,12 +65,14 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str], *, continued: bool = False) -> list[list[int]]:
         """Ids of each text, in parallel. `continued`: without prefix and suffix, for the middle of a document."""
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=not continued)
+        with _refusing("the tokenizer cannot encode a text"):
+            encodings = self.backend.encode_batch_fast(texts, add_special_tokens=not continued)
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens are left out."""
-        return self.backend.decode(list(ids), skip_special_tokens=True)
+        with _refusing("the tokenizer cannot decode the ids"):
+            return self.backend.decode(list(ids), skip_special_tokens=True)
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
@@ -82,6 +91,17 @@ class Tokenizer:
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def _refusing(told: str) -> Iterator[None]:
+    """What the Rust library says of a tokenizer that others made, as a UserError; its panics are no Exception."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as reason:  # noqa: BLE001 (the library raises plain Exception, and panics)
+        raise UserError(f"{told} ({type(reason).__name__}: {shown(str(reason))}); give another tokenizer") from None
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -148,40 +168,63 @@ def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tok
     if not file.is_file():
         mend = "; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one" if path.is_dir() else ""
         raise UserError(f"--tokenizer {path}: there is no file {file}{mend}; give {FORMS}")
-    try:
-        backend = Backend.from_file(str(file))
-    except Exception as error:  # the Rust library raises plain Exception for all its faults
-        raise UserError(f"{file}: not a tokenizer that the tokenizers library reads: {error}") from error
-    if not backend.get_vocab_size():
-        raise UserError(f"{file}: the vocabulary is empty; give another tokenizer")
-    declared = _declared(file.parent) if file.name == "tokenizer.json" else {}
-    eos = _eos_id(backend, file, eos_token, declared)
-    pads = (_id_of(backend, declared.get("pad_token")), declared.get("pad_token_id"))
-    pads += tuple(map(backend.token_to_id, PAD_NAMES))
-    return Tokenizer(backend, eos, next((pad for pad in pads if pad is not None and pad != eos), None))
+    with _refusing(f"{file}: not a tokenizer that the tokenizers library reads"):
+        content = read_bounded(file, FILE_BYTES)
+        backend = Backend.from_str(content.decode())
+        _check(json.loads(content), backend, file)
+        declared = _declared(file.parent) if file.name == "tokenizer.json" else {}
+        eos = _eos_id(backend, file, eos_token, declared)
+        pads = (_id_of(backend, declared.get("pad_token")), _known(backend, declared.get("pad_token_id")))
+        pads += tuple(map(backend.token_to_id, PAD_NAMES))
+        made = Tokenizer(backend, eos, next((pad for pad in pads if pad is not None and pad != eos), None))
+    if max(made.prefix + made.suffix, default=0) >= made.vocab_size:
+        raise UserError(f"{file}: the post-processor adds ids beyond the vocabulary; give another tokenizer")
+    return made
+
+
+def _check(content: dict, backend: Backend, file: Path) -> None:
+    """Refuses, before any text is encoded, what would take memory without bound or leave no text."""
+    greatest = max(backend.get_vocab().values(), default=-1)
+    if not 0 <= greatest < LARGEST_VOCABULARY:
+        raise UserError(f"{file}: the vocabulary's greatest id is {greatest}; give a tokenizer of 1 to 16,777,216 ids")
+    if _rewriting(content.get("normalizer")) > LONGEST_REWRITING:
+        raise UserError(f"{file}: its normalizer makes thousands of characters of one; give another tokenizer")
+    if not backend.encode("x", add_special_tokens=False).ids:
+        raise UserError(f"{file}: it makes no token of the text 'x', texts would be lost; give another tokenizer")
+
+
+def _rewriting(normalizer: dict | None) -> int:
+    """How many characters the normalizers, one after the other, can put in the place of one."""
+    if not normalizer:
+        return 1
+    inserted = len(normalizer.get("content") or normalizer.get("prepend") or "")
+    inserted += len(normalizer.get("precompiled_charsmap") or "") >> 10  # a table of which a character takes one row
+    return math.prod(map(_rewriting, normalizer.get("normalizers") or ()), start=1 + inserted)
 
 
 def _declared(folder: Path) -> dict:
     """eos_token, pad_token (names), eos_token_id, pad_token_id: the first file that declares one counts."""
     found: dict = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
-        try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not (folder / name).exists():
             continue
-        except (OSError, ValueError) as error:
-            raise UserError(f"{folder / name}: cannot be read as JSON: {error}; mend or remove it") from error
+        content = read_json(folder / name)
         for key in ("eos_token", "pad_token", "eos_token_id", "pad_token_id"):
             value = content.get(key)
             value = value[0] if isinstance(value, list) and value else value  # Llama 3 lists several ends
             value = value.get("content") if isinstance(value, dict) else value
-            if isinstance(value, int if key.endswith("id") else str):
+            if type(value) is (int if key.endswith("id") else str):
                 found.setdefault(key, value)
     return found
 
 
 def _id_of(backend: Backend, name: str | None) -> int | None:
     return None if name is None else backend.token_to_id(name)
+
+
+def _known(backend: Backend, id: int | None) -> int | None:
+    """The id, if the vocabulary has it."""
+    return id if id is not None and 0 <= id < LARGEST_VOCABULARY and backend.id_to_token(id) is not None else None
 
 
 def _eos_id(backend: Backend, file: Path, wanted: str | None, declared: dict) -> int:
@@ -191,9 +234,9 @@ def _eos_id(backend: Backend, file: Path, wanted: str | None, declared: dict) ->
             near = nearest(wanted, backend.get_vocab())
             raise UserError(f"--eos-token {wanted!r} is not in the vocabulary of {file}{near}; name one that is")
         return found
-    candidates = [_id_of(backend, declared.get("eos_token")), declared.get("eos_token_id")]
+    candidates = [_id_of(backend, declared.get("eos_token")), _known(backend, declared.get("eos_token_id"))]
     candidates += map(backend.token_to_id, EOS_NAMES)
-    found = next((id for id in candidates if id is not None and backend.id_to_token(id) is not None), None)
+    found = next((id for id in candidates if id is not None), None)
     if found is None:
         raise UserError(f"{file}: no end-of-text token is declared beside it; name it with --eos-token")
     return found

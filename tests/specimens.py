@@ -1,0 +1,122 @@
+"""Small artifacts for the tests of what strangers may send: a trunk, two modules, and the two assembled, in milliseconds."""
+
+import dataclasses
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from forge_common import artifact, assemble, assembled, statistics
+from forge_common.config import ModelConfig
+from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.errors import UserError
+from forge_common.model import Trunk
+from forge_common.modules import plug_in
+
+CONFIG = ModelConfig(
+    vocab_size=258,
+    hidden_size=8,
+    intermediate_size=12,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    max_position_embeddings=64,
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+)
+MODULES = {"one": {"kind": "narrow+head", "width": 5, "rank": 0}, "two": {"kind": "lora", "width": 0, "rank": 3}}
+ONE = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'  # a tensor in a safetensors header
+TOKENS = torch.tensor([[1, *range(70, 90), 1, *range(100, 110)]])
+
+
+def counts(seed: int, moments: bool = True) -> dict[str, torch.Tensor]:
+    """Statistics of no text in particular."""
+    draw = torch.Generator().manual_seed(seed)
+    sizes = {"unigrams": CONFIG.vocab_size, "bigrams": statistics.BIGRAM_BUCKETS}
+    found = {name: torch.randint(0, 90, (size,), dtype=torch.uint8, generator=draw) for name, size in sizes.items()}
+    if moments:
+        x = torch.randn(2, 40, 8, generator=draw)
+        found |= {"second": (x.transpose(1, 2) @ x / 40).half(), "first": x.mean(1).half()}
+    return found
+
+
+def build(folder: Path, router: str = "context") -> Path:
+    """folder/trunk, folder/one, folder/two, folder/assembled."""
+    torch.manual_seed(0)
+    trunk, tokenizer = Trunk(CONFIG), byte_tokenizer()
+    artifact.write_trunk(
+        folder / "trunk", trunk.state_dict(), CONFIG, tokenizer, {"val_fraction": 0.1}, counts(0, moments=False)
+    )
+    _, _, facts = artifact.read_trunk(str(folder / "trunk"))
+    for number, (name, sizes) in enumerate(MODULES.items()):
+        plain = Trunk(CONFIG)
+        names = plug_in(plain, sizes["kind"], [1], width=sizes["width"], rank=sizes["rank"])
+        tensors = {key: torch.randn_like(plain.state_dict()[key]) * 0.1 for key in names}
+        passport = {"name": name, "layers": [1], "val_fraction": 0.1, "licence": "mit", "steps": 3, "tokens_seen": 9}
+        passport |= sizes | {key: facts[key.removeprefix("trunk_")] for key in ("trunk_digest", "tokenizer_digest")}
+        artifact.write_module(folder / name, tensors, passport, counts(1 + number))
+    modules = tuple(folder / name for name in MODULES)
+    assemble.main(assemble.Settings(str(folder / "trunk"), modules, folder / "assembled", router=router))
+    return folder
+
+
+def load(folder: Path) -> Any:
+    """All that a folder of `build` yields, by the loaders that evaluate and generate use; the shape follows from its files."""
+    if (folder / "assembled.json").exists() or (folder / "trunk").exists():
+        model, tokenizer, facts = assembled.read_assembled(str(folder))
+        router = {name: value for name, value in vars(model.router).items() if name != "tuning"}
+        told = {key: facts[key] for key in ("modules", "router", "top_k", "tuning")}
+        return [model.state_dict(), dataclasses.asdict(model.config), tokenizer.digest, router, told], model
+    if (folder / "module.json").exists() or (folder / "module.safetensors").exists():
+        model, _, _, passport = artifact.read_model(str(folder.parent / "trunk"), folder)
+        counted = artifact.read_statistics(folder, passport, model.config)
+        return [model.state_dict(), counted, artifact.plug(passport), passport["name"]], model
+    trunk, tokenizer, facts = artifact.read_trunk(str(folder))
+    counted = artifact.read_statistics(folder, facts, trunk.config)
+    return [trunk.state_dict(), counted, dataclasses.asdict(trunk.config), tokenizer.digest], trunk
+
+
+def same(one: Any, other: Any) -> bool:
+    """Equal to the bit, through lists and dictionaries of tensors."""
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(same, one, other))
+    return type(one) is type(other) and one == other
+
+
+def refused(call, *arguments, **named) -> str:
+    """What a UserError says; anything else fails the test."""
+    with pytest.raises(UserError) as caught:
+        call(*arguments, **named)
+    return str(caught.value)
+
+
+def edit(path: Path, **changes) -> None:
+    """Other values of fields of a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def header(text: bytes, claimed: int | None = None, body: bytes = b"") -> bytes:
+    """A safetensors file, well-formed or not."""
+    return struct.pack("<Q", len(text) if claimed is None else claimed) + text + body
+
+
+def spoiled(*path, value):
+    """The byte tokenizer's JSON with another value at a path."""
+    content = json.loads(byte_tokenizer().backend.to_str())
+    inside = content
+    for key in path[:-1]:
+        inside = inside[key]
+    inside[path[-1]] = value
+    return json.dumps(content)
