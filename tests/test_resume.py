@@ -133,7 +133,7 @@ def test_changed_text_is_refused(shared, text, tmp_path):
     """The same flags and file names, one more sentence: the digest of the tokens tells; so does a tokenizer's."""
     folder, copy = tmp_path / "run", tmp_path / "text"
     shutil.copytree(text, copy)
-    more = ("--data", copy, "--steps", 1, "--tokenizer", "train:300", "--val-every", 0)
+    more = ("--data", copy, "--steps", 2, "--tokenizer", "train:300", "--val-every", 0)
     shared(folder, *more)
     with open(copy / "abc.py", "a") as file:
         file.write("One more sentence.\n" * 20)
@@ -145,11 +145,11 @@ def test_a_changed_trunk_is_refused(module, shared, trunk, tmp_path):
     """A module goes on only on the trunk that it began on."""
     folder, copy = tmp_path / "run", tmp_path / "trunk"
     shutil.copytree(trunk, copy)
-    module(folder, "--trunk", copy, "--steps", 1)
-    shared(tmp_path / "other", "--steps", 1, "--seed", 5)
+    module(folder, "--trunk", copy, "--steps", 2)
+    shared(tmp_path / "other", "--steps", 2, "--seed", 5)
     shutil.rmtree(copy)
     shutil.copytree(tmp_path / "other" / "trunk", copy)
-    said = module(folder, "--trunk", copy, "--steps", 1, fails=True)
+    said = module(folder, "--trunk", copy, "--steps", 2, fails=True)
     assert "digest of trunk: " in said and "Traceback" not in said
 
 
