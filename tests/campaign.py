@@ -23,7 +23,7 @@ import torch
 
 from forge_common.checkpoint import fault
 
-STEPS = 48
+STEPS = 24
 PATIENCE = 240.0  # seconds that anything may take before it counts as hanging
 
 
@@ -273,7 +273,7 @@ def campaign(home: Path, text: Path, domain: Path, cells: list[Cell], kills: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
-    parser.add_argument("--most", type=int, default=2, help="kills of one run at most")
+    parser.add_argument("--most", type=int, default=4, help="kills of one run at most")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
