@@ -15,7 +15,7 @@ from typing import Any
 
 from . import config
 from .errors import UserError
-from .files import write_json
+from .files import write_json, write_text
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def main(settings: Settings) -> int:
     if settings.json:
         write_json(settings.json, {"rows": rows})
     if settings.svg:
-        settings.svg.write_text(draw(rows), encoding="utf-8")
+        write_text(settings.svg, draw(rows))
     return 0
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,22 @@ MIB = 1 << 20
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes JSON under another name, synced, then renamed: the file is whole or absent."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str) -> None:
+    """Writes under another name, synced, then renamed: the file is whole or absent. UserError where it cannot be written."""
     aside = path.with_name(f".tmp-{path.name}")
-    with open(aside, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2, ensure_ascii=False, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    try:
+        with open(aside, "w", encoding="utf-8") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError as reason:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written ({reason.strerror}). Free space, or name another place.") from reason
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -232,7 +232,7 @@ class RunLog:
         progress.validation_due = result is None
         if result is None:
             return False
-        better = progress.best_val_loss is None or result.loss < progress.best_val_loss
+        better = math.isfinite(result.loss) and result.loss < (progress.best_val_loss or math.inf)
         if better:
             progress.best_val_loss, progress.best_step = result.loss, progress.global_step
         progress.validations_without_gain = 0 if better else progress.validations_without_gain + 1

@@ -222,7 +222,9 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(leaving, foreseen, prepared,
     folder = small_disk / "checkpoints"
     save(prepared, folder, 1)
     missing = checkpoint.size(prepared[1]) - leaving
-    if not foreseen:
+    if foreseen:
+        monkeypatch.setattr(prepared[0], "save_state", lambda folder: pytest.fail("it was begun"))
+    else:
         monkeypatch.setattr(checkpoint, "size", lambda model: 0)
     filler = fill(small_disk, leaving=leaving)
     save(prepared, folder, 2, must=False)
@@ -234,6 +236,7 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(leaving, foreseen, prepared,
     with pytest.raises(UserError, match="was not saved"):
         save(prepared, folder, 3)
     filler.unlink()
+    monkeypatch.undo()
     save(prepared, folder, 4)
     assert steps(folder) == [4]
 
