@@ -232,7 +232,8 @@ class RunLog:
         progress.validation_due = result is None
         if result is None:
             return False
-        better = math.isfinite(result.loss) and result.loss < (progress.best_val_loss or math.inf)
+        best = math.inf if progress.best_val_loss is None else progress.best_val_loss
+        better = result.loss < best
         if better:
             progress.best_val_loss, progress.best_step = result.loss, progress.global_step
         progress.validations_without_gain = 0 if better else progress.validations_without_gain + 1
