@@ -221,7 +221,7 @@ def main(settings: Settings) -> int:
             if load is not None:
                 counts = accelerator.reduce(sum(part.expert_counts for part in sums), "sum")
                 progress.expert_counts, load = counts.tolist(), load_of(counts)
-        elif accelerator.scaler:
+        elif accelerator.scaler and math.isfinite(loss):
             progress.scaler_skips += 1
         else:
             progress.bad_updates += 1
@@ -238,7 +238,7 @@ def main(settings: Settings) -> int:
             log.training(interval, progress, rate=rate, grad_norm=grad_norm, flops=flops, peak=peak)
         better = False
         if corpora.held_out and (step == last or (settings.val_every and step % settings.val_every == 0)):
-            with log.aside():
+            with log.aside(), stop.patient():
                 result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
             better = log.validation(result, progress)
             interrupted = interrupted or progress.validation_due
