@@ -56,9 +56,9 @@ def of_layers(folder: Path, **sizes) -> None:
     edit(folder / "trunk" / "config.json", **sizes)
 
 
-def many_tensors(path: Path) -> None:
+def many_tensors(path: Path, number: int) -> None:
     one = b'"%d":{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    path.write_bytes(header(b"{" + b",".join(one % number for number in range(65_000)) + b"}"))
+    path.write_bytes(header(b"{" + b",".join(one % index for index in range(number)) + b"}"))
 
 
 def rewriting(folder: Path, **normalizer) -> None:
@@ -72,7 +72,8 @@ HOSTILE = {
         lambda f: sparse(f / "one/module.safetensors", 99 * MIB, struct.pack("<Q", 90 * MIB)),
     ),
     "a header of 2^63 bytes": ("trunk", lambda f: sparse(f / "trunk/model.safetensors", 99, struct.pack("<Q", 2**63))),
-    "65,000 tensors": ("trunk", lambda f: many_tensors(f / "trunk/model.safetensors")),
+    "65,000 tensors": ("trunk", lambda f: many_tensors(f / "trunk/model.safetensors", 65_000)),
+    "400,000 tensors": ("trunk", lambda f: many_tensors(f / "trunk/model.safetensors", 400_000)),
     "a tensor of 10 GiB of one byte each": (
         "one",
         lambda f: (f / "one/module.safetensors").write_bytes(
