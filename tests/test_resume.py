@@ -14,13 +14,12 @@ def test_the_run_passes_an_epochs_end(straight):
     assert epochs[0] < 1 < epochs[-1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_stopped_by_a_signal_and_resumed(number, straight, shared, started, tmp_path):
+def test_stopped_by_a_signal_and_resumed(straight, shared, started, tmp_path):
     folder = tmp_path / "run"
     running = started(folder, *launch.MORE, "--save-every", 3)
     launch.wait_for(folder / "checkpoints" / "step-00000003", running)
-    running.send_signal(number)
-    assert running.wait(60) == 128 + number
+    running.send_signal(signal.SIGINT)
+    assert running.wait(60) == 130
     assert not (folder / "trunk").exists()
     printed = shared(folder, *launch.MORE)
     assert "resumed" in printed

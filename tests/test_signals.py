@@ -54,24 +54,21 @@ def test_while_it_tokenizes(number, started, shared, tmp_path):
     assert "asked to stop" in said and "Traceback" not in said
 
 
-@SIGNALS
-def test_in_the_midst_of_a_validation(number, straight, started, shared, text, tmp_path):
+def test_in_the_midst_of_a_validation(started, shared, tmp_path):
     """It is broken off, the update is saved, and the run that resumes begins with it: rows and bits as if nothing were."""
-    folder, slow = tmp_path / "run", ("--micro-batch-size", 1, "--val-every", 3)
-    shared(tmp_path / "straight", *MORE, *slow)
-    running = started(folder, *MORE, *slow)
+    folder, more = tmp_path / "run", (*MORE, "--micro-batch-size", 1, "--val-every", 3)
+    shared(tmp_path / "straight", *more)
+    running = started(folder, *more)
     launch.wait_for(folder / "checkpoints" / "step-00000002", running)
     while (folder / "metrics.jsonl").read_text().count("\n") < 3:  # update 3 is told, its validation not
         time.sleep(0.002)
-    running.send_signal(number)
-    assert ended(running) < 20 and running.returncode == 128 + number
-    newest = checkpoints(folder)[-1]
-    progress = json.loads((folder / "checkpoints" / f"step-{newest:08d}" / "progress.json").read_text())
-    if newest == 3:
-        assert progress["validation_due"] and not launch.rows(folder, "val/loss")
-    shared(folder, *MORE, *slow)
+    running.send_signal(signal.SIGTERM)
+    assert ended(running) < 20 and running.returncode == 143
+    assert checkpoints(folder)[-1] == 3, "the signal came too late to tell"
+    progress = json.loads((folder / "checkpoints" / "step-00000003" / "progress.json").read_text())
+    assert progress["validation_due"] and not launch.rows(folder, "val/loss")
+    shared(folder, *more)
     same_run(tmp_path / "straight", folder)
-    assert newest == 3, "the signal came too late to tell"
 
 
 def test_a_due_validation_is_told_once_over_a_kill(straight, started, shared, tmp_path):
@@ -119,14 +116,13 @@ def test_while_it_publishes(started, shared, tmp_path):
     assert (folder / "trunk" / "forge.json").exists()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL], ids=["SIGTERM", "SIGKILL"])
-def test_the_launcher_alone(number, straight, started, shared, tmp_path):
-    """The trainer that it leaves behind notices, and loses nothing."""
+def test_the_launcher_alone(straight, started, shared, tmp_path):
+    """It ends at a SIGTERM and passes it on to nobody; the trainer that it leaves behind notices, and loses nothing."""
     folder = tmp_path / "run"
     running = started(folder, *MORE, launcher=launch.LAUNCH, **launch.slow_disk(0.03))
     launch.wait_for(folder / "checkpoints" / "step-00000003", running)
     (trainer,) = psutil.Process(running.pid).children()
-    running.send_signal(number)
+    running.terminate()
     running.wait(30)
     trainer.wait(30)
     assert "the same command goes on" in (tmp_path / "run.out").read_text()
