@@ -243,8 +243,10 @@ import json, os, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
+from forge_common.config import check_processes
 
 accelerator = Accelerator()
+check_processes()
 seen = {
     "processes": accelerator.num_processes,
     "rank": accelerator.process_index,
@@ -268,7 +270,7 @@ def start(words: list[str], folder: Path) -> subprocess.Popen:
     return subprocess.Popen(
         [*command, str(folder / "probe.py"), str(folder / "seen")],
         cwd=REPOSITORY,
-        env=os.environ | dict(word.split("=", 1) for word in words[:at]),
+        env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | dict(word.split("=", 1) for word in words[:at]),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

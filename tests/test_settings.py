@@ -1,9 +1,12 @@
 """What is asked for wrongly is refused: all of it at once, with the mend, a non-zero exit code, and nothing written."""
 
 import json
+import sys
 
 import launch
 import pytest
+
+from forge_common import config
 
 
 def test_all_problems_in_one_message(shared, tmp_path):
@@ -94,6 +97,57 @@ def test_a_launcher_that_contradicts_is_refused(shared, tmp_path):
 def test_processes_that_would_train_apart_are_refused(shared, tmp_path):
     printed = shared(tmp_path / "run", "--steps", 2, processes=2, fails=True, ACCELERATE_USE_CPU="false")
     assert "train apart" in printed
+
+
+def test_fewer_processes_than_were_asked_for_are_refused(shared, tmp_path):
+    launcher = ("accelerate", "launch", "--cpu", "--num_processes", "2")
+    printed = shared(tmp_path / "run", "--steps", 2, launcher=launcher, fails=True)
+    assert "asked for 2 processes and started 1" in printed and "torchrun --nproc_per_node 2" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_processes_than_a_file_asks_for_are_refused(shared, tmp_path):
+    file = tmp_path / "two.yaml"
+    file.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\n")
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", f"--config-file={file}")
+    printed = shared(tmp_path / "run", "--steps", 2, launcher=launcher, fails=True)
+    assert "asked for 2 processes and started 1" in printed and not (tmp_path / "run").exists()
+
+
+SCRIPT = ["train_shared.py", "--steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        (["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "3", *SCRIPT], 3),
+        (["python", "/bin/accelerate", "launch", "--num-processes=4", "--quiet", *SCRIPT], 4),
+        (["/bin/accelerate-launch", "--num_processes", "2", "--num_processes", "5", *SCRIPT], 5),
+        (["python", "-m", "accelerate.commands.launch", "--config_file", "two.yaml", *SCRIPT], 2),
+        (["python", "-m", "accelerate.commands.launch", "--config-file=two.json", *SCRIPT], 2),
+        (["accelerate", "launch", "--config_file", "two.yaml", "--num_processes", "1", *SCRIPT], 1),
+        (["accelerate", "launch", *SCRIPT], 6),  # the launcher's own default file
+        (["accelerate", "launch", "--cpu", *SCRIPT], 0),  # which it then does not read
+        (["accelerate", "launch", "--config_file", "gone.yaml", *SCRIPT], 0),
+        (["accelerate", "launch", "--num_processes", "2", "wrapper.sh"], 0),  # not what started this process
+        (["torchrun", "--nproc_per_node", "2", *SCRIPT], 0),
+        (["make", "num_processes=2"], 0),
+        (["bash"], 0),
+        ([], 0),
+    ],
+)
+def test_what_a_launcher_was_asked_for(command, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / "two.yaml").write_text("num_processes: 2\n")
+    (tmp_path / "two.json").write_text('{"num_processes": 2}')
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text("num_processes: 6\n")
+    assert config._processes_asked_for(command, SCRIPT[1:]) == asked
+
+
+def test_no_launcher_asks_for_nothing():
+    config.check_processes()
 
 
 def test_fp16_on_a_cpu_is_refused(shared, tmp_path):
