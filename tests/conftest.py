@@ -1,9 +1,11 @@
+import os
 import sysconfig
 from pathlib import Path
 
 import launch
 import pytest
 
+FUZZ = int(os.environ.get("FORGE_FUZZ", "1"))
 RAGGED = (
     "abc",
     "ast",
