@@ -30,7 +30,9 @@ SKIPPED = ("skipped_empty", "skipped_bad_text", "skipped_bad_line", "skipped_bad
 
 # Characters that some reader, somewhere, takes for a line end, a cell's end, a mark or nothing.
 DELICATE = "\r\n\t\v\f\x1c\x1e\x85\u2028\u2029\ufeff\u00a0\"',;{}[]:\\/<|>aé三🙂\x7f\ufffd\ufffe\U0010ffff"
-text = st.text(st.sampled_from(DELICATE) | st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+text = st.text(
+    st.sampled_from(DELICATE) | st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20
+)
 texts = st.lists(text, max_size=8)
 policies = st.fixed_dictionaries(
     {"on_bad_text": st.sampled_from(["refuse", "replace", "skip"]), "on_bad_line": st.sampled_from(["refuse", "skip"])}
@@ -51,14 +53,19 @@ def fuzz(examples):
 # ---- Valid files, written in every way that their writers know ----
 
 
+def plain(draw, rows):
+    """Whether to write ASCII only; half a surrogate pair could not be written otherwise."""
+    return draw(st.booleans()) or "half \ud83d" in [row["text"] for row in rows]
+
+
 def lines_of_json(draw, rows):
-    ascii_only, end = draw(st.booleans()), draw(st.sampled_from(["\n", "\r\n", "\n\n", " \n"]))
+    ascii_only, end = plain(draw, rows), draw(st.sampled_from(["\n", "\r\n", "\n\n", " \n"]))
     data = "".join(json.dumps(row, ensure_ascii=ascii_only) + end for row in rows)
     return (data if draw(st.booleans()) else data.rstrip("\r\n ")).encode()
 
 
 def array_of_json(draw, rows):
-    ascii_only, indent = draw(st.booleans()), draw(st.sampled_from([None, 0, 2]))
+    ascii_only, indent = plain(draw, rows), draw(st.sampled_from([None, 0, 2]))
     if draw(st.booleans()):
         return json.dumps(rows, ensure_ascii=ascii_only, indent=indent).encode()
     between = draw(st.sampled_from(["", "\n", " \r\n"]))
@@ -67,8 +74,10 @@ def array_of_json(draw, rows):
 
 def cells(draw, rows):
     file = io.StringIO(newline="")
-    quoting = draw(st.sampled_from([csv.QUOTE_ALL, csv.QUOTE_MINIMAL, csv.QUOTE_NONNUMERIC]))
-    writer = csv.writer(file, quoting=quoting, lineterminator=draw(st.sampled_from(["\n", "\r\n"])))
+    # With "\n" alone Python's writer would leave a carriage return unquoted, which its reader then refuses.
+    ways = [(csv.QUOTE_ALL, "\n"), (csv.QUOTE_NONNUMERIC, "\n"), (csv.QUOTE_ALL, "\r\n"), (csv.QUOTE_MINIMAL, "\r\n")]
+    quoting, end = draw(st.sampled_from(ways))
+    writer = csv.writer(file, quoting=quoting, lineterminator=end)
     writer.writerow(rows[0])
     writer.writerows(row.values() for row in rows)
     return file.getvalue().encode()
@@ -133,7 +142,9 @@ def edited(draw, suffix):
         elif edit == "cut off":
             del data[end:]
         elif edit == "insert":
-            data[at:at] = draw(st.binary(max_size=6) | st.sampled_from([b"\xff", b"\0", b"\n", b"\\ud800", b'"', b"1e999"]))
+            data[at:at] = draw(
+                st.binary(max_size=6) | st.sampled_from([b"\xff", b"\0", b"\n", b"\\ud800", b'"', b"1e999"])
+            )
         elif edit == "delete":
             del data[at : min(end, at + 40)]
         else:
@@ -173,7 +184,8 @@ def jsonl_values(data):
 
 
 def csv_values(data):
-    rows = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True) if row]
+    lines = io.StringIO(data.decode("utf-8-sig"), newline="\n")  # a lone carriage return ends no row
+    rows = [row for row in csv.reader(lines, strict=True) if row]
     if rows and (len(set(rows[0])) < len(rows[0]) or "text" not in rows[0]):
         raise ValueError("two columns of one name, or none of that name")
     return [dict(zip(rows[0], row, strict=True)) for row in rows[1:]]
@@ -198,18 +210,21 @@ def arrow_values(data):
     return table_values(opened(io.BytesIO(data)).read_all())
 
 
-VALUES = {"jsonl": jsonl_values, "json": json_values, "csv": csv_values, "parquet": parquet_values, "arrow": arrow_values}
+VALUES = {
+    "jsonl": jsonl_values,
+    "json": json_values,
+    "csv": csv_values,
+    "parquet": parquet_values,
+    "arrow": arrow_values,
+}
 
 
 def said(data, suffix):
     """The texts that the bytes legitimately say. Damaged where a strict reader would stop, or a row holds no text."""
     try:
-        if suffix == "txt":
-            rows = [{"text": data.decode("utf-8-sig")}]
-        else:
-            rows = VALUES[suffix](data)
+        rows = [{"text": data.decode("utf-8-sig")}] if suffix == "txt" else VALUES[suffix](data)
         found = [row["text"] for row in rows]
-        if any("\0" in value or not value.encode() and value for value in found):
+        if "\0" in "".join(found).encode().decode():  # encode: half a surrogate pair is no text
             raise Damaged("NUL")
         return found
     except (ValueError, TypeError, KeyError, AttributeError, LookupError, OSError, csv.Error, RecursionError) as error:
@@ -295,9 +310,8 @@ def test_every_row_is_yielded_or_counted(place, suffix):
         found, counts, refusal = outcome(put(place, suffix, data), **how)
         strings = [value for value in values if isinstance(value, str)]
         clean = [value for value in strings if not re.search("[\0\ud800-\udfff]", value)]
-        if len(strings) < len(values) and how["on_bad_line"] == "refuse":
-            assert refusal
-        elif len(clean) < len(strings) and how["on_bad_text"] == "refuse":
+        bad_line = len(strings) < len(values) and how["on_bad_line"] == "refuse"
+        if bad_line or (len(clean) < len(strings) and how["on_bad_text"] == "refuse"):
             assert refusal
         else:
             kept = strings if how["on_bad_text"] == "replace" else clean
@@ -318,9 +332,11 @@ def never_silent(path, data, suffix, how):
     except Damaged:
         wanted = None
     found, _, refusal = outcome(path)
-    assert found == wanted or (wanted is not None and refusal and not data), (wanted, found, refusal)
+    # A table's headers have more in them than is needed to read it; where one is damaged, it may be refused for that.
+    may_refuse = not data or suffix in ("parquet", "arrow")
+    assert found == wanted or (may_refuse and refusal), (wanted, found, refusal)
     lenient, counts, refusal = outcome(path, **how)
-    if wanted is not None and data:
+    if wanted is not None and found is not None:
         assert lenient == wanted and sum(counts.values()) == counts["skipped_empty"]
     elif refusal is None and sum(counts.values()) == counts["skipped_empty"]:
         # Nothing else was left out: what is not UTF-8 stands outside of the texts.
@@ -335,7 +351,9 @@ FATAL = re.compile("no column|same name|file is empty")  # what no policy passes
 
 @pytest.mark.parametrize("suffix", FORMATS)
 def test_random_bytes(place, suffix):
-    start = st.sampled_from([b"", b"\xef\xbb\xbf", b'{"text": "a"}\n', b'[{"text": "', b"id,text\n", b"PAR1", b"ARROW1\0\0"])
+    start = st.sampled_from(
+        [b"", b"\xef\xbb\xbf", b'{"text": "a"}\n', b'[{"text": "', b"id,text\n", b"PAR1", b"ARROW1\0\0"]
+    )
 
     @fuzz(60)
     @given(start, st.binary(max_size=200), policies)

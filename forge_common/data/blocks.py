@@ -5,64 +5,92 @@ Sources: parquet.thrift (PageHeader) in Thrift's compact protocol; Message.fbs (
 "Encapsulated message format" and "Compressed buffers" of Arrow's columnar format.
 """
 
+import io
+import os
 import struct
 from collections.abc import Iterator
 from typing import Any, BinaryIO, NamedTuple
 
-FIELDS = 1000  # of one page header at most; the format knows some thirty
+STRING_LIMIT = 64 << 20  # bytes of a string in a Parquet header: the least or greatest value of a page
 
 
 class Block(NamedTuple):
-    """A Parquet page or an Arrow message. ValueError or IndexError where its header is broken."""
+    """A Parquet page or an Arrow message."""
 
     rows: int
     stored: int  # bytes in the file
     decoded: int  # bytes in memory
 
 
-def pages(file: BinaryIO, chunk: Any) -> Iterator[Block]:
-    """The pages of a Parquet column chunk (pyarrow's ColumnChunkMetaData), of a column without lists: a value a row."""
-    dictionary = chunk.dictionary_page_offset
-    at = dictionary if dictionary and dictionary < chunk.data_page_offset else chunk.data_page_offset
-    end, rows = at + chunk.total_compressed_size, 0
-    while at < end and rows < chunk.num_values:
+def row_groups(file: BinaryIO, column: str) -> Iterator[Iterator[Block]]:
+    """The pages of a column without lists, row group by row group. ValueError or LookupError where a header is broken.
+
+    Read from the file itself: pyarrow's own view of a column chunk ends the process on some damaged footers (26.0).
+    """
+    file.seek(-8, os.SEEK_END)
+    length = struct.unpack("<I", file.read(4))[0]
+    if length > STRING_LIMIT:
+        raise ValueError(f"a footer of {length >> 20} MiB")
+    file.seek(-8 - length, os.SEEK_END)
+    footer = _struct(io.BytesIO(file.read(length)))
+    try:
+        groups = [[each[3] for each in group[1] if each[3][3] == [column.encode()]] for group in footer[4]]
+    except (TypeError, KeyError) as error:
+        raise ValueError("the footer is broken") from error
+    for (chunk,) in groups:
+        yield _pages(file, chunk)
+
+
+def _pages(file: BinaryIO, chunk: dict[int, Any]) -> Iterator[Block]:
+    """The pages of a ColumnMetaData: 5 num_values, 7 total_compressed_size, 9 and 11 data's and dictionary's offset."""
+    rows, (count, stored, first, dictionary) = 0, _integers(chunk, 5, 7, 9, 11)
+    at = dictionary if 0 < dictionary < first else first
+    end = at + stored
+    while at < end and rows < count:
         file.seek(at)
-        block = _page(file)
-        yield block
-        rows, at = rows + block.rows, file.tell() + block.stored
+        header = _struct(file)
+        decoded, stored = _integers(header, 2, 3)
+        (held,) = _integers(header.get(5) or header.get(8) or {}, 1)  # a data page of version 1 or 2: its num_values
+        yield Block(held, stored, decoded)
+        rows, at = rows + held, file.tell() + stored
 
 
-def _page(file: BinaryIO) -> Block:
-    """Reads a page header; what is not needed of it is passed over."""
-    found: dict[tuple[int, ...], int] = {}
-    above: list[int] = []
+def _integers(found: Any, *fields: int) -> list[int]:
+    """The integers of a struct, 0 where it has none."""
+    values = [found.get(field, 0) for field in fields] if isinstance(found, dict) else [None]
+    if not all(isinstance(value, int) and value >= 0 for value in values):
+        raise ValueError("a header is broken")
+    return values
+
+
+def _struct(file: BinaryIO) -> dict[int, Any]:
+    """A Thrift struct: the number of each field, and its value."""
+    found: dict[int, Any] = {}
     field = 0
-    for _ in range(FIELDS):
+    while head := file.read(1)[0]:
+        field = field + (head >> 4) if head >> 4 else _integer(file)
+        found[field] = _value(file, head & 15)
+    return found
+
+
+def _value(file: BinaryIO, kind: int) -> Any:
+    if kind in (1, 2):
+        return kind == 1  # a truth value is in its kind
+    if kind in (4, 5, 6):
+        return _integer(file)
+    if kind == 8:
+        length = _varint(file)
+        if length > STRING_LIMIT:
+            raise ValueError("a header is broken")
+        return file.read(length)
+    if kind == 9:
         head = file.read(1)[0]
-        step, kind = head >> 4, head & 15
-        if head == 0:  # the end of a struct
-            if not above:
-                rows = found.get((5, 1), 0) + found.get((8, 1), 0)  # num_values of a data page of version 1 or 2
-                return Block(_checked(rows), _checked(found.get((3,), -1)), _checked(found.get((2,), -1)))
-            field = above.pop()
-            continue
-        field = field + step if step else _integer(file)
-        if kind == 12:  # a struct
-            above.append(field)
-            field = 0
-        elif kind in (4, 5, 6):  # integers
-            found[(*above, field)] = _integer(file)
-        elif kind == 8:  # a string
-            file.seek(_varint(file), 1)
-        elif kind not in (1, 2):  # true and false, which the kind itself says
-            break
-    raise ValueError("a page header is broken")
-
-
-def _checked(size: int) -> int:
-    if size < 0:
-        raise ValueError("a page header is broken")
-    return size
+        size, inner = head >> 4, head & 15
+        size = _varint(file) if size == 15 else size
+        return [file.read(1)[0] if inner in (1, 2) else _value(file, inner) for _ in range(size)]
+    if kind == 12:
+        return _struct(file)
+    raise ValueError("a header is broken")  # the format has no other kinds
 
 
 def _varint(file: BinaryIO) -> int:
@@ -72,7 +100,7 @@ def _varint(file: BinaryIO) -> int:
         value |= (byte & 127) << shift
         if byte < 128:
             return value
-    raise ValueError("a page header is broken")
+    raise ValueError("a header is broken")
 
 
 def _integer(file: BinaryIO) -> int:

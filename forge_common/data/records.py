@@ -207,7 +207,11 @@ def _csv_rows(path: Path, reading: Reading, counts: Counter) -> Rows:
             return
         except csv.Error as error:
             if lines.length > RECORD_LIMIT:
-                return bad_line(f"{path}:{number}: the record is longer than {RECORD_LIMIT >> 20} MiB; is a quote open?", reading, counts)
+                return bad_line(
+                    f"{path}:{number}: the record is longer than {RECORD_LIMIT >> 20} MiB; is a quote open?",
+                    reading,
+                    counts,
+                )
             bad_line(f"{path}:{number}: broken CSV: {error}", reading, counts)
             continue
         if not cells:

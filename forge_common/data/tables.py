@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .blocks import Block, messages, pages
+from .blocks import Block, messages, row_groups
 from .document import MEMORY_LIMIT, PIECE, RECORD_LIMIT, Document, Reading, bad_line, from_rows, opened
 
 ROWS = 256  # rows decoded at once, at most
@@ -83,10 +83,8 @@ def _parquet_batches(path: Path, column: str) -> Batches:
             if column not in schema.names or metadata.num_rows:
                 yield schema, metadata.num_rows, None
             return
-        leaf = [file.schema.column(i).path for i in range(len(file.schema))].index(column)
-        for group in range(file.num_row_groups):
-            chunk = metadata.row_group(group).column(leaf)
-            largest = max((_check(page).decoded for page in pages(raw, chunk)), default=0)
+        for group, found in enumerate(row_groups(raw, column)):
+            largest = max((_check(page).decoded for page in found), default=0)
             rows = min(max(RECORD_LIMIT // max(largest, 1), 1), ROWS)
             for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
                 yield schema, len(batch), batch.column(0)
