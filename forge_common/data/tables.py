@@ -55,20 +55,23 @@ def _file_rows(path: Path, reading: Reading, counts: Counter) -> Rows:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"{path}: broken or cut off after row {number}: {reason}"
+        message = f"{path}: broken, cut off or too large after row {number}: {reason}"
         if reading.on_bad_line == "refuse":
-            raise UserError(f"{message}; write the file anew, or pass --on-bad-line skip") from error
+            mend = "write the file anew, in small row groups and pages or batches, or pass --on-bad-line skip"
+            raise UserError(f"{message}; {mend}") from error
         counts["skipped_bad_file"] += 1
 
 
-def _check(block: Block) -> Block:
-    size = max(block.stored, block.decoded)
-    if size > BLOCK_LIMIT:
-        raise ValueError(
-            f"the next {block.rows} rows or their dictionary are one block of {size >> 20} MiB, more than "
-            f"{BLOCK_LIMIT >> 20} MiB at once (write smaller batches or pages)"
-        )
-    return block
+def _largest(blocks: Iterator[Block], row: int) -> tuple[int, int]:
+    """(bytes of the largest block once decoded, the row after them); ValueError where one is too large."""
+    largest = 0
+    for block in blocks:
+        size = max(block.stored, block.decoded)
+        if size > BLOCK_LIMIT:
+            which = f"rows {row + 1} to {row + block.rows} are" if block.rows else f"the dictionary of row {row + 1} is"
+            raise ValueError(f"{which} one block of {size >> 20} MiB, {BLOCK_LIMIT >> 20} MiB are the most")
+        largest, row = max(largest, block.decoded), row + block.rows
+    return largest, row
 
 
 def _parquet_batches(path: Path, column: str) -> Batches:
@@ -83,8 +86,9 @@ def _parquet_batches(path: Path, column: str) -> Batches:
             if column not in schema.names or metadata.num_rows:
                 yield schema, metadata.num_rows, None
             return
+        first = 0
         for group, found in enumerate(row_groups(raw, column)):
-            largest = max((_check(page).decoded for page in found), default=0)
+            largest, first = _largest(found, first)
             rows = min(max(RECORD_LIMIT // max(largest, 1), 1), ROWS)
             for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
                 yield schema, len(batch), batch.column(0)
@@ -102,8 +106,7 @@ def _arrow_batches(path: Path, column: str) -> Batches:
         source.seek(0)
         fields = [schema.names.index(column)] if column in schema.names else []
         raw.seek(8 if is_file else 0)  # a file is its magic bytes, a stream and an index of it
-        for block in messages(raw, BLOCK_LIMIT):
-            _check(block)
+        _largest(messages(raw, BLOCK_LIMIT), 0)
         reader = open_(source, options=pyarrow.ipc.IpcReadOptions(included_fields=fields))
         has_text = _has_text(schema, column)
         if column not in schema.names:
