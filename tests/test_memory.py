@@ -68,6 +68,7 @@ LINES = b"abc def\n" * (PIECE // 8)
         ("json", [(b'[{"text": 1', 1), (b"0" * PIECE, 300)], "a.json:1: broken or cut off JSON: a value longer"),
         ("csv", [(b"text\n", 1), (BLOCK, 300)], "a.csv:2: the line is longer than 32 MiB"),
         ("csv", [(b"text\nfine\n", 1), (b'"', 1), (LINES, 300)], "a.csv:3: the record is longer than 32 MiB"),
+        ("csv", [(b"text\nfine\n", 1), (b'"' + LINES + b'",', 300)], "a.csv:3: the record is longer than 32 MiB"),
         ("csv", [(b"abc," * PIECE, 7), (b"d\n1\n", 1)], "a.csv:1: two columns have the same name"),
     ],
 )
@@ -300,3 +301,13 @@ def test_a_text_that_shrinks_between_two_readings_is_named(tmp_path):
     path.unlink()
     with pytest.raises(UserError, match=r"a\.txt: cannot be read"):
         list(whole.pieces)
+
+
+def test_a_short_document_of_a_file_that_shrinks_is_not_cut(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"%%".join([LINES[: PIECE * 3 // 4]] * 4))
+    reading = sources.read(str(path), document_separator="%%")
+    assert len(next(reading).pieces[0]) == len(next(reading).pieces[0]) == PIECE * 3 // 4
+    os.truncate(path, PIECE * 5 // 4)  # before what the search for the next separator has seen
+    with pytest.raises(UserError, match=r"a\.txt: changed while it was being read"):
+        list(reading)
