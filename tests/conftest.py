@@ -7,7 +7,6 @@ import launch
 import pytest
 
 FUZZ = int(os.environ.get("FORGE_FUZZ", "1"))
-
 RAGGED = (
     "abc",
     "ast",

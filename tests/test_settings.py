@@ -1,12 +1,15 @@
 """What is asked for wrongly is refused: all of it at once, with the mend, a non-zero exit code, and nothing written."""
 
 import json
+import subprocess
 import sys
 
 import launch
 import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from forge_common import config
+from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 
 
 def test_all_problems_in_one_message(shared, tmp_path):
@@ -167,3 +170,34 @@ def test_settings_are_kept(shared, text, tmp_path):
     shared(tmp_path / "run", "--steps", 2)
     kept = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert kept["data"] == [str(text)] and kept["steps"] == 2 and kept["sequence_length"] == 64
+
+
+@pytest.mark.parametrize("script", ["train_shared.py", "train_module.py"])
+def test_wrong_settings_are_told_before_anything_heavy_is_loaded(script, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = [{script!r}, "--data", "x", "--output-dir", {str(tmp_path / "run")!r}, "--steps", "0", "--lr", "-1", "--seed", "1"]
+sys.argv += ["--trunk", "x", "--name", "x"] if "module" in {script!r} else []
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 2
+print("HEAVY", sorted({{"torch", "accelerate", "datasets", "numpy", "transformers"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, text=True, capture_output=True, check=True)
+    assert "--steps is 0" in done.stderr and "--lr is -1" in done.stderr
+    assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(shared, tmp_path):
+    config_ = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    checkpoint = tmp_path / "checkpoint"
+    LlamaForCausalLM(config_).save_pretrained(checkpoint)
+    backend = byte_tokenizer().backend
+    backend.add_tokens(["one more", "and another"])
+    Tokenizer(backend, 1, 0).save(checkpoint)
+    printed = shared(tmp_path / "run", "--trunk-from", checkpoint, "--steps", 2, fails=True)
+    assert "the tokenizer has 260 tokens, the model 258" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -321,6 +321,67 @@ def test_json_objects_without_an_array_and_its_lines(tmp_path):
     refused(path, f"{path}:2", "cut off")
 
 
+@pytest.mark.parametrize(
+    ("damage", "kept"),
+    [
+        ('[{"text": "a"}] {"text": "b"}', ["a"]),
+        ('[{"text": "a"}][{"text": "b"}]', ["a"]),
+        ('[{"text": "a"},,{"text": "b"}]', ["a"]),
+        ('[{"text": "a"} {"text": "b"}]', ["a"]),
+        ('[{"text": "a"},]', ["a"]),
+        ('{"text": "a"},{"text": "b"}', ["a"]),
+        ('[{"text": "a", "text": "b"}]', []),
+    ],
+)
+def test_json_that_is_nearly_an_array_is_refused(tmp_path, damage, kept):
+    """Between these, a document may have been lost."""
+    path = tmp_path / "a.json"
+    path.write_text(damage)
+    refused(path, f"{path}:1: broken or cut off JSON")
+    counts = Counter()
+    assert texts(path, on_bad_line="skip", counts=counts) == kept
+    assert counts == {"skipped_bad_line": 1}
+
+
+def test_numbers_of_any_length_and_at_any_place(tmp_path):
+    row = json.dumps({"id": 1, "text": "fine"}).replace("1", "1" * 5000)
+    (tmp_path / "a.jsonl").write_text(row)
+    assert texts(tmp_path / "a.jsonl") == ["fine"]
+    number = "7" * (PIECE + 10)  # where a block ends within it
+    (tmp_path / "a.json").write_text(" " * (PIECE - 40) + "[" + row + "," + number + "," + row + "]")
+    counts = Counter()
+    assert texts(tmp_path / "a.json", on_bad_line="skip", counts=counts) == ["fine", "fine"]
+    assert counts == {"skipped_bad_line": 1}
+    (tmp_path / "a.json").write_text(" " * 3 * PIECE + "[" + row + "]")
+    assert texts(tmp_path / "a.json") == ["fine"]
+
+
+def test_a_text_that_is_there_twice_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "other": {"n": 1, "n": 2}}\n{"text": "a", "text": "b"}\n')
+    refused(path, f"{path}:2", "'text' is there twice")
+    assert texts(path, on_bad_line="skip") == ["a"]
+    for suffix in ("parquet", "arrow"):
+        path = tmp_path / f"a.{suffix}"
+        table = pyarrow.table([["a"], ["b"]], names=["text", "text"])
+        if suffix == "parquet":
+            pyarrow.parquet.write_table(table, path)
+        else:
+            with pyarrow.ipc.new_file(str(path), table.schema) as file:
+                file.write_table(table)
+        refused(path, path, "two columns have the name 'text'", "rename one")
+
+
+def test_many_columns_and_odd_names_make_a_message_that_can_be_read(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("\x1b[2J,txt," + ",".join(f"c{i}" for i in range(10**5)) + "\n")
+    with pytest.raises(UserError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert message.isprintable() and len(message) < 2000
+    assert "did you mean 'txt'" in message and "and 99902 more" in message
+
+
 def test_csv_rows_of_another_width_and_open_quotes(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text('text,n\nfine,1\n"two\nlines",2\ntoo few\nlast,3\n')

@@ -15,10 +15,12 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers, processors
 
+from forge_common.data.corpora import open_corpora
 from forge_common.data.document import PIECE
 from forge_common.data.store import Windows, in_validation, prepare
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.errors import UserError
+from train_shared import Settings
 
 FILLER = -100
 
@@ -280,6 +282,28 @@ def test_spans_of_packed_windows_are_the_documents(corpus):
             assert documents[document][first : first + end - start] == windows[i][start:end].tolist()
         assert place == windows.scored(i) + 1
         assert windows.documents_of(i) == [corpus.train.origin(document) for document, _, _ in windows.spans(i)]
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_a_document_longer_than_the_context_is_cut_and_what_is_dropped_is_told(tmp_path, pack):
+    (tmp_path / "long.txt").write_text("".join(chr(33 + i % 90) for i in range(1000)))
+    settings = Settings(
+        data=(str(tmp_path / "long.txt"),),
+        output_dir=tmp_path,
+        cache_dir=tmp_path / "cache",
+        val_fraction=0.0,
+        sequence_length=64,
+        batch_size=8,
+        pack=pack,
+    )
+    corpora = open_corpora(settings, byte_tokenizer(), FILLER, lambda line: None)
+    (windows,) = corpora.training.sources
+    dropped = 1000 % 64 if pack else 0  # 1,001 tokens with the end, of which the first is no label
+    labels = np.concatenate([windows[i][1 : 1 + windows.scored(i)] for i in range(len(windows))])
+    assert labels.tolist() == windows.tokens.tokens[1 : 1001 - dropped].tolist()
+    assert corpora.report[0].endswith(
+        f"1 documents, {len(windows)} windows, {1000 - dropped:,} tokens to learn ({dropped} too few for a window at the end)"
+    )
 
 
 def test_a_document_of_one_token_has_no_window(tmp_path):

@@ -5,12 +5,18 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from ..errors import UserError
 
 PIECE = 1 << 20  # bytes of a file, or characters of a row, that are held and tokenized at once
+RECORD_LIMIT = 32 << 20  # bytes of one line, record or value: what is longer is a fault of the file, not a document
+COLUMNS_NAMED = 100  # in a message
+# What reading may take beyond the interpreter and its libraries, in bytes, whatever a file holds (tests/test_memory.py).
+# The worst records take some fifty times their size: JSON of nothing but brackets becomes a list for every two bytes.
+MEMORY_LIMIT = 2 << 30
 POLICIES = {"on_bad_text": ("refuse", "replace", "skip"), "on_bad_line": ("refuse", "skip")}
 
 
@@ -99,7 +105,7 @@ def from_text(origin: str, text: str, reading: Reading, counts: Counter) -> Docu
 def nearest(wanted: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' for the name closest to the wanted one, or nothing."""
     near = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
-    return next((f" (did you mean {name!r}?)" for name in names if [name.lower()] == near), "")
+    return next((f" (did you mean {name!a}?)" for name in names if [name.lower()] == near), "")
 
 
 def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, counts: Counter) -> Iterator[Document]:
@@ -111,8 +117,10 @@ def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, coun
     column, column_seen = reading.text_column, False
     for origin, row in rows:
         if column not in row:
-            names = [str(name) for name in row]
-            message = f"{origin}: no column {column!r}; there are: {', '.join(names) or 'none'}{nearest(column, names)}"
+            names = [str(name) for name in islice(row, COLUMNS_NAMED)]
+            shown = ", ".join(name if name.isprintable() and len(name) < 80 else ascii(name)[:80] for name in names)
+            more = f" and {len(row) - len(names)} more" if len(row) > len(names) else ""
+            message = f"{origin}: no column {column!a}; there are: {shown or 'none'}{more}{nearest(column, names)}"
             if not column_seen:
                 raise UserError(f"{message}; name the column that holds the text with --text-column")
             bad_line(message, reading, counts)

@@ -54,7 +54,10 @@ class _Pieces:
         """Read it all once, for its digest and its faults; only a short document stays in memory."""
         if self.end - self.start <= PIECE:
             file.seek(self.start)
-            text = self._decode(file.read(self.end - self.start), self.line, 0)
+            data = file.read(self.end - self.start)
+            if len(data) < self.end - self.start:
+                raise self._changed()
+            text = self._decode(data, self.line, 0)
             counts["replaced_bad_text"] += self.replaced
             return from_text(origin, text, reading, counts)
         digest, blank = hashlib.sha256(), True
@@ -79,7 +82,10 @@ class _Pieces:
                 digest.update(text.encode())
                 yield text
         if self.digest not in (None, digest.digest()):
-            raise UserError(f"{self.path}: changed while it was being read; leave it alone and start again")
+            raise self._changed()
+
+    def _changed(self) -> UserError:
+        return UserError(f"{self.path}: changed while it was being read; leave it alone and start again")
 
     def _decode(self, data: bytes, line: int, column: int) -> str:
         """Decode bytes that begin after `column` bytes of line `line`."""
