@@ -104,6 +104,7 @@ def main(settings: Settings) -> int:
     from forge_common.data.corpora import held_out_fraction, open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.files import write_json
+    from forge_common.launching import check_launch
     from forge_common.model import Trunk, even_load, load_of, parameter_groups
     from forge_common.progress import begin
     from forge_common.validation import validate
@@ -117,7 +118,7 @@ def main(settings: Settings) -> int:
         project_dir=settings.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the main process may tokenize that long
     )
-    config.check_launch(accelerator, accumulation)
+    check_launch(accelerator, accumulation)
     claimed = None if settings.dry_run else output.claim(accelerator, settings.output_dir)  # no other run writes there
     if accelerator.state.deepspeed_plugin:  # there is no prepared loader that it could read the size off
         accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (

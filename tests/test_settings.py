@@ -8,7 +8,7 @@ import launch
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from forge_common import config
+from forge_common import launching
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 
 
@@ -146,11 +146,17 @@ def test_what_a_launcher_was_asked_for(command, asked, tmp_path, monkeypatch):
     (tmp_path / "two.json").write_text('{"num_processes": 2}')
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate" / "default_config.yaml").write_text("num_processes: 6\n")
-    assert config._processes_asked_for(command, SCRIPT[1:]) == asked
+    assert launching._processes_asked_for(command, SCRIPT[1:]) == asked
 
 
 def test_no_launcher_asks_for_nothing():
-    config.check_processes()
+    launching.check_processes()
+
+
+def test_fsdp_that_becomes_ddp_is_refused(shared, tmp_path):
+    """On a CPU accelerate makes DDP of it, and says nothing."""
+    printed = shared(tmp_path, "--steps", 2, fails=True, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    assert "FSDP was asked for" in printed and "Traceback" not in printed
 
 
 def test_fp16_on_a_cpu_is_refused(shared, tmp_path):

@@ -12,7 +12,7 @@ PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
 RUNNABLE = {"assemble", "evaluate", "generate", "merge"}
 LEAVES = {"config", "schedule", "loss", "trackers", "errors", "files", "stopping", "validation"}
-LEAVES |= {"statistics", "picture", "output", "progress", "untrusted", "tensors"}
+LEAVES |= {"statistics", "picture", "output", "progress", "launching", "untrusted", "tensors"}
 MAY = {  # what else a room may reach; errors, files, config and untrusted are everybody's
     "model": {"loss"},
     "modules": {"model", "loss"},
