@@ -133,14 +133,16 @@ def test_the_launcher_alone(straight, started, shared, tmp_path):
 
 
 def test_a_plain_process_outlives_its_shell(started, tmp_path):
-    """nohup python train_shared.py &, and the shell is left: nobody asked for an end."""
-    folder = tmp_path / "run"
-    script = tmp_path / "behind.py"
+    """nohup python train_shared.py &, and the shell is left while the run trains: nobody asked for an end."""
+    folder, script = tmp_path / "run", tmp_path / "shell.py"
     script.write_text(
-        "import subprocess, sys\nsubprocess.Popen([sys.executable, sys.argv[1], *sys.argv[2:]], start_new_session=True)\n"
+        "import pathlib, subprocess, sys, time\n"
+        "subprocess.Popen([sys.executable, *sys.argv[1:]], start_new_session=True)\n"
+        f"while not pathlib.Path({str(folder / 'checkpoints' / 'step-00000001')!r}).exists(): time.sleep(0.01)\n"
     )
-    running = started(folder, *MORE, launcher=(sys.executable, str(script)))
-    running.wait(30)
+    running = started(folder, *MORE, launcher=(sys.executable, str(script)), **launch.slow_disk(0.01))
+    running.wait(60)
+    assert not (folder / "trunk").exists()
     deadline = time.monotonic() + 60
     while not (folder / "trunk").exists():
         assert time.monotonic() < deadline, (tmp_path / "run.out").read_text()
