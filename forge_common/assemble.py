@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from . import config
 from .errors import UserError
-from .untrusted import closed, naming
+from .untrusted import naming
 
 STATISTICS_TOKENS = 1_000_000  # of --trunk-data
 CALIBRATED = {  # which of a router's numbers --calibrate fits
@@ -126,7 +126,6 @@ def _held_out(passports: list[dict[str, Any]]) -> float:
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
     """Those of the files that are there; nothing else that lies beside them, and nothing from elsewhere."""
-    closed(source)
     target.mkdir(parents=True)
     for name in names:
         if (source / name).is_file():

@@ -31,12 +31,6 @@ def _is_tuning(numbers: Any) -> bool:
     return dict_of(number(0, 1e9))[1](numbers) and numbers.keys() == known
 
 
-def _different(names: Any) -> bool:
-    """On every system: a disk may take A and a for one."""
-    return PLAIN_NAMES[1](names) and len({name.lower() for name in names}) == len(names)
-
-
-PLAIN_NAMES = list_of(PLAIN)
 COMMON = {
     "licence": LINE,
     "val_fraction": number(0, 1),
@@ -64,7 +58,7 @@ ASSEMBLED = COMMON | {
     "router": one_of(*ROUTERS),
     "top_k": COUNT,
     "tuning": ("the router's numbers, all of them", _is_tuning),
-    "modules": ("a list of different plain names, nothing outside of the folder", _different),
+    "modules": (f"names of folders and none outside of it, {list_of(PLAIN)[0]}", list_of(PLAIN)[1]),
     "digests": dict_of(DIGEST),
 }
 KNOWN = {  # the file: its fields, and which of them must be there

@@ -148,7 +148,7 @@ def test_a_small_table_that_holds_a_lot_is_refused_within_the_bound(tmp_path, su
     ("suffix", "code"),
     [
         ("parquet", "parquet(same(word(10), 60))"),
-        ("parquet", "parquet(plain(word(10), 60), use_dictionary=False, write_batch_size=1)"),
+        ("parquet", "parquet(plain(word(10), 60), use_dictionary=False, write_batch_size=1, compression='none')"),
         ("arrow", "arrow(same(word(10), 60), 'lz4')"),
     ],
 )

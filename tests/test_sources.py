@@ -372,6 +372,41 @@ def test_a_text_that_is_there_twice_is_refused(tmp_path):
         refused(path, path, "two columns have the name 'text'", "rename one")
 
 
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_column_of_numbers_is_refused_or_each_row_counted(tmp_path, suffix):
+    path = tmp_path / f"a.{suffix}"
+    table = pyarrow.table({"text": range(7)})
+    if suffix == "parquet":
+        pyarrow.parquet.write_table(table, path)
+    else:
+        with pyarrow.ipc.new_file(str(path), table.schema) as file:
+            file.write_table(table, max_chunksize=3)
+    refused(path, f"{path}:row 1: column 'text' holds values of type int64", "--on-bad-line skip")
+    counts = Counter()
+    assert texts(path, on_bad_line="skip", counts=counts) == []
+    assert counts == {"skipped_bad_line": 7}
+
+
+@pytest.mark.parametrize("places", [[0, 1 << 20, 3], [0, -5, 3], [0, 3, 1]], ids=["beyond", "before", "backwards"])
+def test_an_arrow_file_that_points_outside_of_itself_is_refused(tmp_path, places):
+    """pyarrow checks nothing of it by itself: the text would be whatever stands there in memory."""
+    path = tmp_path / "a.arrow"
+    offsets, data = pyarrow.array(places, pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"abc")
+    column = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, data])
+    batch = pyarrow.record_batch({"text": column})
+    with pyarrow.ipc.new_stream(str(path), batch.schema) as stream:
+        stream.write_batch(batch)
+    refused(path, f"{path}: broken", "--on-bad-line skip")
+
+
+def test_a_flipped_bit_in_a_page_with_a_checksum_is_noticed(tmp_path):
+    path = tmp_path / "a.parquet"
+    how = {"write_page_checksum": True, "compression": "none", "use_dictionary": False, "write_statistics": False}
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a text to be damaged"]}), path, **how)
+    path.write_bytes(path.read_bytes().replace(b"be damaged", b"be dbmaged", 1))
+    refused(path, f"{path}: broken", "--on-bad-line skip")
+
+
 def test_many_columns_and_odd_names_make_a_message_that_can_be_read(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text("\x1b[2J,txt," + ",".join(f"c{i}" for i in range(10**5)) + "\n")

@@ -196,6 +196,15 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
+def test_a_file_name_that_is_not_utf8_is_no_obstacle(tmp_path):
+    (tmp_path / "texts").mkdir()
+    with open(os.fsencode(tmp_path / "texts") + b"/caf\xe9.txt", "w") as file:
+        file.write("text")
+    for _ in range(2):  # made, then found
+        corpus = make(tmp_path / "texts", tmp_path / "cache", val_fraction=0.0)
+        assert os.fsencode(corpus.train.origin(0)).endswith(b"/caf\xe9.txt")
+
+
 def test_two_processes_at_once_make_one_cache(tmp_path):
     write(tmp_path / "a.jsonl", 3000)
     code = (

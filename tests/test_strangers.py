@@ -222,6 +222,7 @@ def test_a_snapshot_of_the_hubs_cache_is_a_trunk(made, snapshot):
 @pytest.mark.parametrize("how", ["outside", "absolute", "other repository", "link behind the link", "blobs is a link"])
 def test_a_snapshot_that_leads_elsewhere_is_refused(snapshot, how, tmp_path):
     repository, link = snapshot.parent.parent, snapshot / "config.json"
+    (snapshot / "forge.json").unlink()  # as any other checkpoint of the hub
     blob = link.resolve()
     elsewhere = tmp_path / "elsewhere.json"
     shutil.copyfile(blob, elsewhere)
@@ -439,6 +440,8 @@ def test_a_tensor_in_two_files_is_refused(made):
     [
         {},
         {"weight_map": []},
+        {"weight_map": ["model.safetensors"]},
+        {"weight_map": "x"},
         {"weight_map": {}},
         {"weight_map": {"a": 1}},
         {"weight_map": {"a": ["b"]}},

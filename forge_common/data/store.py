@@ -122,7 +122,8 @@ def _write(
     if sources.facts(source) != decides["files"]:
         raise UserError(f"{source}: changed while it was being read; leave it alone and start again")
     facts = {**decides, **written, "dtype": dtype, "counters": +counts}
-    (folder / "facts.json").write_text(json.dumps(facts, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # ASCII: the name of a file need not be UTF-8.
+    (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _publish(partial: Path, folder: Path) -> None:
