@@ -148,6 +148,7 @@ class Campaign:
                 known = max(here, known)
             else:
                 tally.resumes_failed += code != 0
+                known = good(folder)
                 break  # it was through before the moment came
         running = self.start(cell, folder)
         try:
