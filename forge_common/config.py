@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from .errors import UserError
-from .untrusted import ANY, FLAG, Field, checked, dict_of, list_of, number, shown, whole
+from .untrusted import ANY, FLAG, LINE, PLAIN, Field, checked, dict_of, list_of, number, shown, whole
 
 Settings = TypeVar("Settings")
 
@@ -296,6 +296,9 @@ def problems(settings: Any) -> list[str]:
             f"--batch-size {value('batch_size')} does not divide into {processes()} process(es) x --micro-batch-size "
             f"{value('micro_batch_size')}; make it a multiple of {at_once}"
         )
+    for name, (told, holds) in {"name": PLAIN, "licence": LINE}.items():
+        if value(name) is not None and not holds(value(name)):
+            found.append(f"--{name} {value(name)!r} must be {told}")
     known = {field.name for field in dataclasses.fields(settings)}
     for name in value("accept_change"):
         if name.replace("-", "_") not in known:

@@ -40,6 +40,18 @@ def test_all_problems_in_one_message(shared, tmp_path):
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
+def test_a_name_that_could_not_be_published_is_refused_at_once(module, tmp_path):
+    """Before hours of training, not after them."""
+    printed = module(tmp_path / "run", "--name", "../law", "--licence", "MIT\nnone", "--hang-timeout", -1, fails=True)
+    for said in (
+        "--name '../law' must be a plain name",
+        "--licence 'MIT\\nnone' must be a line",
+        "--hang-timeout is -1",
+    ):
+        assert said in printed
+    assert "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
 def test_an_unknown_flag_is_answered_with_the_nearest(shared, tmp_path):
     printed = shared(tmp_path / "run", "--warmup-stepz", 3, fails=True)
     assert "--warmup-steps" in printed and "Traceback" not in printed
