@@ -49,9 +49,12 @@ bench: $(READY)
 compare: $(READY)
 	$(BIN)/python benchmarks/compare.py
 
-# 200 kills at random moments, about an hour of two cores; the same command goes on where it was interrupted.
+# 200 kills at random moments, the longer tests, twenty times the fuzzing: an hour and a half of two cores. The kills go on where they
+# were interrupted.
 soak: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/campaign.py --kills 200 --output-dir runs/soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m soak
+	OMP_NUM_THREADS=1 FORGE_FUZZ=20 $(BIN)/python -m pytest -n 2 --dist loadfile tests/test_fuzz_readers.py tests/test_fuzz_artifacts.py
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

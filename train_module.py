@@ -299,7 +299,7 @@ def main(settings: Settings) -> int:
             log.say(f"frozen      {len(frozen)} tensors, digest {frozen_before[:12]} before and after")
             log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
-    exit_code = stop.exit_code if interrupted else 0
+    stop.done, exit_code = True, stop.exit_code if interrupted else 0
     log.close(exit_code)
     output.release(claimed)
     return exit_code

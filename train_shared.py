@@ -281,7 +281,7 @@ def main(settings: Settings) -> int:
             artifact.read_trunk(str(published))
             log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
-    exit_code = stop.exit_code if interrupted else 0
+    stop.done, exit_code = True, stop.exit_code if interrupted else 0
     log.close(exit_code)
     output.release(claimed)
     return exit_code

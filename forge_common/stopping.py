@@ -33,6 +33,7 @@ class StopRequest:
         self.exit_code = 0
         self.hang_timeout = hang_timeout
         self._working, self._idle, self._patience = False, 0.0, PATIENCE
+        self.done = False  # then a signal ends nothing any more; a second one does
         self._told = False  # whether the main thread knows of a signal
         self._first: float | None = None  # when the thread heard the first
         self._leave_by: float | None = None  # when a run that was to end at once is ended by force
@@ -78,7 +79,7 @@ class StopRequest:
         """In the main thread, once Python gets there: unwinds a run that is not working."""
         first, self._told = not self._told, True
         self.exit_code = self.exit_code or 128 + number
-        if first and not self.working:
+        if first and not self.working and not self.done:
             os.write(
                 2, b"asked to stop: leaving, nothing of this run is lost\n"
             )  # print may be in the middle of a line
@@ -109,7 +110,7 @@ class StopRequest:
         self.exit_code = self.exit_code or 128 + number
         if self._first is None:
             self._first = now
-            self._leave_by = None if self.working else now + GRACE
+            self._leave_by = None if self.working or self.done else now + GRACE
 
     def _abort(self) -> None:
         """Says where every thread stands, and ends the process: what waits in a collective cannot be woken."""

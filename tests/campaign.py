@@ -23,7 +23,6 @@ import torch
 
 from forge_common.checkpoint import fault
 
-STEPS = 24
 PATIENCE = 240.0  # seconds that anything may take before it counts as hanging
 
 
@@ -81,16 +80,16 @@ class Tally:
 
 
 class Campaign:
-    """Texts and trunk are given; `home` is where everything is written."""
+    """Texts are given; `home` is where everything is written. steps: updates of a run."""
 
-    def __init__(self, home: Path, text: Path, domain: Path):
-        self.home, self.text, self.domain, self.cache = home, text, domain, home / "cache"
+    def __init__(self, home: Path, text: Path, domain: Path, steps: int):
+        self.home, self.text, self.domain, self.cache, self.steps = home, text, domain, home / "cache", steps
         self.seconds: dict[tuple[str, int], float] = {}  # that a whole run takes
 
     def command(self, cell: Cell, folder: Path) -> list[str]:
         data = self.text if cell.script == "train_shared" else self.domain
         arguments = ["--data", data, "--output-dir", folder, "--cache-dir", self.cache, *launch.SIZES]
-        arguments += ["--steps", STEPS, "--save-every", 1, "--keep", 1, "--val-every", 4]
+        arguments += ["--steps", self.steps, "--save-every", 1, "--keep", 1, "--val-every", 4]
         if cell.script == "train_shared":
             arguments += launch.SHAPE
         else:
@@ -163,10 +162,10 @@ class Campaign:
     def compare(self, cell: Cell, folder: Path, tally: Tally) -> None:
         straight = self.straight(cell.script, cell.processes)
         tally.finals += 1
-        if not (folder / "checkpoints" / f"step-{STEPS:08d}").exists():
+        if good(folder) < self.steps:
             tally.finals_that_differ += 1
             return
-        tally.finals_that_differ += final(folder) != final(straight)
+        tally.finals_that_differ += final(folder, self.steps) != final(straight, self.steps)
         wanted, found = launch.without_times(straight), launch.without_times(folder)
         tally.rows += len(wanted)
         tally.rows_lost_or_doubled += sum(row not in found for row in wanted) + abs(len(found) - len(wanted))
@@ -222,12 +221,12 @@ def resumed_well(folder: Path, step: int) -> bool:
     said = folder.with_suffix(".out").read_text(errors="replace")
     if "Traceback" in said.rpartition("tracking ")[2]:
         return False
-    return not step or f"at update {step} of {STEPS}" in said.rpartition("tracking ")[2]
+    return not step or f"at update {step} of " in said.rpartition("tracking ")[2]
 
 
-def final(folder: Path) -> str:
+def final(folder: Path, steps: int) -> str:
     """A digest of all that a run came to: weights, both moments, and what it published."""
-    step = folder / "checkpoints" / f"step-{STEPS:08d}"
+    step = folder / "checkpoints" / f"step-{steps:08d}"
     states = torch.load(step / "optimizer.bin", weights_only=True)["state"]
     tensors = {f"{index} {name}": value for index, state in states.items() for name, value in state.items()}
     published = next(
@@ -240,10 +239,12 @@ def final(folder: Path) -> str:
     return " ".join([*parts, facts["statistics_digest"]])
 
 
-def campaign(home: Path, text: Path, domain: Path, cells: list[Cell], kills: int, most: int, workers: int) -> Tally:
+def campaign(
+    home: Path, text: Path, domain: Path, cells: list[Cell], *, steps: int, kills: int, most: int, workers: int
+) -> Tally:
     """`kills` kills over `cells`, 1 to `most` of them a run. What was done before is read from kills.jsonl and not repeated."""
     home.mkdir(parents=True, exist_ok=True)
-    all_of_it, log = Campaign(home.absolute(), text, domain), home / "kills.jsonl"
+    all_of_it, log = Campaign(home.absolute(), text, domain, steps), home / "kills.jsonl"
     all_of_it.straight("train_shared", 1)
     for cell in cells:
         all_of_it.straight(cell.script, cell.processes)
@@ -274,6 +275,7 @@ def campaign(home: Path, text: Path, domain: Path, cells: list[Cell], kills: int
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=24, help="updates of a run")
     parser.add_argument("--most", type=int, default=4, help="kills of one run at most")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/soak"))
@@ -284,7 +286,8 @@ def main() -> None:
     for folder, excerpts in zip(texts, (excerpts_of_library, excerpts_of_headers), strict=True):
         excerpts(folder)
     began = time.monotonic()
-    total = campaign(given.output_dir, *texts, CELLS, given.kills, given.most, given.workers)
+    how = {"steps": given.steps, "kills": given.kills, "most": given.most, "workers": given.workers}
+    total = campaign(given.output_dir, *texts, CELLS, **how)
     print(
         f"{total.table()}\n{(time.monotonic() - began) / 60:.0f} minutes, {os.cpu_count()} cores, {os.uname().machine}"
     )

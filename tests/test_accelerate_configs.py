@@ -243,7 +243,7 @@ import json, os, sys
 from pathlib import Path
 import torch
 from accelerate import Accelerator
-from forge_common.config import check_processes
+from forge_common.launching import check_processes
 
 accelerator = Accelerator()
 check_processes()

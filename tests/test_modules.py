@@ -91,6 +91,7 @@ def test_two_processes_make_the_same_module(module, tmp_path):
     assert gap <= 1e-12
 
 
+@pytest.mark.parametrize("made", ["ffn+head"], indirect=True)
 def test_stopped_and_resumed(made, module, tmp_path):
     """At update 5 and again at 6; bit for bit the module that was not stopped, and the same losses in the passport."""
     kind, straight, _ = made
@@ -183,6 +184,7 @@ def tampered(folder, tmp_path, change):
     return copy
 
 
+@pytest.mark.parametrize("made", ["ffn+head"], indirect=True)
 def test_refusals(made, trunk, text, domain, cache, shared, tmp_path):
     """Another trunk, another tokenizer, changed or missing files, a pickle: refused, with both digests or the name."""
     _, folder, _ = made

@@ -47,7 +47,9 @@ def test_an_interval_cut_by_a_checkpoint_is_logged_the_same(shared, tmp_path):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float32", 1e-5), ("float64", 1e-12)])
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [pytest.param("float32", 1e-5, marks=pytest.mark.soak), ("float64", 1e-12)]
+)
 def test_one_two_one_processes(dtype, bound, shared, tmp_path):
     """The same windows and the same weights, to rounding (AdamW's in float32), when processes change on the way."""
     straight, folder, copy = tmp_path / "straight", tmp_path / "run", tmp_path / "again"

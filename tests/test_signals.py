@@ -85,7 +85,7 @@ def test_a_due_validation_is_told_once_over_a_kill(straight, started, shared, tm
     same_run(straight, folder)
 
 
-@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+@pytest.mark.parametrize("twice", [pytest.param(False, marks=pytest.mark.soak), True], ids=["once", "twice"])
 def test_in_the_midst_of_a_save(twice, straight, started, shared, tmp_path):
     """Once: the save is finished. Twice: the run leaves at once, with nothing torn and the one before in its place."""
     folder = tmp_path / "run"

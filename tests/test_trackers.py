@@ -126,6 +126,7 @@ def test_refused_is_recorded_offline_and_sent_later(start):
     assert run.sync("wandb sync ") == {1, 2, 3, 4, 5, 6}
 
 
+@pytest.mark.soak
 def test_dropped_packets_are_recorded_offline(start):
     with wandb_server.dropped() as url:
         run = start(url, 4)
@@ -134,7 +135,7 @@ def test_dropped_packets_are_recorded_offline(start):
 
 
 @pytest.mark.parametrize(
-    "mode", ["denied", *(pytest.param(mode, marks=pytest.mark.soak) for mode in ("error", "garbage"))]
+    "mode", [pytest.param(mode, marks=pytest.mark.soak) for mode in ("denied", "error", "garbage")]
 )
 def test_a_server_that_refuses_is_recorded_offline(mode, start):
     with wandb_server.serve(mode) as server:
@@ -178,6 +179,7 @@ def test_a_server_that_fails_in_mid_run(then, start):
     assert run.sync("wandb sync --no-skip-online ") == set(range(1, 61))
 
 
+@pytest.mark.soak
 def test_wandbs_process_killed_in_mid_run(start):
     with wandb_server.serve() as server:
         run = start(server.url, 60)
