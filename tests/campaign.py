@@ -240,9 +240,17 @@ def final(folder: Path, steps: int) -> str:
 
 
 def campaign(
-    home: Path, text: Path, domain: Path, cells: list[Cell], *, steps: int, kills: int, most: int, workers: int
+    home: Path,
+    text: Path,
+    domain: Path,
+    cells: list[Cell],
+    *,
+    steps: int,
+    kills: int,
+    a_run: tuple[int, int],
+    workers: int,
 ) -> Tally:
-    """`kills` kills over `cells`, 1 to `most` of them a run. What was done before is read from kills.jsonl and not repeated."""
+    """`kills` kills over `cells`, `a_run` (at least, at most) of them a run. What kills.jsonl tells of is not repeated."""
     home.mkdir(parents=True, exist_ok=True)
     all_of_it, log = Campaign(home.absolute(), text, domain, steps), home / "kills.jsonl"
     all_of_it.straight("train_shared", 1)
@@ -257,7 +265,7 @@ def campaign(
     def one(cell: Cell) -> None:
         number = numbers[cell]
         numbers[cell] += 1
-        wanted = random.Random(f"{cell.name} {number} lives").randint(1, most)
+        wanted = random.Random(f"{cell.name} {number} lives").randint(*a_run)
         tally = all_of_it.run(cell, number, wanted)
         with open(log, "a") as file:
             file.write(json.dumps({"cell": cell.name, "number": number, "tally": asdict(tally)}) + "\n")
@@ -268,7 +276,7 @@ def campaign(
 
     with ThreadPoolExecutor(workers) as pool:
         while total.kills < kills:
-            list(pool.map(one, random.Random(total.kills).sample(cells, min(workers, len(cells)))))
+            list(pool.map(one, sorted(cells, key=lambda cell: numbers[cell])[:workers]))
     return total
 
 
@@ -286,7 +294,7 @@ def main() -> None:
     for folder, excerpts in zip(texts, (excerpts_of_library, excerpts_of_headers), strict=True):
         excerpts(folder)
     began = time.monotonic()
-    how = {"steps": given.steps, "kills": given.kills, "most": given.most, "workers": given.workers}
+    how = {"steps": given.steps, "kills": given.kills, "a_run": (1, given.most), "workers": given.workers}
     total = campaign(given.output_dir, *texts, CELLS, **how)
     print(
         f"{total.table()}\n{(time.monotonic() - began) / 60:.0f} minutes, {os.cpu_count()} cores, {os.uname().machine}"
