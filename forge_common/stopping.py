@@ -80,9 +80,7 @@ class StopRequest:
         first, self._told = not self._told, True
         self.exit_code = self.exit_code or 128 + number
         if first and not self.working and not self.done:
-            os.write(
-                2, b"asked to stop: leaving, nothing of this run is lost\n"
-            )  # print may be in the middle of a line
+            _tell("asked to stop: leaving, nothing of this run is lost")
             raise SystemExit(self.exit_code)
 
     def _listen(self) -> None:
@@ -114,18 +112,17 @@ class StopRequest:
 
     def _abort(self) -> None:
         """Says where every thread stands, and ends the process: what waits in a collective cannot be woken."""
-        rank, ranks = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
         seconds = f"{self._idle:.0f} s (--hang-timeout {self.hang_timeout:g})"
-        os.write(
-            2,
-            f"rank {rank} of {ranks}: nothing has moved for {seconds}. It hangs, or waits for one that does:\n".encode(),
-        )
+        _tell(f"{rank}: nothing has moved for {seconds}. It hangs, or waits for one that does:")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        mend = (
-            "the same command goes on from the last checkpoint; raise --hang-timeout if a micro-batch takes that long"
-        )
-        os.write(2, f"rank {rank} of {ranks}: aborted; {mend}\n".encode())
+        _tell(f"{rank}: aborted; the same command goes on from the last checkpoint. Raise --hang-timeout if it was just slow.")
         os._exit(1)
+
+
+def _tell(line: str) -> None:
+    """On stderr, past Python's buffers: another thread, or what a signal interrupted, may be in the middle of a print."""
+    os.write(2, f"{line}\n".encode())
 
 
 def _deaf() -> None:
