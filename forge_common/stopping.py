@@ -116,7 +116,9 @@ class StopRequest:
         seconds = f"{self._idle:.0f} s (--hang-timeout {self.hang_timeout:g})"
         _tell(f"{rank}: nothing has moved for {seconds}. It hangs, or waits for one that does:")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        _tell(f"{rank}: aborted; the same command goes on from the last checkpoint. Raise --hang-timeout if it was just slow.")
+        _tell(
+            f"{rank}: aborted; the same command goes on from the last checkpoint. Raise --hang-timeout if it was just slow."
+        )
         os._exit(1)
 
 
