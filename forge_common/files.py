@@ -103,6 +103,7 @@ def sync(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
+    """A folder (its names), or a file, down to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
+from ..files import sync_folder
 from . import sources
 from .document import Reading
 from .tokenizer import Tokenizer
@@ -129,21 +130,13 @@ def _write(
 def _publish(partial: Path, folder: Path) -> None:
     """Give the finished folder its name; whoever was first with the same fingerprint wrote the same."""
     for path in (partial / "facts.json", partial):
-        _sync(path)
+        sync_folder(path)
     try:
         os.rename(partial, folder)
     except OSError:
         if not folder.is_dir():
             raise
-    _sync(folder.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync_folder(folder.parent)
 
 
 def _remove_abandoned(cache_dir: Path, fingerprint: str) -> None:
