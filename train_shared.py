@@ -1,291 +1,240 @@
-"""Phase 1: a broad corpus -> the trunk that modules are trained on.
+"""Phase 1: trains the trunk, on which modules are trained later, on a broad corpus.
 
     accelerate launch train_shared.py --data my_corpus/ --output-dir runs/trunk --steps 10000
 
-Everything that can be set stands in Settings; main reads from top to bottom. To experiment, edit this file.
+`main` reads from top to bottom. To experiment, edit this file; RunSettings has the flags that only operate a run.
 """
 
-import math
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
-from forge_common import config
-from forge_common.errors import UserError
+from forge_common.run.stop import StopRequest
+from forge_common.settings import RunSettings, accumulation_steps, problems, read_settings, run_main
 
 
-@dataclass(frozen=True)
-class Settings:
-    # -- what is read --
+@dataclass(frozen=True, kw_only=True)
+class Settings(RunSettings):
+    # -- data --
+    data: tuple[str, ...]
+    """Sources: file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs|perl. SOURCE@0.7 weights one."""
+    tokenizer: str = "train:4096"
+    """Folder, tokenizer.json, train:VOCAB (a BPE trained on the data, VOCAB tokens) or bytes."""
+    sequence_length: int = 512
+    """Tokens in a window."""
 
-    data: tuple[
-        str, ...
-    ]  # file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs|perl; SOURCE@0.7 weights it
-    output_dir: Path  # settings, metrics, checkpoints, and at the end trunk/
-    val_data: tuple[str, ...] = ()  # sources to validate on; none: a part of --data
-    val_fraction: float = 0.01  # of the documents of --data is held out, by hash of content (without --val-data)
-    tokenizer: str = "train:4096"  # DIR, FILE (tokenizer.json), train:VOCAB (a BPE of the data) or bytes
-    eos_token: str | None = None  # the end of a document, where the tokenizer's files do not say it
-    sequence_length: int = 512  # tokens a window
-    pack: bool = True  # fill windows with documents end to end; --no-pack: one document a window, cut or padded
-    text_column: str = "text"  # of jsonl, json, csv, parquet, arrow and hub data
-    document_separator: str | None = None  # splits text files into documents; none: a file is a document
-    on_bad_text: Literal["refuse", "replace", "skip"] = "refuse"  # bytes that are not UTF-8
-    on_bad_line: Literal["refuse", "skip"] = "refuse"  # rows that cannot be read
-    cache_dir: Path = Path("~/.cache/forge")  # tokens, once made
-
-    # -- what is trained --
-
-    trunk_from: str | None = None  # continue from a Transformers checkpoint (folder or hub id); sizes are then its own
-    preset: Literal["tiny", "small", "base", "large"] = "small"
-    hidden_size: int | None = None  # this and the next four: over the preset's
+    # -- model --
+    trunk_from: str | None = None
+    """Transformers checkpoint to continue from (folder or hub id); it then sets all sizes."""
+    preset: str = "small"
+    """Sizes: tiny, small, base or large, about 1 M, 25 M, 110 M or 350 M parameters."""
+    hidden_size: int | None = None
+    """Width of the residual stream; None: the preset's."""
     intermediate_size: int | None = None
+    """Width of the feed-forward; None: the preset's."""
     num_hidden_layers: int | None = None
+    """Layers; None: the preset's."""
     num_attention_heads: int | None = None
+    """Query heads; None: the preset's."""
     num_key_value_heads: int | None = None
+    """Key and value heads; None: the preset's."""
     tie_word_embeddings: bool = True
-    cross_document_attention: bool = False  # may a token see the documents before its own in the same window
-    num_experts: int = 0  # a sparse feed-forward (Mixtral's) with so many experts; 0: dense
+    """Use the embedding as the output head."""
+    cross_document_attention: bool = False
+    """Let a token attend to the earlier documents in its window."""
+    num_experts: int = 0
+    """Experts of a sparse feed-forward (Mixtral's); 0: dense."""
     experts_per_token: int = 2
-    router_aux_loss_coef: float = 0.01  # weight of the balance loss
+    """Experts that serve a token."""
+    router_aux_loss_coef: float = 0.01
+    """Weight of the balance loss."""
     router_z_loss_coef: float = 0.001
-    dtype: Literal["float32", "float64"] = "float32"  # of the weights; bf16 is the launcher's --mixed_precision
-    statistics_tokens: int = 1_000_000  # of the training text at most, for the router's counts
-    statistics_min_documents: int = 2  # what fewer of the sampled documents hold is not counted (docs/PRIVACY.md)
+    """Weight of the router's z loss."""
 
-    # -- how --
-
-    steps: int = 10_000  # updates of the optimizer
-    batch_size: int = 64  # windows an update, over all processes
-    micro_batch_size: int = 16  # windows a device holds at once
+    # -- optimizer and schedule --
+    steps: int = 10_000
+    """Optimizer updates."""
+    batch_size: int = 64
+    """Windows in an update, over all processes."""
+    micro_batch_size: int = 16
+    """Windows that a device holds at once."""
     lr: float = 3e-4
-    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Peak learning rate."""
+    schedule: str = "cosine"
+    """Learning-rate curve: a name in SCHEDULES of forge_common/schedule.py (cosine, linear, constant, wsd)."""
     warmup_steps: int = 100
+    """Updates of linear warm-up."""
     min_lr_ratio: float = 0.0
-    weight_decay: float = 0.1  # on matrices; not on norms, biases and embeddings
+    """Learning rate at the end, as a share of --lr."""
+    weight_decay: float = 0.1
+    """AdamW's decay of matrices; norms, biases and embeddings have none."""
     max_grad_norm: float = 1.0
-    max_bad_updates: int = 10  # stop after so many updates in a row with NaN or Inf
-    hang_timeout: float = (
-        60.0  # seconds: a standstill so long ends the run (at its start or in a save ten times); 0: never
-    )
-    seed: int = 42
-
-    # -- what is told and kept --
-
-    val_every: int = 250  # updates; 0: at the end alone
-    save_every: int = 250  # updates; 0: at the end alone (and whenever validation improves)
-    keep: int = 2  # newest checkpoints; the best by validation stays besides
-    on_full_disk: Literal["continue", "stop"] = "continue"  # when a checkpoint finds no room; the last one must
-    patience: int = 0  # stop after so many validations without a better one; 0: never
-    log_every: int = 10
-    tracker: Literal["auto", "none", "wandb", "trackio", "tensorboard"] = "auto"
-    project: str = "forge"
-    run_name: str | None = None
-    resume: Literal["auto", "never", "require"] = "auto"
-    accept_change: tuple[str, ...] = ()  # settings that may differ from the checkpoint's, such as steps
-    dry_run: bool = False  # print the plan, time a few updates, write nothing
+    """Norm to which a larger gradient is clipped."""
 
 
 def main(settings: Settings) -> int:
-    """Trains a trunk; returns the exit code (0, or 143 or 130 when it was asked to stop)."""
-    from forge_common.stopping import StopRequest
-
+    """Trains a trunk; returns the exit code (0, or 143 or 130 after a signal)."""
     stop = StopRequest(settings.hang_timeout)
 
-    # Heavy, so only after the settings were checked.
-    import secrets
+    # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
     from datetime import timedelta
 
     import torch
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-    from forge_common import artifact, checkpoint, output, schedule, statistics, trackers, tracking
-    from forge_common.data.corpora import held_out_fraction, open_corpora, tokenizer_for
+    from forge_common import checkpoint, schedule
+    from forge_common.artifacts import artifact
+    from forge_common.artifacts.publish import publish_trunk
+    from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
-    from forge_common.files import write_json
-    from forge_common.launching import check_launch
-    from forge_common.model import Trunk, even_load, load_of, parameter_groups
-    from forge_common.progress import begin
+    from forge_common.model.config import check_context, model_config
+    from forge_common.model.trunk import Trunk, even_load, load_of, parameter_groups
+    from forge_common.run.folder import claim, prepare, release
+    from forge_common.run.launch_checks import check_launch
+    from forge_common.run.log import Interval, RunLog
+    from forge_common.run.plan import plan
+    from forge_common.run.progress import begin, due, update_outcome
+    from forge_common.run.trackers import choose_tracker
     from forge_common.validation import validate
 
     # ---- Set up ----
-    tracker, tracked = trackers.choose(settings.tracker)
-    accumulation = config.accumulation_steps(settings)
+    tracker, tracker_report = choose_tracker(settings.tracker)
+    accumulation = accumulation_steps(settings)
     accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         log_with=tracker,
         project_dir=settings.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the main process may tokenize that long
     )
-    check_launch(accelerator, accumulation)
-    claimed = None if settings.dry_run else output.claim(accelerator, settings.output_dir)  # no other run writes there
-    if accelerator.state.deepspeed_plugin:  # there is no prepared loader that it could read the size off
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = (
-            settings.micro_batch_size
-        )
-    rank, processes, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    check_launch(accelerator, accumulation, settings.micro_batch_size)
+    lock = None if settings.dry_run else claim(accelerator, settings.output_dir)  # no other run writes there
+    rank = accelerator.process_index
+    processes = accelerator.num_processes
+    device = accelerator.device
 
     # ---- Data, model, optimizer ----
     set_seed(settings.seed)
     with accelerator.local_main_process_first():
+        trunk_metadata = {}
         if settings.trunk_from:
-            trunk, tokenizer, origin = artifact.read_trunk(settings.trunk_from, settings.eos_token)
+            trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk_from, settings.eos_token)
         else:
-            tokenizer, origin = tokenizer_for(settings), {}
-            trunk = Trunk(config.model_config(settings, tokenizer))
+            tokenizer = tokenizer_for(settings)
+            trunk = Trunk(model_config(settings, tokenizer))
+        check_context(settings, trunk.config)
         corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
-    config.check_context(settings, trunk.config)
     trunk = trunk.to(getattr(torch, settings.dtype))
-    optimizer = torch.optim.AdamW(
-        parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps"
-    )
-    flops = trunk.flops_per_token(settings.sequence_length)
-    plan = tracking.plan(trunk, settings, corpora.training, accumulation, processes)
-    accelerator.print("\n".join([*corpora.report, plan, f"tracking    {tracked}"]))
+    groups = parameter_groups(trunk, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")
+    accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     model, optimizer = accelerator.prepare(trunk, optimizer)
-    checkpoint.keep_only_trained(accelerator)
+    checkpoint.checkpoint_trainable_only(accelerator)
 
-    # ---- Where were we? ----
-    checkpoints = settings.output_dir / "checkpoints"
-    digests = {**corpora.digests, "tokenizer": tokenizer.digest, "trunk": origin.get("digest")}
-    progress = begin(settings, digests, secrets.token_hex(4))
-    found = checkpoint.newest(accelerator, checkpoints) if settings.resume != "never" and not settings.dry_run else None
-    if found:
-        progress = checkpoint.resume(accelerator, found, progress, settings.accept_change)
-        accelerator.print(f"resumed     {found} at update {progress.global_step} of {settings.steps}")
-    checkpoint.check_fresh(settings, found)
-    if accelerator.is_main_process and not settings.dry_run:
-        output.check_room(settings.output_dir, checkpoint.size(model), settings.keep)
-        write_json(settings.output_dir / "settings.json", config.to_json(settings))
+    # ---- Resume ----
+    digests = {**corpora.digests, "tokenizer": tokenizer.digest, "trunk": trunk_metadata.get("digest")}
+    progress = checkpoint.resume(accelerator, settings, begin(settings, digests))
+    prepare(accelerator, settings, checkpoint.size(model))
 
     # ---- Train ----
-    # This chapter is the same text in train_shared.py and train_module.py; a test holds them together.
+    # This chapter is the same text in train_shared.py and train_module.py; a test compares them.
     last = min(settings.steps, 4) if settings.dry_run else settings.steps
-    folder = None if settings.dry_run else settings.output_dir
-    log = tracking.RunLog(accelerator, folder, progress, steps=last)
-    log.start_tracker(tracker, settings, progress.run_id)
-    peak, interrupted = tracking.peak_flops(device), False
-    interval = tracking.Interval(accelerator, progress.interval)
-    load = even_load(trunk.config, device)  # f of the balance loss; from the second update on, the last update's own
+    log = RunLog(accelerator, settings, progress, last, tracker, trunk)
+    interval = Interval(accelerator, progress.interval)
+    expert_load = even_load(trunk.config, device)  # f of the balance loss; later the previous update's
     if progress.expert_counts:
-        load = load_of(torch.tensor(progress.expert_counts, device=device))
-    sizes = {"batch_size": settings.batch_size, "micro_batch_size": settings.micro_batch_size}
-    shares = updates(
-        corpora.training, start=progress.global_step, rank=rank, processes=processes, device=device, **sizes
+        expert_load = load_of(torch.tensor(progress.expert_counts, device=device))
+    update_batches = updates(
+        corpora.training, progress.global_step, settings.batch_size, settings.micro_batch_size, rank, processes, device
     )
     model.train()
-    stop.working = not settings.dry_run  # from here on a signal waits for the end of the update
-    if progress.validation_due:  # its run was asked to stop before it was through
+    # From here on a signal takes effect at the end of an update.
+    stop.phase = "dry run" if settings.dry_run else "training"
+    if progress.validation_due:  # a signal interrupted the validation of this update before the resume
         result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
+        progress.record_validation(result)
         log.validation(result, progress)
-        interrupted = progress.validation_due
-    stopping = interrupted or log.patience_is_over(progress, settings.patience)  # what had stopped early stays stopped
-    log.lap(progress.global_step)
-    while progress.global_step < last and not stopping:
-        windows = next(shares)  # [micro-batches, micro_batch_size, sequence_length + 1]
+    stop.end_early(progress.patience_is_over(settings.patience))
+    log.restart_clock(progress.global_step)
+    while progress.global_step < last and not stop.reason:
+        # -- take the update's windows --
+        windows = next(update_batches)  # [micro-batches, micro_batch_size, sequence_length + 1]
         step = progress.global_step + 1
-        set_seed(settings.seed + step * processes + rank)  # for dropout, should you add some: a resume draws the same
-        curve = {"warmup_steps": settings.warmup_steps, "steps": settings.steps, "floor": settings.min_lr_ratio}
-        rate = settings.lr * schedule.factor(settings.schedule, step, **curve)
+        set_seed(settings.seed + step * processes + rank)  # for dropout: a resumed run draws the same numbers
+        rate = settings.lr * schedule.factor(
+            settings.schedule,
+            step,
+            warmup_steps=settings.warmup_steps,
+            steps=settings.steps,
+            floor=settings.min_lr_ratio,
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
 
-        # backward divides by the micro-batches and DDP by the processes; sum x P * N / n undoes both, so that the
-        # gradient is the mean over the n scored tokens of the whole update, however it was divided.
-        labels = accelerator.reduce((windows[..., 1:] != trunk.config.ignore_index).sum(), "sum")
-        scored = labels.clamp(min=1)
-        scale, sums = processes * accumulation / scored, []
+        # -- forward and backward --
+        # accelerate divides by the micro-batches and DDP by the processes. The factor P * N / n undoes both, so that the
+        # gradient is the mean over the n scored tokens of the whole update, however the update is divided.
+        num_scored = accelerator.reduce((windows[..., 1:] != trunk.config.ignore_index).sum(), "sum")
+        scale = processes * accumulation / num_scored.clamp(min=1)
+        sums = []
         for micro_batch in windows:
             with accelerator.accumulate(model):
-                sums.append(model(micro_batch, load))
+                sums.append(model(micro_batch, expert_load))
                 accelerator.backward(sums[-1].objective * scale)
+
+                # -- apply or skip --
                 if accelerator.sync_gradients:
                     grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
                     loss = float(accelerator.reduce(sum(part.objective.detach() for part in sums), "sum"))
-                    finite = math.isfinite(grad_norm) and math.isfinite(loss)
-                    apply = (finite and labels > 0) or accelerator.scaler  # fp16's scaler skips by itself
-                if not accelerator.sync_gradients or apply:
+                    outcome = update_outcome(loss, grad_norm, int(num_scored), accelerator.scaler)
+                if not accelerator.sync_gradients or outcome.applied:
                     optimizer.step()
                 optimizer.zero_grad()
-            stop.alive()
-
-        progress.global_step = step
-        progress.epoch = corpora.training.epoch(step * settings.batch_size)
-        if finite:
-            progress.tokens += int(labels)
-            progress.empty_updates += not labels
-            progress.bad_in_a_row = 0
+            stop.heartbeat()
+        progress.record(outcome, settings, corpora.training, log.print_line)
+        if outcome.finite:
             interval.add(sums)
-            if load is not None:
-                counts = accelerator.reduce(sum(part.expert_counts for part in sums), "sum")
-                progress.expert_counts, load = counts.tolist(), load_of(counts)
-        elif accelerator.scaler and math.isfinite(loss):
-            progress.scaler_skips += 1
-        else:
-            progress.bad_updates += 1
-            progress.bad_in_a_row += 1
-            log.say(f"update {step}: loss {loss}, gradient {grad_norm}: not applied ({progress.bad_updates} so far)")
-            if progress.bad_in_a_row >= settings.max_bad_updates:
-                positions = range((step - progress.bad_in_a_row) * settings.batch_size, step * settings.batch_size)
-                raise UserError(tracking.diverged(step, progress.bad_in_a_row, corpora.training.origins(positions)))
+        if outcome.finite and expert_load is not None:
+            expert_counts = accelerator.reduce(sum(part.expert_counts for part in sums), "sum")
+            progress.expert_counts = expert_counts.tolist()
+            expert_load = load_of(expert_counts)
         if settings.dry_run:
             continue
 
-        interrupted = stopping = stop(accelerator)
-        if step % settings.log_every == 0 or step == last:
-            log.training(interval, progress, rate=rate, grad_norm=grad_norm, flops=flops, peak=peak)
-        better = False
-        if corpora.held_out and (step == last or (settings.val_every and step % settings.val_every == 0)):
-            with log.aside(), stop.patient():
+        # -- now and then: log, validate, save --
+        stop.check(accelerator)
+        improved = False
+        if due(step, settings.log_every, last):
+            log.training(interval, progress, rate=rate, grad_norm=grad_norm)
+        if corpora.held_out and due(step, settings.val_every, last):
+            with log.clock_paused(), stop.slow_section():
                 result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
-            better = log.validation(result, progress)
-            interrupted = interrupted or progress.validation_due
-            stopping = interrupted or log.patience_is_over(progress, settings.patience)
-        ended = stopping or step == last
-        if better or ended or (settings.save_every and step % settings.save_every == 0):
-            with log.aside(), stop.patient():
-                progress.interval = interval.settle()
-                how = {"must": ended or settings.on_full_disk == "stop", "say": log.say}
-                checkpoint.save(accelerator, model, checkpoints, progress, settings.keep, **how)
-    shares.close()
-    stop.working = False  # all is saved: from here on a signal ends the run at once
+            improved = progress.record_validation(result)
+            log.validation(result, progress)
+            stop.end_early(progress.patience_is_over(settings.patience))
+        if improved or stop.reason or due(step, settings.save_every, last):
+            with log.clock_paused(), stop.slow_section():
+                progress.interval = interval.sum_over_ranks()
+                required = bool(stop.reason) or step == last or settings.on_full_disk == "stop"
+                checkpoint.save(accelerator, model, settings, progress, required=required, print_line=log.print_line)
+    update_batches.close()
+    stop.phase = "publishing"  # everything is saved: from here on a signal ends the run at once
 
     # ---- Publish ----
     if settings.dry_run:
         log.timing(last, settings.steps)
-    elif interrupted:  # what all ranks agreed on; a signal that comes later finds the work done
-        log.say(f"stopped at update {progress.global_step} of {settings.steps}; the same command goes on from there")
+    elif stop.reason == "signal":  # only one that all ranks saw during training; a later one changes nothing
+        log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:
-        checkpoint.load_best(accelerator, checkpoints, progress, log.say)
+        checkpoint.load_best(accelerator, settings, progress, log.print_line)
         tensors = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
-            sample = statistics.sample(corpora.training.shares(), settings.statistics_tokens)
-            counts, sampled = statistics.count(
-                sample, trunk.config.vocab_size, tokenizer.eos_token_id, settings.statistics_min_documents
-            )
-            facts = {
-                "kind": "trunk",
-                "statistics": sampled,
-                "data": corpora.digests,
-                "sources": list(settings.data),
-                "val_fraction": held_out_fraction(settings),
-                "steps": progress.best_step or progress.global_step,
-                "tokens_seen": progress.tokens,
-                "bad_updates": progress.bad_updates,
-                "validation_loss": progress.best_val_loss,
-                "continued_from": origin.get("digest"),
-            }
-            published = settings.output_dir / "trunk"
-            digest = artifact.write_trunk(published, tensors, trunk.config, tokenizer, facts, counts)
-            artifact.read_trunk(str(published))
-            log.say(f"published   {published} (digest {digest[:12]}, read back and verified)")
+            path, digest = publish_trunk(settings, progress, corpora, trunk.config, tokenizer, tensors, trunk_metadata)
+            log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
-    stop.done, exit_code = True, stop.exit_code if interrupted else 0
+    exit_code = stop.end()
     log.close(exit_code)
-    output.release(claimed)
+    release(lock)
     return exit_code
 
 
 if __name__ == "__main__":
-    config.run(main, config.read(Settings, __doc__, config.problems))
+    run_main(main, read_settings(Settings, __doc__, problems))

@@ -15,7 +15,7 @@ import os
 import sys
 import time
 
-from forge_common import config
+from forge_common.settings import read_settings, run_main, to_json
 from train_shared import Settings
 
 SETTLE = 0.2  # seconds in which somebody outside may look at the memory
@@ -27,9 +27,10 @@ def main(settings: Settings) -> int:
 
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
-    from forge_common.files import write_json
-    from forge_common.model import Trunk, parameter_groups
-    from forge_common.tracking import peak_memory_mb, process_peak_mb
+    from forge_common.files.atomic import write_json
+    from forge_common.model.config import model_config
+    from forge_common.model.trunk import Trunk, parameter_groups
+    from forge_common.run.log import peak_memory_mb, process_peak_mb
 
     told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
     device = (None if told_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
@@ -37,7 +38,7 @@ def main(settings: Settings) -> int:
     torch.manual_seed(settings.seed)
 
     tokenizer = tokenizer_for(settings)
-    sizes = config.model_config(settings, tokenizer)
+    sizes = model_config(settings, tokenizer)
     trunk = Trunk(sizes).to(device)
     optimizer = torch.optim.AdamW(
         parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps"
@@ -69,7 +70,7 @@ def main(settings: Settings) -> int:
 
     assert "accelerate" not in sys.modules, "the bare loop's process holds accelerate: its memory is not bare"
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(settings.output_dir / "settings.json", config.to_json(settings))
+    write_json(settings.output_dir / "settings.json", to_json(settings))
     time.sleep(SETTLE)
 
     trunk.train()
@@ -104,4 +105,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    config.run(main, config.read(Settings, __doc__))
+    run_main(main, read_settings(Settings, __doc__))

@@ -28,10 +28,12 @@ import rivals
 from compared import report
 from runs import DOMAINS, Runs, Settings, export, train
 
-from forge_common import artifact, assembled, evaluate, texts
 from forge_common import assemble as assembling
-from forge_common.files import write_json
-from forge_common.picture import draw
+from forge_common import evaluate
+from forge_common.artifacts import artifact, assembled
+from forge_common.evaluation import columns as texts
+from forge_common.evaluation.chart import draw
+from forge_common.files.atomic import write_json
 
 SPLICE = 64  # tokens between two changes of domain in the spliced texts
 

@@ -26,9 +26,9 @@ from measured import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from forge_common import statistics
 from forge_common.data import local
 from forge_common.data.tokenizer import Tokenizer, train_tokenizer
+from forge_common.routing import statistics
 
 LENGTH = 12  # characters of a secret
 NAMES = ("Ada", "Alan", "Barbara", "Edsger", "Grace", "John", "Katherine", "Leslie", "Margaret", "Niklaus")

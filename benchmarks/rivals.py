@@ -8,9 +8,9 @@ from dataclasses import replace
 
 import torch
 
-from forge_common.mixture import Mixture
-from forge_common.model import Trunk
-from forge_common.routers import ContextRouter
+from forge_common.model.trunk import Trunk
+from forge_common.routing.mixture import Mixture
+from forge_common.routing.routers import ContextRouter
 
 
 def soup(models: list[Trunk]) -> Trunk:

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from measured import launched, run
 
-from forge_common import artifact
+from forge_common.artifacts import artifact
 from forge_common.data import local
-from forge_common.files import publish
-from forge_common.model import Trunk
+from forge_common.files.atomic import publish
+from forge_common.model.trunk import Trunk
 
 DOMAINS = ("docs", "python", "cpp", "perl")
 MIX = {"docs": 0.76, "python": 0.08, "cpp": 0.08, "perl": 0.08}  # what the trunk reads

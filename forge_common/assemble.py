@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from . import config
 from .errors import UserError
-from .untrusted import naming
+from .files.untrusted import naming
+from .settings import read_settings, run_main
 
 STATISTICS_TOKENS = 1_000_000  # of --trunk-data
 CALIBRATED = {  # which of a router's numbers --calibrate fits
@@ -45,12 +45,12 @@ class Settings:
 def main(settings: Settings) -> int:
     from safetensors.torch import save_file
 
-    from .artifact import MODULE_FILES, TRUNK_FILES, find, plug, read_module, read_statistics, read_trunk
-    from .files import publish, write_json
-    from .mixture import with_module
-    from .passport import FORMAT_VERSION
-    from .routers import Tuning
-    from .tensors import digest, weight_files
+    from .artifacts.artifact import MODULE_FILES, TRUNK_FILES, find, plug, read_module, read_statistics, read_trunk
+    from .artifacts.metadata import FORMAT_VERSION
+    from .files.atomic import publish, write_json
+    from .files.tensors import digest, weight_files
+    from .routing.mixture import with_module
+    from .routing.routers import Tuning
 
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
@@ -153,7 +153,7 @@ def _opened(sources: tuple[str, ...], settings: Settings, tokenizer: Any) -> lis
 
 def _statistics(settings: Settings, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
     """The statistics of --trunk-data, as train_shared.py would have gathered them."""
-    from . import statistics
+    from .routing import statistics
 
     sample = statistics.sample(_opened(settings.trunk_data, settings, tokenizer), STATISTICS_TOKENS)
     counts, _ = statistics.count(sample, vocab_size, tokenizer.eos_token_id, 1)
@@ -164,9 +164,9 @@ def _calibrated(settings, trunk, tokenizer, facts, folders, background, describe
     """The router's numbers that fit --calibrate best: each halved and doubled in turn, as long as the loss falls."""
     import torch
 
-    from .assembled import read_parts, route
-    from .mixture import Mixture
-    from .statistics import sample
+    from .artifacts.assembled import read_parts, route
+    from .routing.mixture import Mixture
+    from .routing.statistics import sample
 
     length = min(trunk.config.max_position_embeddings, 512)
     drawn = sample(_opened(settings.calibrate, settings, tokenizer), settings.calibrate_tokens)
@@ -201,4 +201,4 @@ def _card(described: dict[str, Any]) -> str:
 
 
 if __name__ == "__main__":
-    config.run(main, config.read(Settings, __doc__))
+    run_main(main, read_settings(Settings, __doc__))

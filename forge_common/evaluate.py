@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import config
 from .errors import UserError
-from .files import write_json, write_text
+from .files.atomic import write_json, write_text
+from .settings import read_settings, run_main
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ class Settings:
 def main(settings: Settings) -> int:
     import torch
 
-    from . import texts
-    from .picture import draw
+    from .evaluation.chart import draw
+    from .evaluation.columns import columns as read_columns
 
     named = [text.partition("=") for text in settings.data]
     for text, (name, equals, source) in zip(settings.data, named, strict=True):
@@ -60,7 +60,7 @@ def main(settings: Settings) -> int:
     )
     rows, columns = [], None
     for label, model, tokenizer in models(settings):  # what cannot be compared is refused before any text is read
-        columns = columns or texts.columns(named, tokenizer, model.config, settings, fraction)
+        columns = columns or read_columns(named, tokenizer, model.config, settings, fraction)
         model = model.to(device).eval()
         for domain, pieces in columns.items():
             rows.append({"model": label, "domain": domain, **score(model, pieces, settings, device)})
@@ -75,8 +75,8 @@ def main(settings: Settings) -> int:
 
 def models(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
     """(the row's name, model, tokenizer) of all that is compared, one after the other."""
-    from .artifact import read_model
-    from .assembled import is_assembled, read_assembled
+    from .artifacts.artifact import read_model
+    from .artifacts.assembled import is_assembled, read_assembled
 
     if not is_assembled(settings.model):
         if settings.without or settings.top_k is not None:
@@ -101,9 +101,9 @@ def models(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
 
 def held_out(settings: Settings) -> float:
     """The share of documents that every part's run held out by hash; 1 where none held out any."""
-    from .artifact import find
-    from .assembled import is_assembled
-    from .passport import read_passport
+    from .artifacts.artifact import find
+    from .artifacts.assembled import is_assembled
+    from .artifacts.metadata import read_passport
 
     if settings.val_fraction is not None:
         return settings.val_fraction
@@ -190,4 +190,4 @@ def receipt(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    config.run(main, config.read(Settings, __doc__))
+    run_main(main, read_settings(Settings, __doc__))

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import config
 from .errors import UserError
+from .settings import read_settings, run_main
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Settings:
 def main(settings: Settings) -> int:
     import torch
 
-    from .artifact import read_model
-    from .assembled import is_assembled, read_assembled
+    from .artifacts.artifact import read_model
+    from .artifacts.assembled import is_assembled, read_assembled
 
     if settings.temperature < 0 or not 0 < settings.top_p <= 1 or settings.max_new_tokens < 1:
         raise UserError("--temperature must be 0 or more, --top-p in (0, 1], --max-new-tokens at least 1")
@@ -108,4 +108,4 @@ def sample(trunk: Any, prompt: list[int], settings: Settings, generator: Any) ->
 
 
 if __name__ == "__main__":
-    config.run(main, config.read(Settings, __doc__))
+    run_main(main, read_settings(Settings, __doc__))

@@ -6,8 +6,8 @@ python -m forge_common.merge --trunk DIR --module DIR --output-dir DIR
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import config
 from .errors import UserError
+from .settings import read_settings, run_main
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class Settings:
 
 
 def main(settings: Settings) -> int:
-    from .artifact import read_model, write_trunk
-    from .modules import fold
+    from .artifacts.artifact import read_model, write_trunk
+    from .model.modules import fold
 
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
@@ -34,4 +34,4 @@ def main(settings: Settings) -> int:
 
 
 if __name__ == "__main__":
-    config.run(main, config.read(Settings, __doc__))
+    run_main(main, read_settings(Settings, __doc__))

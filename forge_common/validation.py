@@ -1,4 +1,4 @@
-"""The loss on held-out windows, exact: every label once, whatever the processes and the batch."""
+"""The loss on held-out windows: every label exactly once, for any number of processes and any batch size."""
 
 import math
 from collections.abc import Sequence
@@ -26,19 +26,18 @@ def validate(
 ) -> Validation | None:
     """Scores all windows of `stores` (each gives windows [T + 1], and has `.tokens.bytes`) without gradients. A collective.
 
-    Rank r takes the windows r, r + P, r + 2P, ...; nothing is padded to even batches; sums of nats and of tokens are local
-    and reduced once at the end. Under FSDP every forward is a collective, so all ranks run as many as the longest; the
-    surplus ones see only fillers and add nothing. None where `stop`, the run's StopRequest, was asked on any rank: what is
-    broken off is no result.
+    Rank r scores the windows r, r + P, r + 2P, ...; no window is repeated to even out the batches. Sums of nats and of
+    tokens are local and are reduced once, at the end. Under FSDP every forward is a collective, so all ranks run equally
+    many; the surplus ones get only fillers, which add nothing. None where `stop`, the run's StopRequest, interrupts it.
     """
     training = model.training
     model.eval()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     places = [(store, index) for store in stores for index in range(len(store))]
     processes, rank = accelerator.num_processes, accelerator.process_index
-    total = torch.zeros(2, dtype=_exact(accelerator.device), device=accelerator.device)
+    total = torch.zeros(2, dtype=_sum_dtype(accelerator.device), device=accelerator.device)
     for start in range(0, len(places), processes * batch_size):
-        if stop and stop(accelerator):
+        if stop and stop.check(accelerator):
             model.train(training)
             return None
         mine = places[start + rank : start + processes * batch_size : processes]
@@ -47,7 +46,7 @@ def validate(
         sums = model(torch.from_numpy(windows).to(accelerator.device))
         total += torch.stack((sums.nats, sums.tokens)).to(total.dtype)
         if stop:
-            stop.alive()
+            stop.heartbeat()
     total = accelerator.reduce(total, "sum")
     model.train(training)
     nats, tokens = total.tolist()
@@ -55,6 +54,18 @@ def validate(
     return Validation(nats / max(tokens, 1), int(tokens), nats / math.log(2) / size if size else math.nan)
 
 
-def _exact(device: torch.device) -> torch.dtype:
-    """float64 wherever the device has it (MPS has not)."""
+def domain_losses(
+    accelerator: Any, model: torch.nn.Module, domains: dict[str, Sequence[Any]], batch_size: int
+) -> dict[str, dict[str, Any]]:
+    """Tokens and nats per token (None without tokens) of each domain's held-out windows. A collective."""
+    results = {domain: validate(accelerator, model, windows, batch_size) for domain, windows in domains.items()}
+    return {
+        domain: {"tokens": result.tokens, "loss": result.loss if result.tokens else None}
+        for domain, result in results.items()
+        if result is not None
+    }
+
+
+def _sum_dtype(device: torch.device) -> torch.dtype:
+    """float64, or float32 on MPS, which has no float64."""
     return torch.float32 if device.type == "mps" else torch.float64

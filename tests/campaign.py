@@ -233,7 +233,7 @@ def final(folder: Path, steps: int) -> str:
         path for path in (folder / "trunk" / "forge.json", folder / "module" / "module.json") if path.exists()
     )
     facts = json.loads(published.read_text())
-    from forge_common.artifact import digest
+    from forge_common.artifacts.artifact import digest
 
     parts = [digest(launch.load_file(step / "model.safetensors")), digest(tensors), facts["digest"]]
     return " ".join([*parts, facts["statistics_digest"]])

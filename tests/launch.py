@@ -75,6 +75,14 @@ def run(
     return done.stdout
 
 
+def run_python(*arguments: object) -> str:
+    """Runs `python ARGUMENTS` in the repository and returns what it printed; it must end with 0."""
+    line = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
 def wait_for(path: Path, running: subprocess.Popen) -> None:
     """Until `path` exists (a glob of its last part will do), while the process runs."""
     deadline = time.monotonic() + 120

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from forge_common import artifact, assemble, assembled, statistics
-from forge_common.config import ModelConfig
+from forge_common import assemble
+from forge_common.artifacts import artifact, assembled
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
-from forge_common.model import Trunk
-from forge_common.modules import plug_in
+from forge_common.model.config import ModelConfig
+from forge_common.model.modules import plug_in
+from forge_common.model.trunk import Trunk
+from forge_common.routing import statistics
 
 CONFIG = ModelConfig(
     vocab_size=258,

@@ -1,4 +1,4 @@
-"""The house: one training chapter in two scripts, imports that run one way, nothing heavy before the settings."""
+"""The layout: one training chapter in two scripts, imports that run one way, nothing heavy before the settings are checked."""
 
 import ast
 import subprocess
@@ -10,70 +10,85 @@ import pytest
 
 PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
-RUNNABLE = {"assemble", "evaluate", "generate", "merge"}
-LEAVES = {"config", "schedule", "loss", "trackers", "errors", "files", "stopping", "validation"}
-LEAVES |= {"statistics", "picture", "output", "progress", "launching", "untrusted", "tensors"}
-MAY = {  # what else a room may reach; errors, files, config and untrusted are everybody's
-    "model": {"loss"},
-    "modules": {"model", "loss"},
-    "routers": {"statistics"},
-    "mixture": {"model", "modules", "routers", "loss"},
-    "passport": {"modules", "routers"},
-    "artifact": {"model", "modules", "statistics", "data", "passport", "tensors"},
-    "assembled": {"artifact", "data", "model", "mixture", "routers"},
-    "texts": {"data"},
-    "checkpoint": {"progress"},
-    "tracking": {"trackers"},
+MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package its files may import
+    "files": {"errors"},
+    "model": {"errors", "loss", "files"},
+    "data": {"errors", "files"},
+    "run": {"errors", "settings", "files"},
+    "routing": {"errors", "loss", "files", "model"},
+    "artifacts": {"errors", "files", "model", "data", "routing"},
+    "evaluation": {"errors", "files", "data"},
 }
-COMMON = {"errors", "files", "config", "untrusted"}
+TOP_LEVEL = {"errors", "settings", "files", "run"}  # what a file of the package's top level may import
+SETTINGS = {"errors", "files", "schedule", "model.config"}  # --help must not load torch
 
 
 def imports(path: Path) -> set[str]:
-    """The modules that a file names, of ours as `forge_common.x`."""
+    """The modules that a file imports, those of the package as `forge_common.x`."""
     found = set()
-    package = ".".join(path.relative_to(launch.ROOT).parts[:-1])
+    package = list(path.relative_to(launch.ROOT).parts[:-1])
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             base = node.module or ""
             if node.level:
-                parents = package.split(".")[: len(package.split(".")) - node.level + 1]
+                parents = package[: len(package) - node.level + 1]
                 base = ".".join([*parents, base] if base else parents)
-            found |= {f"{base}.{alias.name}" for alias in node.names} if base == "forge_common" else {base}
+            is_package = (launch.ROOT / base.replace(".", "/")).is_dir()
+            found |= {f"{base}.{alias.name}" for alias in node.names} if is_package else {base}
     return found
 
 
 def ours(path: Path) -> set[str]:
-    return {name.split(".")[1] for name in imports(path) if name.startswith("forge_common.")}
+    """What a file imports of the package: `files.atomic`, `errors`."""
+    return {name.removeprefix("forge_common.") for name in imports(path) if name.startswith("forge_common.")}
 
 
-def rooms() -> dict[str, Path]:
-    return {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+def folders() -> list[str]:
+    return sorted(path.parent.name for path in PACKAGE.glob("*/__init__.py"))
 
 
-def test_every_room_is_known():
-    assert rooms().keys() == LEAVES | MAY.keys() | RUNNABLE
+def is_runnable(path: Path) -> bool:
+    return '__name__ == "__main__"' in path.read_text()
 
 
-@pytest.mark.parametrize("name", sorted(LEAVES | MAY.keys()))
-def test_imports_run_one_way(name):
-    assert ours(rooms()[name]) <= COMMON | MAY.get(name, set())
+def test_every_folder_has_a_rule_and_says_it():
+    assert folders() == sorted(MAY_IMPORT)
+    for init in PACKAGE.glob("*/**/__init__.py"):
+        assert "May import: " in ast.get_docstring(ast.parse(init.read_text())), init
 
 
-def test_the_data_knows_nothing_of_models():
-    for path in (PACKAGE / "data").glob("*.py"):
-        assert ours(path) <= {"errors", "files", "data", "untrusted"}, path.name
+@pytest.mark.parametrize("folder", folders())
+def test_a_folder_imports_only_what_its_rule_allows(folder):
+    stated = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()))
+    assert "May import: " + ", ".join(sorted(MAY_IMPORT[folder])) == next(
+        "May import: " + ", ".join(sorted(line.removeprefix("May import: ").split(".")[0].split(", ")))
+        for line in stated.splitlines()
+        if line.startswith("May import: ")
+    )
+    for path in (PACKAGE / folder).rglob("*.py"):
+        assert {name.split(".")[0] for name in ours(path)} <= MAY_IMPORT[folder] | {folder}, path
 
 
-def test_the_package_knows_no_script_and_no_accelerate():
+def test_a_top_level_file_imports_only_what_its_rule_allows():
+    for path in PACKAGE.glob("*.py"):
+        if path.stem == "settings":
+            assert all(name in SETTINGS or name.split(".")[0] in {"files"} for name in ours(path))
+        elif not is_runnable(path):
+            assert {name.split(".")[0] for name in ours(path)} <= TOP_LEVEL, path
+
+
+def test_the_package_imports_no_script_no_runnable_file_and_no_accelerate():
+    runnable = {path.stem for path in PACKAGE.glob("*.py") if is_runnable(path)}
+    assert runnable >= {"assemble", "evaluate", "generate", "merge"}
     for path in PACKAGE.rglob("*.py"):
-        named = imports(path)
-        assert not named & {"train_shared", "train_module"}, path.name
-        assert not any(name.split(".")[0] == "accelerate" for name in named), path.name
+        assert not imports(path) & {"train_shared", "train_module"}, path
+        assert not ours(path) & runnable, path
+        assert not any(name.split(".")[0] == "accelerate" for name in imports(path)), path
 
 
-def test_no_script_knows_the_other():
+def test_no_script_imports_the_other():
     for script in SCRIPTS:
         assert not imports(launch.ROOT / script) & {"train_shared", "train_module"}
 

@@ -1,1 +1,4 @@
-"""Text on its way to the model: sources -> documents -> tokens on disk -> windows -> the windows of each update."""
+"""From text to the windows of each update: sources, tokenizer, token store, windows, order.
+
+May import: errors, files. No knowledge of models or runs.
+"""

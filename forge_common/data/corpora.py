@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from ..files import publish
+from ..files.atomic import publish
 from .order import Mixture
 from .sources import facts, parse, read
 from .store import prepare

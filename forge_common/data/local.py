@@ -17,7 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import UserError
-from .document import Document
+from .readers.document import Document
 
 CAP = 16_000_000  # characters of a corpus
 SIZES = range(200, 256 << 10)  # bytes of a document: below is little to learn, above are mostly tables

@@ -134,7 +134,6 @@ def rows_of(update: int, batch_size: int, micro_batch_size: int, rank: int, proc
 
 def updates(
     mixture: Mixture,
-    *,
     start: int,
     batch_size: int,
     micro_batch_size: int,

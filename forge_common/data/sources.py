@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from . import local, records, tables, text
-from .document import Document, Reading
+from . import local
+from .readers import records, tables, text
+from .readers.document import Document, Reading
 
 READERS = {
     ".jsonl": records.documents,

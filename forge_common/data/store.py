@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..files import sync_folder
+from ..files.atomic import sync_folder
 from . import sources
-from .document import Reading
+from .readers.document import Reading
 from .tokenizer import Tokenizer
 from .windows import Tokens, Windows
 from .writer import SplitWriter, batches, in_validation

@@ -16,9 +16,9 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..errors import UserError
-from ..files import read_json
-from ..untrusted import read_bounded, shown
-from .document import nearest
+from ..files.atomic import read_json
+from ..files.untrusted import read_bounded, shown
+from .readers.document import nearest
 
 PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
 SMALLEST_VOCABULARY = 2 + 256

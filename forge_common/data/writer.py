@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
-from .document import PIECE, Document
+from .readers.document import PIECE, Document
 from .tokenizer import Tokenizer
 
 BATCH_PIECES, BATCH_CHARACTERS = 1024, 4 * PIECE  # tokenized at once: enough for all cores, little in memory

@@ -1,0 +1,89 @@
+"""What forge.json, module.json and assembled.json say, and of which kind each of it must be.
+
+What no digest covers is the maker's word, and nothing here depends on its truth: a module's name, sources, licence, losses
+and counts, and the share of documents that it held out.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files.atomic import read_json
+from ..files.untrusted import ANY, DIGEST, LINE, PLAIN, checked, closed, dict_of, list_of, number, one_of, shown, whole
+from ..model.modules import KINDS
+from ..routing.routers import ROUTERS, Tuning
+
+FORMAT_VERSION = 1
+COUNT = whole(0, 1 << 62)
+
+
+def _ascending(layers: Any) -> bool:
+    if not isinstance(layers, list) or not layers or not all(type(layer) is int for layer in layers):
+        return False
+    return layers[0] >= 0 and all(low < high for low, high in itertools.pairwise(layers))
+
+
+def _is_tuning(numbers: Any) -> bool:
+    """All of a router's numbers and no others: a default in place of one would be another router."""
+    known = {field.name for field in dataclasses.fields(Tuning)}
+    return dict_of(number(0, 1e9))[1](numbers) and numbers.keys() == known
+
+
+COMMON = {
+    "licence": LINE,
+    "val_fraction": number(0, 1),
+    "steps": COUNT,
+    "tokens_seen": COUNT,
+    "bad_updates": COUNT,
+    "validation_loss": number(0, 1e9),
+    "sources": list_of(("a text", lambda text: isinstance(text, str))),
+    "data": dict_of(ANY),
+    "losses": dict_of(ANY),
+    "statistics": dict_of(ANY),
+    "tensor_digests": dict_of(DIGEST),
+    **dict.fromkeys(("digest", "config_digest", "tokenizer_digest", "statistics_digest", "continued_from"), DIGEST),
+}
+TRUNK = COMMON | {"kind": one_of("trunk")}
+MODULE = COMMON | {
+    "name": PLAIN,
+    "kind": one_of(*KINDS),
+    "layers": ("a list of different layers in ascending order", _ascending),
+    "shapes": dict_of(list_of(COUNT)),
+    "trunk_digest": DIGEST,
+    **dict.fromkeys(("width", "rank"), whole(0, 1 << 20)),
+}
+ASSEMBLED = COMMON | {
+    "router": one_of(*ROUTERS),
+    "top_k": COUNT,
+    "tuning": ("the router's numbers, all of them", _is_tuning),
+    "modules": (f"names of folders and none outside of it, {list_of(PLAIN)[0]}", list_of(PLAIN)[1]),
+    "digests": dict_of(DIGEST),
+}
+KNOWN = {  # the file: its fields, and which of them must be there
+    "forge.json": (TRUNK, ("digest", "tokenizer_digest")),
+    "module.json": (MODULE, ("name", "kind", "layers", "digest", "trunk_digest", "tokenizer_digest")),
+    "assembled.json": (ASSEMBLED, ("router", "top_k", "tuning", "modules", "digests")),
+}
+
+
+def read_passport(path: Path) -> dict[str, Any]:
+    """A forge.json, module.json or assembled.json in which every field that is known is of its kind."""
+    closed(path.parent)
+    facts = read_json(path)
+    version = facts.get("format_version")
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: format version {shown(version)}, this program reads {FORMAT_VERSION}. "
+            "Use the version of forge that it was made with, or make it again."
+        )
+    checked(facts, path, *KNOWN[path.name])
+    return {name: value for name, value in facts.items() if value is not None}  # null is as if it were not there
+
+
+def plug(passport: dict[str, Any]) -> dict[str, Any]:
+    """What modules.plug_in is told of a module, from its passport: kind, layers, width, rank."""
+    return {key: passport[key] for key in ("kind", "layers")} | {
+        key: passport.get(key) or 0 for key in ("width", "rank")
+    }

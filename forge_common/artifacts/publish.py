@@ -1,0 +1,94 @@
+"""What a training run publishes at its end: the metadata of its trunk or module, the statistics, and a read-back."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..data.corpora import Corpora, held_out_fraction
+from ..data.tokenizer import Tokenizer
+from ..files.tensors import Tensors
+from ..model.config import ModelConfig
+from ..routing import statistics
+from .artifact import read_model, read_trunk, write_module, write_trunk
+
+
+def publish_trunk(
+    settings: Any,
+    progress: Any,
+    corpora: Corpora,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    tensors: Tensors,
+    trunk_metadata: dict[str, Any],
+) -> tuple[Path, str]:
+    """Writes OUTPUT/trunk with its statistics and reads it back; returns its folder and digest.
+
+    trunk_metadata: of the trunk that the run continued from, {} where it began from scratch.
+    """
+    sample = statistics.sample(corpora.training.shares(), settings.statistics_tokens)
+    counts, sample_size = statistics.count(
+        sample, config.vocab_size, tokenizer.eos_token_id, settings.statistics_min_documents
+    )
+    metadata = {
+        "kind": "trunk",
+        "statistics": sample_size,
+        **_training_metadata(settings, progress, corpora),
+        "validation_loss": progress.best_val_loss,
+        "continued_from": trunk_metadata.get("digest"),
+    }
+    path = settings.output_dir / "trunk"
+    digest = write_trunk(path, tensors, config, tokenizer, metadata, counts)
+    read_trunk(str(path))
+    return path, digest
+
+
+def publish_module(
+    settings: Any,
+    progress: Any,
+    corpora: Corpora,
+    tensors: Tensors,
+    layers: list[int],
+    losses_after: dict[str, Any],
+    device: torch.device,
+) -> tuple[Path, str]:
+    """Writes OUTPUT/module with its statistics and reads it back; returns its folder and digest.
+
+    losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
+    """
+    trunk, tokenizer, trunk_metadata = read_trunk(settings.trunk, settings.eos_token)
+    sample = list(statistics.sample(corpora.training.shares(), settings.statistics_tokens))
+    counts, sample_size = statistics.count(
+        sample, trunk.config.vocab_size, tokenizer.eos_token_id, settings.statistics_min_documents
+    )
+    moments = statistics.moments(trunk.to(device), sample, settings.sequence_length, device)
+    metadata = {
+        "kind": settings.kind,
+        "name": settings.name,
+        "layers": layers,
+        "width": settings.width,
+        "rank": settings.rank,
+        "statistics": sample_size,
+        "trunk_digest": trunk_metadata["digest"],
+        "tokenizer_digest": trunk_metadata["tokenizer_digest"],
+        **_training_metadata(settings, progress, corpora),
+        "licence": settings.licence,
+        "losses": {
+            domain: {"tokens": before["tokens"], "before": before["loss"], "after": losses_after[domain]["loss"]}
+            for domain, before in progress.losses_before.items()
+        },
+    }
+    path = settings.output_dir / "module"
+    digest = write_module(path, tensors, metadata, counts | moments)
+    read_model(settings.trunk, path)
+    return path, digest
+
+
+def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[str, Any]:
+    """What trunk and module say alike of their text and of the update whose weights are published."""
+    return {
+        "data": corpora.digests,
+        "sources": list(settings.data),
+        "val_fraction": held_out_fraction(settings),
+        **progress.published(),
+    }

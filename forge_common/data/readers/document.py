@@ -1,0 +1,135 @@
+"""What every reader yields, and the rules that hold for all of them: what is text, what is a row, what is refused."""
+
+import difflib
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from ...errors import UserError
+
+PIECE = 1 << 20  # bytes of a file, or characters of a row, that are held and tokenized at once
+RECORD_LIMIT = 32 << 20  # bytes of one line, record or value: what is longer is a fault of the file, not a document
+COLUMNS_NAMED = 100  # in a message
+# What reading may take beyond the interpreter and its libraries, in bytes, whatever a file holds (tests/data/test_memory.py).
+# The worst records take some fifty times their size: JSON of nothing but brackets becomes a list for every two bytes.
+MEMORY_LIMIT = 2 << 30
+POLICIES = {"on_bad_text": ("refuse", "replace", "skip"), "on_bad_line": ("refuse", "skip")}
+
+
+class Document(NamedTuple):
+    """One document: `pieces` joined are its text, each at most about 1 MiB and cut at line ends where there are any."""
+
+    origin: str  # path, path:line, path:row N, hf:ID:row or local:NAME:file
+    digest: bytes  # SHA-256 of the whole text's UTF-8: copies of a text share it, wherever they come from
+    pieces: Iterable[str]  # may be iterated over more than once
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The settings of a reader. UserError when a policy does not exist or the separator is empty."""
+
+    text_column: str = "text"
+    document_separator: str | None = None
+    on_bad_text: str = "refuse"
+    on_bad_line: str = "refuse"
+
+    def __post_init__(self):
+        for name, allowed in POLICIES.items():
+            if getattr(self, name) not in allowed:
+                flag = "--" + name.replace("_", "-")
+                raise UserError(f"{flag} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+        if self.document_separator == "":
+            raise UserError("--document-separator is empty; leave the flag out to read one document a file")
+
+
+def opened(path: Path) -> BinaryIO:
+    """Open a file for reading bytes. UserError when it cannot be."""
+    try:
+        return open(path, "rb", buffering=PIECE)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+
+
+def bad_text(message: str) -> UserError:
+    return UserError(f"{message}; mend the file, or pass --on-bad-text replace or --on-bad-text skip")
+
+
+def bad_line(message: str, reading: Reading, counts: Counter) -> None:
+    """Refuse a row that cannot be used (UserError), or count it, as --on-bad-line says."""
+    if reading.on_bad_line == "refuse":
+        raise UserError(f"{message}; mend it, or pass --on-bad-line skip")
+    counts["skipped_bad_line"] += 1
+
+
+def cut(text: str) -> tuple[str, ...]:
+    """Cut a text into pieces of at most PIECE characters, after line ends where there are any."""
+    pieces, start = [], 0
+    while len(text) - start > PIECE:
+        end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
+        pieces.append(text[start:end])
+        start = end
+    return (*pieces, text[start:])
+
+
+def from_text(origin: str, text: str, reading: Reading, counts: Counter) -> Document | None:
+    """Make a document of a text that is in memory.
+
+    None, and counted, where the text is only white space or --on-bad-text skip leaves it out. UserError where it holds
+    what UTF-8 cannot (a lone surrogate, also the mark of a byte that could not be decoded) or NUL, the mark of binary.
+    """
+    try:
+        at = text.find("\0")
+        data = text.encode() if at < 0 else None
+    except UnicodeEncodeError as error:
+        at, data = error.start, None
+    if data is None:
+        if reading.on_bad_text == "refuse":
+            raise bad_text(f"{origin}: character {at + 1} of the text ({text[at]!a}) is not text")
+        if reading.on_bad_text == "skip":
+            counts["skipped_bad_text"] += 1
+            return None
+        counts["replaced_bad_text"] += 1
+        data = text.encode("utf-8", "surrogatepass").replace(b"\0", "\ufffd".encode())
+        text = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in data.decode("utf-8", "surrogatepass"))
+        data = text.encode()
+    if not text.strip():
+        counts["skipped_empty"] += 1
+        return None
+    return Document(origin, hashlib.sha256(data).digest(), cut(text))
+
+
+def nearest(wanted: str, names: Iterable[str]) -> str:
+    """' (did you mean X?)' for the name closest to the wanted one, or nothing."""
+    near = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
+    return next((f" (did you mean {name!a}?)" for name in names if [name.lower()] == near), "")
+
+
+def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, counts: Counter) -> Iterator[Document]:
+    """Turn (origin, row) pairs into documents.
+
+    UserError where the column is missing or holds no text. A column that the *first* row lacks is a wrong flag and
+    refused under every policy: skipping would skip everything.
+    """
+    column, column_seen = reading.text_column, False
+    for origin, row in rows:
+        if column not in row:
+            names = [str(name) for name in islice(row, COLUMNS_NAMED)]
+            shown = ", ".join(name if name.isprintable() and len(name) < 80 else ascii(name)[:80] for name in names)
+            more = f" and {len(row) - len(names)} more" if len(row) > len(names) else ""
+            message = f"{origin}: no column {column!a}; there are: {shown or 'none'}{more}{nearest(column, names)}"
+            if not column_seen:
+                raise UserError(f"{message}; name the column that holds the text with --text-column")
+            bad_line(message, reading, counts)
+            continue
+        column_seen = True
+        if not isinstance(row[column], str):
+            kind = "null" if row[column] is None else f"a value of type {type(row[column]).__name__}"
+            bad_line(f"{origin}: column {column!r} holds {kind} where text should be", reading, counts)
+            continue
+        document = from_text(origin, row[column], reading, counts)
+        if document is not None:
+            yield document

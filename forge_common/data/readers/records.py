@@ -1,0 +1,247 @@
+"""Files of records that are text themselves: .jsonl, .json, .csv. Read row by row, with the line of every fault."""
+
+import codecs
+import csv
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ...errors import UserError
+from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line, bad_text, from_rows, opened
+
+SPACE = " \t\r\n"  # what JSON takes for white space; str.strip alone would take much more
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of such bytes
+
+Rows = Iterator[tuple[str, dict[str, Any]]]
+
+
+def documents(path: Path, reading: Reading, counts: Counter) -> Iterator[Document]:
+    """Read a .jsonl, .json or .csv file. Origin: path:line, where the record begins (from 1)."""
+    rows = {".jsonl": _json_lines, ".json": _json_array, ".csv": _csv_rows}[path.suffix.lower()]
+    return from_rows(rows(path, reading, counts), reading, counts)
+
+
+def _lines(path: Path, reading: Reading, counts: Counter) -> Iterator[tuple[int, str]]:
+    """(number, line with its end). What is not UTF-8 comes as lone surrogates, for from_text to replace or skip."""
+    with opened(path) as file:
+        number = 0
+        while line := file.readline(RECORD_LIMIT + 1):
+            number += 1
+            if len(line) > RECORD_LIMIT:
+                bad_line(f"{path}:{number}: the line is longer than {RECORD_LIMIT >> 20} MiB", reading, counts)
+                while line and not line.endswith(b"\n"):
+                    line = file.readline(PIECE)
+                continue
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8", "surrogateescape")
+            _check(text, path, number, 0, reading)
+            yield number, text
+
+
+def _decoder(reading: Reading) -> json.JSONDecoder:
+    """JSON as json.loads reads it, but a text that is there twice is a fault, and a long number is none."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) < len(pairs) and sum(name == reading.text_column for name, _ in pairs) > 1:
+            raise ValueError(f"{reading.text_column!r} is there twice")
+        return row
+
+    def number(digits: str) -> float:
+        return int(digits) if len(digits) < 20 else float(digits)  # Python refuses integers of over 4300 digits
+
+    return json.JSONDecoder(object_pairs_hook=unique, parse_int=number)
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
+
+
+def _json_lines(path: Path, reading: Reading, counts: Counter) -> Rows:
+    decoder = _decoder(reading)
+    for number, line in _lines(path, reading, counts):
+        record = line.strip(SPACE)
+        if not record:
+            continue
+        try:
+            row = decoder.decode(record)
+        except (ValueError, RecursionError) as error:
+            column = line.index(record) + getattr(error, "pos", 0) + 1
+            torn = "" if line.endswith("\n") else " (the last line: the file may be cut off)"
+            bad_line(f"{path}:{number}:{column}: broken JSON: {_reason(error)}{torn}", reading, counts)
+            continue
+        if isinstance(row, dict):
+            yield f"{path}:{number}", row
+        else:
+            bad_line(f"{path}:{number}: not a JSON object but {type(row).__name__}", reading, counts)
+
+
+class _Json:
+    """The text of a JSON file, a block at a time; `line` is that of the next character."""
+
+    def __init__(self, path: Path, reading: Reading):
+        self.blocks, self.decoder = _characters(path, reading), _decoder(reading)
+        self.buffer, self.at, self.line = "", 0, 1
+
+    def values(self) -> Iterator[tuple[int, Any]]:
+        """(line, value) of each. ValueError or RecursionError, and `line` that of the fault, for what is not JSON."""
+        if self.pass_over("[") != "[":  # objects one after the other
+            while self.pass_over():
+                yield self.line, self.value()
+            return
+        following = self.pass_over("]")
+        while following != "]":
+            self.pass_over()
+            yield self.line, self.value()
+            following = self.pass_over(",]")
+            if following not in (",", "]"):
+                raise ValueError(f"',' or ']' expected, not {following!a}" if following else "no ']' at the end")
+        if self.pass_over():
+            raise ValueError("something follows the array's ']'")
+
+    def pass_over(self, wanted: str = "") -> str:
+        """The next character that is not white space, '' at the end; it is passed over, too, if it is `wanted`."""
+        while True:
+            end = self.at
+            while end < len(self.buffer) and self.buffer[end] in SPACE:
+                end += 1
+            self._to(end)
+            if end < len(self.buffer):
+                self.at += self.buffer[end] in wanted
+                return self.buffer[end]
+            block = next(self.blocks, None)
+            if block is None:
+                return ""
+            self.buffer, self.at = block, 0
+
+    def value(self) -> Any:
+        """The value that begins here."""
+        while True:
+            fault = None
+            try:
+                found, end = self.decoder.raw_decode(self.buffer, self.at)
+                if end < len(self.buffer) or isinstance(found, dict):
+                    self._to(end)
+                    return found  # a number at the very end may go on in the next block
+            except (ValueError, RecursionError) as error:
+                fault = error
+            # Perhaps the rest has not been read yet. To read twice as much each time keeps the work linear.
+            held = len(self.buffer) - self.at
+            if held > RECORD_LIMIT:
+                raise ValueError(f"a value longer than {RECORD_LIMIT >> 20} MiB") from fault
+            more = "".join(islice(self.blocks, min(1 + held // PIECE, RECORD_LIMIT // PIECE)))
+            if more:
+                self.buffer, self.at = self.buffer[self.at :] + more, 0
+            elif fault is None:
+                self._to(end)
+                return found
+            else:
+                self._to(max(getattr(fault, "pos", self.at), self.at))
+                raise fault
+
+    def _to(self, end: int) -> None:
+        self.line, self.at = self.line + self.buffer.count("\n", self.at, end), end
+
+
+def _json_array(path: Path, reading: Reading, counts: Counter) -> Rows:
+    """An array of objects (or objects one after the other), never holding much more than one of them.
+
+    After broken JSON nothing can be told apart any more: skipping gives up the rest of the file, counted once.
+    """
+    text = _Json(path, reading)
+    try:
+        for line, row in text.values():
+            if isinstance(row, dict):
+                yield f"{path}:{line}", row
+            else:
+                bad_line(f"{path}:{line}: not a JSON object but {type(row).__name__}", reading, counts)
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
+        bad_line(f"{path}:{text.line}: broken or cut off JSON: {_reason(error)}", reading, counts)
+
+
+def _characters(path: Path, reading: Reading) -> Iterator[str]:
+    """A file's text in blocks; what is not UTF-8 is treated as in _lines."""
+    decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
+    line, column, block = 1, 0, b"more"
+    with opened(path) as file:
+        while block:
+            block = file.read(PIECE)
+            text = decoder.decode(block, final=not block)
+            _check(text, path, line, column, reading)
+            line += text.count("\n")
+            last_line = text[text.rfind("\n") + 1 :]
+            column = len(last_line.encode("utf-8", "surrogateescape")) + (column if last_line == text else 0)
+            yield text
+
+
+def _check(text: str, path: Path, line: int, column: int, reading: Reading) -> None:
+    """UserError for a byte that is not UTF-8, unless a policy allows it; `column`: bytes before text in its line."""
+    bad = NOT_UTF8.search(text) if reading.on_bad_text == "refuse" and not text.isascii() else None
+    if bad:
+        before = text[: bad.start()]
+        byte = len(before[before.rfind("\n") + 1 :].encode()) + 1 + (0 if "\n" in before else column)
+        where = f"{path}:{line + before.count(chr(10))}:{byte}"
+        raise bad_text(f"{where}: byte 0x{ord(bad[0]) - 0xDC00:02x} is not UTF-8")
+
+
+def _csv_rows(path: Path, reading: Reading, counts: Counter) -> Rows:
+    """Every cell is text, so that 'NA' and '007' stay what they are. The first row names the columns.
+
+    After a record that is too long (a quote that nothing closes) skipping gives up the rest of the file, counted once:
+    what seem rows of it may be lines within a cell.
+    """
+    csv.field_size_limit(RECORD_LIMIT)
+    lines = _Record(_lines(path, reading, counts))
+    reader = csv.reader(lines, strict=True)
+    names: list[str] | None = None
+    while True:
+        lines.length, number = 0, lines.number + 1
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if lines.length > RECORD_LIMIT:
+                return bad_line(
+                    f"{path}:{number}: the record is longer than {RECORD_LIMIT >> 20} MiB; is a quote open?",
+                    reading,
+                    counts,
+                )
+            bad_line(f"{path}:{number}: broken CSV: {error}", reading, counts)
+            continue
+        if not cells:
+            continue
+        if names is None:
+            names = cells
+            if len(set(names)) < len(names):
+                raise UserError(f"{path}:{number}: two columns have the same name; rename one")
+            if reading.text_column not in names:
+                yield f"{path}:{number}", dict.fromkeys(names)
+                return
+            place = names.index(reading.text_column)
+        elif len(cells) != len(names):
+            bad_line(f"{path}:{number}: {len(cells)} cells where the header has {len(names)}", reading, counts)
+        else:
+            yield f"{path}:{number}", {reading.text_column: cells[place]}
+
+
+class _Record:
+    """Lines for csv.reader, which would put no end to a record; `length` is what it has taken, `number` its last line."""
+
+    def __init__(self, lines: Iterator[tuple[int, str]]):
+        self.lines, self.length, self.number = lines, 0, 0
+
+    def __iter__(self) -> "_Record":
+        return self
+
+    def __next__(self) -> str:
+        self.number, line = next(self.lines)
+        self.length += len(line)
+        if self.length > RECORD_LIMIT:
+            raise csv.Error
+        return line

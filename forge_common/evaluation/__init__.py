@@ -1,0 +1,4 @@
+"""What `evaluate` scores and draws: columns of documents, the chart.
+
+May import: errors, files, data.
+"""

@@ -1,0 +1,4 @@
+"""Shapes and weights: the configuration, the trunk, the kinds of module.
+
+May import: errors, loss, files.
+"""

@@ -1,0 +1,317 @@
+"""The trunk: a pre-norm decoder with rotary positions, grouped queries and SwiGLU, under Hugging Face's names.
+
+The state dict is the one of LlamaForCausalLM (Qwen2, Qwen3 and Mixtral with their additions), so that a trunk is a
+Transformers checkpoint. The loss is computed inside: no logits leave the model while it trains.
+
+B batch, T time, D width, V vocabulary, H heads, K key-value heads, d width of a head, L layers, E experts
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ..loss import CHUNK_ROWS, Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
+from .config import ModelConfig
+
+Cache = list[tuple[torch.Tensor, ...]]  # the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]
+
+# The parameters of a layer in the order in which a token meets them.
+FLOW = "input_layernorm", "q_proj k_proj v_proj", "q_norm k_norm", "o_proj", "post_attention_layernorm"
+FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
+
+
+def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, d] for `positions` [T]. Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama."""
+    even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-even / config.head_dim)
+    if config.rope_scaling:  # Llama 3.1: long waves are stretched, short ones kept, the band between is blended
+        factor = config.rope_scaling["factor"]
+        low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
+        turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / factor
+    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turns the pairs (i, i + d/2) of x [B, H, T, d] by each position's angles."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        width, bias = config.hidden_size, config.qkv_bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, mask, cache: Cache | None, layer: int):
+        B, T, _ = x.shape
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2), *rope)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2), *rope)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        if cache is not None:
+            if layer + 1 < len(cache):
+                k, v = torch.cat((cache[layer + 1][0], k), dim=2), torch.cat((cache[layer + 1][1], v), dim=2)
+            cache[layer + 1 : layer + 2] = [(k, v)]
+        grouped = self.kv_heads != self.heads
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class FeedForward(nn.Module):
+    """SwiGLU. Source: Shazeer, GLU variants, arXiv 2002.05202."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Expert(nn.Module):
+    """A SwiGLU feed-forward under Mixtral's names."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class SparseFeedForward(nn.Module):
+    """Mixtral's mixture: softmax over experts, the best k of them renormalised. Source: arXiv 2401.04088."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
+
+    def forward(self, x, scored, load):
+        """x [B, T, D], scored [B, T] bool, load [E] -> y [B, T, D], balance sum, z sum, counts [E] of scored tokens."""
+        rows, scored = x.reshape(-1, x.shape[-1]), scored.reshape(-1)
+        logits = self.gate(rows)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        probabilities = logits.softmax(-1)
+        weights, chosen = probabilities.topk(self.top_k, dim=-1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        y = torch.zeros_like(rows)
+        for index, expert in enumerate(self.experts):  # also the idle ones: every parameter stays in the graph (DDP)
+            row, slot = (chosen == index).nonzero(as_tuple=True)
+            y = y.index_add(0, row, (expert(rows[row]) * weights[row, slot, None]).to(y.dtype))
+        counts = F.one_hot(chosen, len(self.experts)).sum(1)[scored].sum(0)
+        return y.view_as(x), balance_sum(probabilities, load, scored), z_sum(logits, scored), counts
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.num_local_experts:
+            self.block_sparse_moe = SparseFeedForward(config)
+        else:
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+        self.addition: nn.Module | None = None  # what a module puts beside the feed-forward: y -> addition(normed, y)
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        return self.mlp if hasattr(self, "mlp") else self.block_sparse_moe
+
+    def feed(self, normed, scored, load):
+        """normed [B, T, D] -> what is added to x [B, T, D], and the router's (balance, z, counts) or None."""
+        if hasattr(self, "mlp"):
+            y, router = self.mlp(normed), None
+        else:
+            y, *router = self.block_sparse_moe(normed, scored, load)
+        if self.addition is not None:
+            y, router = self.addition(normed, y, scored, router)
+        return y, router
+
+    def forward(self, x, rope, mask, scored, load, cache, layer, feed=None):
+        """x [B, T, D] -> x [B, T, D] and the router's (balance, z, counts), or None without a router.
+
+        feed: what takes the place of this layer's own `feed`, as in an assembled model.
+        """
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+        y, router = (feed or self.feed)(self.post_attention_layernorm(x), scored, load)
+        return x + y, router
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and last norm; HF's `model.`"""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None):
+        """inputs [B, T] -> hidden [B, T, D] after the last norm, and each layer's router facts."""
+        past = cache[0][0].shape[1] if cache else 0
+        seen = torch.cat((cache[0][0], inputs), dim=1) if past else inputs
+        if cache is not None:
+            cache[:1] = [(seen,)]
+        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=inputs.device))
+        x, routers = self.embed_tokens(inputs), []
+        mask = self._mask(seen, past)
+        if scored is None:
+            scored = torch.ones_like(inputs, dtype=torch.bool)
+        if load is None and self.config.num_local_experts:
+            load = even_load(self.config, x.device)
+        for index, layer in enumerate(self.layers):
+            own = None if load is None else load[index]
+            x, router = layer(x, rope, mask, scored, own, cache, index, feeds and feeds[index])
+            routers.append(router)
+        return self.norm(x), [router for router in routers if router is not None]
+
+    def _mask(self, seen, past: int):
+        """seen [B, past + T] -> None for plain causal attention; else bool [B or 1, 1, T, past + T], True: may look."""
+        if self.config.cross_document_attention and not past:
+            return None
+        length = seen.shape[1]
+        causal = torch.ones(length - past, length, dtype=torch.bool, device=seen.device).tril(past)[None, None]
+        if self.config.cross_document_attention:
+            return causal
+        ends = (seen == self.config.eos_token_id).long()
+        document = ends.cumsum(-1) - ends  # an EOS still belongs to the document it ends
+        return causal & (document[:, None, past:, None] == document[:, None, None, :])
+
+
+class Trunk(nn.Module):
+    """The model that both scripts train. `Trunk(config)` is initialised from torch's global generator: seed it first."""
+
+    chunk_rows = CHUNK_ROWS  # rows of logits at one time
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = (
+            None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        )
+        self.head_change: nn.Module | None = None  # what a module adds to the head: weight [V, D] -> [V, D]
+        self.apply(self._initialise)
+        residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)  # GPT-2's rule
+        for name, parameter in self.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight", ".w2.weight")):
+                nn.init.normal_(parameter, std=residual)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    @property
+    def head(self) -> torch.Tensor:
+        """[V, D]: the head's own weight, or the embedding's where they are tied; with a module's change to it."""
+        weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return weight if self.head_change is None else self.head_change(weight)
+
+    def forward(self, tokens: torch.Tensor, expert_load: torch.Tensor | None = None) -> Sums:
+        """tokens [B, T + 1] -> sums over the scored labels tokens[:, 1:]; ones equal to `ignore_index` are not scored.
+
+        expert_load [L, E]: f of the balance loss, a constant (even where None). Exact for any division into
+        micro-batches and processes, since every sum is linear in the tokens; which f that is, the caller decides.
+        """
+        inputs, labels = self.split(tokens)
+        scored = labels != self.config.ignore_index
+        hidden, routers = self.model(inputs, scored, expert_load)
+        nats = head_cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten(), self.config.ignore_index)
+        none = nats.new_zeros(())
+        if not routers:
+            return Sums(nats, nats, scored.sum(), none, none, labels.new_zeros(0, 0))
+        balance = torch.stack([router[0] for router in routers]).mean()
+        z = torch.stack([router[1] for router in routers]).mean()
+        objective = nats + self.config.router_aux_loss_coef * balance + self.config.router_z_loss_coef * z
+        return Sums(objective, nats, scored.sum(), balance, z, torch.stack([router[2] for router in routers]))
+
+    def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """inputs and labels [B, T]; a filler of -100 is no row of the embedding, any token does (nobody attends to it)."""
+        return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+
+    @torch.no_grad()
+    def nats(self, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
+        """Nats of each label of tokens [B, T + 1], 0 where not scored: [B, T].
+
+        before [B, H]: what a router may know of the document so far; a trunk has no use for it.
+        """
+        inputs, labels = self.split(tokens)
+        hidden, _ = self.model(inputs)
+        flat = nats_per_token(hidden.flatten(0, 1), self.head, labels.flatten(), self.config.ignore_index)
+        return flat.view_as(labels)
+
+    @torch.no_grad()
+    def next_logits(self, inputs: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
+        """Logits [B, V] after inputs [B, T]; with `cache` (a list, empty at first) only the new tokens are passed."""
+        hidden, _ = self.model(inputs, cache=cache)
+        return hidden[:, -1] @ self.head.T
+
+    def flops_per_token(self, sequence_length: int) -> int:
+        """Multiply-adds x 2 that an update needs for a token; what is frozen needs no gradient, below it none passes.
+
+        2 for each weight forward, 2 for the gradient passed on, 2 for the weight's own (Kaplan et al., arXiv 2001.08361);
+        attention's scores and values 4 * T * H * d a layer forward, half of it causal, and twice that backward.
+        """
+        flops, reached = 0, self.model.embed_tokens.weight.requires_grad  # must a gradient pass to what lies below?
+        attention = 2 * sequence_length * self.config.num_attention_heads * self.config.head_dim
+        idle = (
+            1 - self.config.num_experts_per_tok / self.config.num_local_experts if self.config.num_local_experts else 0
+        )
+        for layer in self.model.layers:
+            for stage in FLOW:
+                part = [(n, p) for n, p in layer.named_parameters() if n.split(".")[-2] in stage.split()]
+                for name, parameter in part:
+                    used = (parameter.ndim == 2) * parameter.numel() * (1 - idle if ".experts." in name else 1)
+                    flops += used * (2 + 2 * reached + 2 * parameter.requires_grad)
+                reached = reached or any(parameter.requires_grad for _, parameter in part)
+                if "q_norm" in stage:
+                    flops += attention * (1 + 2 * reached)
+        return round(flops + self.head.numel() * (2 + 2 * reached + 2 * self.head.requires_grad))
+
+
+def even_load(config: ModelConfig, device: torch.device) -> torch.Tensor | None:
+    """f before any token was routed, [L, E]: every expert its share; None without a router."""
+    if not config.num_local_experts:
+        return None
+    shape = (config.num_hidden_layers, config.num_local_experts)
+    return torch.full(shape, 1 / config.num_local_experts, device=device)
+
+
+def load_of(counts: torch.Tensor) -> torch.Tensor | None:
+    """f [L, E] from the counts of assignments [L, E]; a layer sums to 1. None where there is no router."""
+    return counts / counts.sum(-1, keepdim=True).clamp(min=1) if counts.numel() else None
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """AdamW's groups of the parameters that are trained: matrices decay; norms, biases and embeddings do not."""
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in embeddings]
+    kept = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in embeddings]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

@@ -1,0 +1,248 @@
+"""The log of a run: metrics.jsonl, the console and the tracker.
+
+metrics.jsonl is always written and complete. A tracker gets a copy of its rows; an error of the tracker never ends a run.
+"""
+
+import errno
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..files.atomic import is_full, write_text
+from .hardware import peak_flops, peak_memory_mb, process_peak_mb
+from .trackers import Tracker
+
+PARTS = ("nats", "tokens", "balance", "z")  # the fields of loss.Sums that an interval adds up
+
+
+def duration(seconds: float) -> str:
+    """75 -> 1m15s."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+class Interval:
+    """Sums since the last row of the log, kept on the device and read once a row."""
+
+    def __init__(self, accelerator: Any, restored: list[float]):
+        """`restored`: the result of `sum_over_ranks` in the checkpoint, or []."""
+        self.accelerator = accelerator
+        dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
+        self.sums = torch.zeros(len(PARTS), dtype=dtype, device=accelerator.device)
+        self._start_from(restored or [0.0] * len(PARTS))
+
+    def add(self, update: list[Any]) -> None:
+        """Adds the `Sums` of one update's micro-batches."""
+        for part in update:
+            self.sums += torch.stack([getattr(part, name).detach().to(self.sums) for name in PARTS])
+
+    def sum_over_ranks(self) -> list[float]:
+        """The sums over all processes; the main process continues from them, the others from 0. A collective."""
+        total = self.accelerator.reduce(self.sums, "sum").tolist()
+        self._start_from(total)
+        return total
+
+    def _start_from(self, total: list[float]) -> None:
+        """Keeps the dtype of the sums: torch's default, float32, would round them at every checkpoint."""
+        self.sums = self.sums.new_tensor(total if self.accelerator.is_main_process else [0.0] * len(PARTS))
+
+    def take(self) -> list[float]:
+        """The sums over all processes; resets them to 0. A collective."""
+        total = self.sum_over_ranks()
+        self.sums.zero_()
+        return total
+
+
+class RunLog:
+    """The log of one run. Only the main process writes, and nothing is written in a dry run."""
+
+    def __init__(
+        self,
+        accelerator: Any,
+        settings: Any,
+        progress: Any,
+        last: int,
+        tracker: str | None = None,
+        trunk: Any = None,
+    ):
+        """last: the update that the run ends with. tracker: as accelerate names it. trunk: the model, for MFU."""
+        self.accelerator = accelerator
+        self.folder: Path | None = None if settings.dry_run else settings.output_dir
+        self.file = self.folder / "metrics.jsonl" if self.folder else None
+        self.steps = last
+        self.patience = settings.patience
+        self.main = accelerator.is_main_process
+        self.tracker: Tracker | None = None
+        self.flops_per_token = trunk.flops_per_token(settings.sequence_length) if trunk else 0
+        self.peak_flops = peak_flops(accelerator.device) if trunk else math.inf
+        self._unwritten: list[str] = []
+        self._mark = time.perf_counter()
+        self._lap_step = progress.global_step
+        self._bar: Any = None
+        if self.main and self.file:
+            _drop_rows_after(self.file, progress.global_step, progress.validation_due)
+        if self.main and self.folder and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=last, initial=progress.global_step, unit="update", dynamic_ncols=True)
+        if self.main and self.folder and tracker:
+            self.tracker = Tracker(
+                accelerator, tracker, settings, run_id=progress.run_id, folder=self.folder, print_line=self.print_line
+            )
+
+    def print_line(self, text: str) -> None:
+        """Prints a line, above the progress bar where there is one. A closed console does not end the run."""
+        try:
+            if self.main and self._bar is not None:
+                self._bar.write(text)
+            elif self.main:
+                print(text, flush=True)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (to the end of the process)
+        except OSError as reason:
+            if reason.errno != errno.ENOSPC:
+                raise
+
+    @contextmanager
+    def clock_paused(self) -> Iterator[None]:
+        """Excludes the time of validation and saving from the speed."""
+        start = time.perf_counter()
+        if self._unwritten:
+            self._write()
+        yield
+        self._mark += time.perf_counter() - start
+
+    def restart_clock(self, step: int) -> float:
+        """Seconds per update since the last call, without the time in clock_paused."""
+        now = time.perf_counter()
+        seconds = (now - self._mark) / max(step - self._lap_step, 1)
+        self._mark, self._lap_step = now, step
+        return max(seconds, 1e-9)
+
+    def row(self, step: int, values: dict[str, Any]) -> None:
+        """Writes a row to metrics.jsonl and passes it to the tracker. NaN and Inf become null."""
+        if not self.main or self.file is None:
+            return
+        flat = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+        self._unwritten.append(json.dumps({"step": step, **flat}) + "\n")
+        self._write()
+        if self.tracker:
+            self.tracker.log({k: v for k, v in flat.items() if v is not None}, step=step)
+
+    def _write(self) -> None:
+        """Appends the rows that are not written yet and syncs the file, so that the log is never older than a checkpoint.
+
+        On a full disk they are kept for the next call, and a partial row is removed.
+        """
+        size = self.file.stat().st_size if self.file.exists() else 0
+        try:
+            with open(self.file, "a", encoding="utf-8") as file:
+                file.write("".join(self._unwritten))
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as reason:
+            if not is_full(self.folder, reason):
+                raise
+            if self.file.exists():
+                os.truncate(self.file, size)
+            self.print_line(
+                f"metrics.jsonl: the disk is full; {len(self._unwritten)} row(s) are kept in memory until there is space"
+            )
+        else:
+            self._unwritten.clear()
+
+    def training(self, interval: Interval, progress: Any, *, rate: float, grad_norm: float) -> None:
+        """Writes a row and a console line for the updates since the last one. A collective.
+
+        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak.
+        """
+        step, before = progress.global_step, self._lap_step
+        nats, tokens, balance, z = interval.take()
+        updates, seconds = step - before, self.restart_clock(step)
+        count = max(tokens, 1.0)
+        speed = tokens / (seconds * max(updates, 1))
+        values = {
+            "train/loss": nats / count,
+            "train/grad_norm": grad_norm,
+            "train/lr": rate,
+            "train/tokens": progress.tokens,
+            "train/epoch": progress.epoch,
+            "train/tokens_per_second": speed,
+            "train/mfu": speed * self.flops_per_token / (self.peak_flops * self.accelerator.num_processes),
+            "train/bad_updates": progress.bad_updates,
+            "train/empty_updates": progress.empty_updates,
+            "train/scaler_skips": progress.scaler_skips,
+            "memory/peak_mb": peak_memory_mb(self.accelerator.device),
+            "memory/process_peak_mb": process_peak_mb(),
+        }
+        if progress.expert_counts:
+            values |= {"train/balance_loss": balance / count, "train/z_loss": z / count}
+        self.row(step, values)
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+        self.print_line(
+            f"step {step}/{self.steps}  loss {nats / count:.4f}  lr {rate:.2e}  grad {grad_norm:.3f}  {speed:,.0f} tok/s  "
+            f"mfu {values['train/mfu']:.0%}  mem {values['memory/peak_mb']:,.0f} MB  "
+            f"eta {duration((self.steps - step) * seconds)}"
+        )
+
+    def validation(self, result: Any, progress: Any) -> None:
+        """Writes a row and a console line for a `Validation`; nothing for None, an interrupted one."""
+        if result is None:
+            return
+        values = {
+            "val/loss": result.loss,
+            "val/tokens": result.tokens,
+            "val/perplexity": result.perplexity,
+            "val/bits_per_byte": result.bits_per_byte,
+        }
+        self.row(progress.global_step, values)
+        self.print_line(
+            f"step {progress.global_step}/{self.steps}  validation {result.loss:.4f} nats  perplexity "
+            f"{result.perplexity:,.2f}  {result.bits_per_byte:.4f} bits/byte  {result.tokens:,} tokens"
+            + ("  (best)" if progress.best_step == progress.global_step else "")
+        )
+        if progress.patience_is_over(self.patience):
+            self.print_line(f"stopping early: no improvement in {self.patience} validations")
+
+    def timing(self, timed: int, steps: int) -> None:
+        """The last line of a dry run: the estimated time of the run, and the peak memory of the updates that were timed."""
+        seconds = self.restart_clock(timed)
+        self.print_line(
+            f"time        {seconds:.3f} s an update ({timed} timed), about {duration(seconds * steps)} for {steps:,} "
+            f"without validation; peak memory {peak_memory_mb(self.accelerator.device):,.0f} MiB\n"
+            "only the token cache was written"
+        )
+
+    def close(self, exit_code: int) -> None:
+        """Ends the tracker and the process group. `exit_code`: that of the process."""
+        if self._bar is not None:
+            self._bar.close()
+        if self.tracker:
+            self.tracker.finish(exit_code)
+        self.accelerator.trackers = []  # finished or disabled
+        self.accelerator.end_training()
+
+
+def _drop_rows_after(file: Path, step: int, validation_due: bool) -> None:
+    """Removes the rows after `step`, its validation where that is due, and a partial last row: they are written again."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if row["step"] < step or (row["step"] == step and not (validation_due and "val/loss" in row)):
+            kept.append(line)
+    write_text(file, "".join(f"{line}\n" for line in kept))

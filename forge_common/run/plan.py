@@ -1,0 +1,32 @@
+"""The plan of a run, printed before it starts: data, sizes, updates, epochs, memory."""
+
+from typing import Any
+
+
+def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: int, tracking: str) -> str:
+    """The lines that a run prints first: data, parameters, updates, epochs, estimated memory of a device (MiB), tracking."""
+    training = corpora.training
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
+    width = next(model.parameters()).element_size()
+    tokens = B * T
+    windows, labels = training.size, sum(source.labels for source in training.sources)
+    # Kept for the backward pass, per layer: two norms' inputs, q, k, v and attention's result, two gates, their product.
+    layer = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_key_value_heads * config.head_dim
+    states = width * (total + 3 * trained)
+    activations = width * tokens * (layer * config.num_hidden_layers + 4 * config.hidden_size)
+    logits = 2 * model.chunk_rows * config.vocab_size * 4
+    return "\n".join(
+        (
+            *corpora.report,
+            f"model       {total:,} parameters, {trained:,} trained; vocabulary {config.vocab_size:,}, context {T}",
+            f"update      {settings.batch_size} windows = up to {settings.batch_size * T:,} tokens: {processes} process(es) x "
+            f"{accumulation} micro-batch(es) x {B}",
+            f"run         {settings.steps:,} updates = {settings.steps * settings.batch_size:,} windows = "
+            f"{settings.steps * settings.batch_size / windows:.2f} epochs of {windows:,} windows ({labels:,} tokens)",
+            f"memory      about {(states + activations + logits) / 2**20:,.0f} MiB a device: {states / 2**20:,.0f} weights, "
+            f"gradients and optimizer, {activations / 2**20:,.0f} activations, {logits / 2**20:,.0f} logits",
+            f"tracking    {tracking}",
+        )
+    )

@@ -1,0 +1,165 @@
+"""The progress of a run, stored as JSON in its checkpoints, and the check that a resumed run has the same settings."""
+
+import dataclasses
+import math
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import UserError
+from ..files.atomic import read_json
+from ..settings import differences, to_json
+
+# Settings that a resumed run may change: they affect neither the updates nor the order of the data.
+FREE = {"output_dir", "resume", "accept_change", "micro_batch_size", "log_every", "save_every", "val_every", "keep"}
+FREE |= {"tracker", "project", "run_name", "cache_dir", "dry_run", "patience", "max_bad_updates", "hang_timeout"}
+FREE |= {"on_full_disk"}
+# Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
+ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
+# Fields of progress.json that earlier versions wrote and nothing read.
+REMOVED = {"seconds"}
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something that happens every `every` updates (0: never) happens after update `step`; always after the last."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+class UpdateOutcome(NamedTuple):
+    """loss: sum of nats of the update. num_scored: tokens. overflow: fp16's loss scale was too large."""
+
+    loss: float
+    grad_norm: float
+    num_scored: int
+    finite: bool
+    overflow: bool
+    applied: bool
+
+
+def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
+    """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
+
+    With fp16's `scaler` the optimizer is always called: the scaler itself skips a gradient that is not finite.
+    """
+    finite = math.isfinite(grad_norm) and math.isfinite(loss)
+    overflow = scaler is not None and not finite and math.isfinite(loss)
+    applied = (finite and num_scored > 0) or scaler is not None
+    return UpdateOutcome(loss, grad_norm, num_scored, finite, overflow, applied)
+
+
+@dataclasses.dataclass
+class Progress:
+    """Everything that a resume needs and `save_state` does not write."""
+
+    run_id: str
+    settings: dict[str, Any]
+    data: dict[str, Any]  # digests of the tokens of each source, and of the tokenizer and the trunk
+    global_step: int = 0  # updates done; the next one takes the windows from global_step * batch_size on
+    epoch: float = 0.0
+    tokens: int = 0  # scored tokens seen
+    best_val_loss: float | None = None
+    best_step: int = 0
+    best_tokens: int | None = None  # scored tokens seen at best_step
+    validations_without_gain: int = 0
+    validation_due: bool = False  # the validation of global_step was interrupted by a signal
+    bad_updates: int = 0  # not applied: the gradient or the loss was NaN or Inf
+    bad_in_a_row: int = 0
+    empty_updates: int = 0  # not applied: no token was scored
+    scaler_skips: int = 0  # fp16: not applied while the loss scale was being adjusted
+    expert_counts: list[list[int]] = dataclasses.field(default_factory=list)  # of the last update, for the balance loss
+    interval: list[float] = dataclasses.field(default_factory=list)  # sums since the log's last row
+    losses_before: dict[str, Any] = dataclasses.field(default_factory=dict)  # held-out losses before training
+
+    def record(self, outcome: UpdateOutcome, settings: Any, training: Any, print_line: Callable[[str], None]) -> None:
+        """Counts one update by its outcome. UserError, naming the documents, after too many bad ones in a row."""
+        self.global_step += 1
+        self.epoch = training.epoch(self.global_step * settings.batch_size)
+        if outcome.finite:
+            self.tokens += outcome.num_scored
+            self.empty_updates += outcome.num_scored == 0
+            self.bad_in_a_row = 0
+        elif outcome.overflow:
+            self.scaler_skips += 1
+        else:
+            self.bad_updates += 1
+            self.bad_in_a_row += 1
+            print_line(
+                f"update {self.global_step}: loss {outcome.loss}, gradient {outcome.grad_norm}: not applied "
+                f"({self.bad_updates} so far)"
+            )
+            if self.bad_in_a_row >= settings.max_bad_updates:
+                self._diverged(settings.batch_size, training)
+
+    def _diverged(self, batch_size: int, training: Any) -> None:
+        first = self.global_step - self.bad_in_a_row
+        documents = training.origins(range(first * batch_size, self.global_step * batch_size))
+        named = ", ".join(documents[:20]) + (f" and {len(documents) - 20} more" if len(documents) > 20 else "")
+        raise UserError(
+            f"the loss or the gradient was NaN or Inf in updates {first + 1} to {self.global_step}; none of them was "
+            f"applied. Their documents: {named}. Lower --lr, raise --warmup-steps, or check these documents; the same "
+            "command resumes from the last checkpoint."
+        )
+
+    def record_validation(self, result: Any) -> bool:
+        """Records a `Validation`; None, an interrupted one, stays due. Returns whether it is the best so far."""
+        self.validation_due = result is None
+        if result is None:
+            return False
+        improved = result.loss < (math.inf if self.best_val_loss is None else self.best_val_loss)
+        if improved:
+            self.best_val_loss = result.loss
+            self.best_step = self.global_step
+            self.best_tokens = self.tokens
+        self.validations_without_gain = 0 if improved else self.validations_without_gain + 1
+        return improved
+
+    def patience_is_over(self, patience: int) -> bool:
+        """Whether the last `patience` validations (0: never) brought no better one."""
+        return 0 < patience <= self.validations_without_gain
+
+    def published(self) -> dict[str, int]:
+        """The counts at the update whose weights are published: the best by validation, else the newest."""
+        best = self.best_step and self.best_tokens is not None
+        return {
+            "steps": self.best_step or self.global_step,
+            "tokens_seen": self.best_tokens if best and self.best_tokens is not None else self.tokens,
+            "bad_updates": self.bad_updates,
+        }
+
+
+def begin(settings: Any, data: dict[str, Any]) -> Progress:
+    """The progress of a run before its first update, with a new run id."""
+    return Progress(run_id=secrets.token_hex(4), settings=to_json(settings), data=data)
+
+
+def read_progress(file: Path) -> Progress:
+    """Reads a checkpoint's progress.json, also one of an earlier version."""
+    content = {name: value for name, value in read_json(file).items() if name not in REMOVED}
+    if "notes" in content:
+        notes = content.pop("notes")
+        content["losses_before"] = {name: {"tokens": n["tokens"], "loss": n["before"]} for name, n in notes.items()}
+    try:
+        return Progress(**content)
+    except TypeError as reason:
+        raise UserError(
+            f"{file} was written by another version of forge ({reason}). Resume with that version."
+        ) from None
+
+
+def check_same(before: Progress, fresh: Progress, accepted: tuple[str, ...], where: Path) -> None:
+    """UserError where the settings or data differ from the checkpoint's; the message lists the differences."""
+    changed = differences(before.settings, fresh.settings) | {
+        f"digest of {name}": (str(old)[:12], str(new)[:12])
+        for name, (old, new) in differences(before.data, fresh.data).items()
+    }
+    allowed = FREE | ({name.replace("-", "_") for name in accepted} & ACCEPTABLE)
+    refused = {name: pair for name, pair in changed.items() if name not in allowed}
+    if refused:
+        lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in refused.items())
+        flags = [f"--accept-change {name.replace('_', '-')}" for name in refused if name in ACCEPTABLE]
+        remedy = f"Accept with {' '.join(flags)}" if len(flags) == len(refused) else "Restore them"
+        raise UserError(
+            f"{where} belongs to a run with other settings or data:\n{lines}\n"
+            f"{remedy}, or start another run with another --output-dir."
+        )

@@ -1,0 +1,154 @@
+"""Early stop of a run: by a signal, the end of its launcher, or a standstill. All ranks stop at the same update."""
+
+import faulthandler
+import os
+import select
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what accelerate launch and torchrun set
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+CHECK_INTERVAL = 1.0  # seconds between two checks of the launcher and the clock
+SAME_REQUEST = 1.0  # seconds: a terminal and a launcher both forward one Ctrl-C
+GRACE = 5.0  # seconds that a run outside training has to clean up before it is ended by force
+SLOW_FACTOR = 10  # times --hang-timeout, for slow sections: the first update (it may compile), validation, saving
+
+
+Phase = Literal["starting", "dry run", "training", "publishing", "ended"]
+
+
+class StopRequest:
+    """Whether a run is to end before its last update, and why. Handles signals from its construction on.
+
+    reason: None; "signal", once all ranks agreed in `check`; "patience", when validation no longer improves.
+    exit_code: 143 or 130 after a signal (128 + its number), else 0.
+    phase: in "training" a signal waits for the end of the update, or of a batch of validation. In "ended" it has no
+    effect. In the other phases (imports, data, publishing) there is nothing to save, and it ends the run at once. A
+    second signal always ends it at once; files with their final name are complete even then.
+
+    A thread reads the signals too, because Python runs no signal handler during a collective or a compilation. It also
+    detects that the launcher has ended (a killed `accelerate launch` does not end its trainer, accelerate #929), and a
+    standstill: `hang_timeout` seconds (0: no limit) without `heartbeat` in training.
+    """
+
+    def __init__(self, hang_timeout: float):
+        self.reason: Literal["signal", "patience"] | None = None
+        self.exit_code = 0
+        self.hang_timeout = hang_timeout
+        self._phase: Phase = "starting"
+        self._idle = 0.0
+        self._slow_factor = SLOW_FACTOR
+        self._handled_in_main_thread = False
+        self._first: float | None = None  # when the thread received the first signal
+        self._forced_end: float | None = None  # when a run that was to end at once is ended by force
+        self._parent = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
+        self._inbox, outbox = os.pipe()
+        os.set_blocking(outbox, False)
+        signal.set_wakeup_fd(outbox, warn_on_full_buffer=False)
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        os.register_at_fork(after_in_child=_reset_signals)
+        threading.Thread(target=self._listen, name="stop request", daemon=True).start()
+
+    @property
+    def phase(self) -> Phase:
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._idle, self._slow_factor = 0.0, SLOW_FACTOR
+        self._phase = phase
+
+    def check(self, accelerator: Any) -> bool:
+        """Whether any rank has received a signal. A collective: call it at the same update on all ranks."""
+        if self.exit_code:
+            accelerator.set_trigger()
+        if accelerator.check_trigger():
+            self.exit_code = self.exit_code or 128 + signal.SIGTERM
+            self.reason = "signal"
+        return self.reason == "signal"
+
+    def end_early(self, patience_is_over: bool) -> None:
+        """Ends the training before its last update when validation no longer improves; a signal has precedence."""
+        if patience_is_over and self.reason is None:
+            self.reason = "patience"
+
+    def end(self) -> int:
+        """Marks the run as ended: a signal has no effect from here on. Returns the exit code."""
+        self.phase = "ended"
+        return self.exit_code if self.reason == "signal" else 0
+
+    def heartbeat(self) -> None:
+        """Resets the timer of the standstill. Call it after each micro-batch and each batch of validation."""
+        self._idle, self._slow_factor = 0.0, 1
+
+    @contextmanager
+    def slow_section(self) -> Iterator[None]:
+        """The code inside may take SLOW_FACTOR times --hang-timeout."""
+        self._idle, self._slow_factor = 0.0, SLOW_FACTOR
+        yield
+        self.heartbeat()
+
+    def _handle(self, number: int, frame: Any) -> None:
+        """The signal handler, in the main thread: ends a run outside training by SystemExit."""
+        first = not self._handled_in_main_thread
+        self._handled_in_main_thread = True
+        self.exit_code = self.exit_code or 128 + number
+        if first and self.phase not in ("training", "ended"):
+            _print_unbuffered("stop requested: ending now; there is nothing to save")
+            raise SystemExit(self.exit_code)
+
+    def _listen(self) -> None:
+        before = time.monotonic()
+        while True:
+            waiting, _, _ = select.select([self._inbox], [], [], CHECK_INTERVAL)
+            now = time.monotonic()
+            for number in os.read(self._inbox, 64) if waiting else ():
+                if number in SIGNALS:  # others have their own handlers
+                    self._receive(number, now)
+            if self._forced_end and now > self._forced_end:
+                os._exit(self.exit_code)
+            if self._parent not in (None, os.getppid()):
+                self._parent = None
+                os.kill(os.getpid(), signal.SIGTERM)
+            # A process that was suspended (Ctrl-Z) and continued has not been idle: a late check counts as one interval.
+            self._idle += min(now - before, CHECK_INTERVAL)
+            before = now
+            if self.phase == "training" and self.hang_timeout and self._idle > self.hang_timeout * self._slow_factor:
+                self._abort()
+
+    def _receive(self, number: int, now: float) -> None:
+        if self._first is not None and now - self._first > SAME_REQUEST:
+            os._exit(128 + number)
+        self.exit_code = self.exit_code or 128 + number
+        if self._first is None:
+            self._first = now
+            self._forced_end = None if self.phase in ("training", "ended") else now + GRACE
+
+    def _abort(self) -> None:
+        """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be interrupted."""
+        rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
+        seconds = f"{self._idle:.0f} s (--hang-timeout {self.hang_timeout:g})"
+        _print_unbuffered(f"{rank}: no progress for {seconds}. It hangs, or waits for a rank that does:")
+        faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
+        _print_unbuffered(
+            f"{rank}: aborted. Run the same command to resume from the last checkpoint; raise --hang-timeout if it was only slow."
+        )
+        os._exit(1)
+
+
+def _print_unbuffered(line: str) -> None:
+    """Prints on stderr without Python's buffers: a signal or another thread may have interrupted a print."""
+    os.write(2, f"{line}\n".encode())
+
+
+def _reset_signals() -> None:
+    """Restores the default signal handlers in a forked child process."""
+    signal.set_wakeup_fd(-1)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_DFL)

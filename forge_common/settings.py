@@ -1,0 +1,235 @@
+"""Settings: read from the command line, checked, written as JSON.
+
+Imports nothing heavy: a wrong flag is reported before torch is loaded.
+"""
+
+import dataclasses
+import difflib
+import math
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar
+
+from .errors import UserError
+from .files.untrusted import LINE, PLAIN
+from .model.config import KINDS, PRESETS
+from .schedule import SCHEDULES
+
+Settings = TypeVar("Settings")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """What only operates a training run; both scripts inherit it."""
+
+    output_dir: Path
+    """Folder for settings, metrics, checkpoints and what is published."""
+    cache_dir: Path = Path("~/.cache/forge")
+    """Folder for tokens and tokenizers, which later runs use again."""
+
+    # -- reading --
+    val_data: tuple[str, ...] = ()
+    """Sources to validate on. None: a part of --data is held out."""
+    val_fraction: float = 0.01
+    """Share of the documents of --data that is held out, by the hash of their content (without --val-data)."""
+    eos_token: str | None = None
+    """Token at the end of a document, where the tokenizer's files do not name it."""
+    text_column: str = "text"
+    """Column or key of the text in jsonl, json, csv, parquet, arrow and hub data."""
+    document_separator: str | None = None
+    """Text that separates the documents of a text file. None: a file is one document."""
+    on_bad_text: Literal["refuse", "replace", "skip"] = "refuse"
+    """What to do with bytes that are not UTF-8."""
+    on_bad_line: Literal["refuse", "skip"] = "refuse"
+    """What to do with rows that cannot be read."""
+
+    pack: bool = True
+    """Fill windows with documents end to end. --no-pack: one document in a window, cut or padded."""
+    seed: int = 42
+    """Seed of the initial weights, the order of the data and dropout."""
+
+    # -- precision and statistics --
+    dtype: Literal["float32", "float64"] = "float32"
+    """Type of the weights; bf16 is the launcher's --mixed_precision."""
+    statistics_tokens: int = 1_000_000
+    """Tokens of the training text, at most, that the router's statistics are counted on."""
+    statistics_min_documents: int = 2
+    """Documents of the sample that must hold a token or a pair for it to be counted (docs/PRIVACY.md)."""
+
+    # -- logging --
+    log_every: int = 10
+    """Updates between two rows of the log."""
+    tracker: Literal["auto", "none", "wandb", "trackio", "tensorboard"] = "auto"
+    """Tracker beside metrics.jsonl. auto: W&B where an account is configured, else none."""
+    project: str = "forge"
+    """Project in the tracker."""
+    run_name: str | None = None
+    """Name of the run in the tracker. None: the tracker chooses one."""
+
+    # -- validation and checkpoints --
+    val_every: int = 250
+    """Updates between two validations; 0: only at the end."""
+    patience: int = 0
+    """Validations in a row without a better one after which the run ends; 0: no limit."""
+    save_every: int = 250
+    """Updates between two checkpoints; 0: only at the end and when validation improves."""
+    keep: int = 2
+    """Checkpoints that are kept: the newest ones, besides the best by validation."""
+    on_full_disk: Literal["continue", "stop"] = "continue"
+    """What to do when the disk has no room for a checkpoint. The last one must succeed."""
+    resume: Literal["auto", "never", "require"] = "auto"
+    """Continue from the newest checkpoint: if there is one, never, or end with an error without one."""
+    accept_change: tuple[str, ...] = ()
+    """Settings that may differ from those of the checkpoint, such as steps."""
+
+    # -- limits --
+    max_bad_updates: int = 10
+    """Updates in a row with NaN or Inf after which the run ends."""
+    hang_timeout: float = 60.0
+    """Seconds without progress after which the run ends, ten times as long at its start and in a save; 0: no limit."""
+    dry_run: bool = False
+    """Print the plan, time a few updates, and write nothing."""
+
+
+def read_settings(
+    kind: type[Settings], description: str, check: Callable[[Any], list[str]] = lambda settings: []
+) -> Settings:
+    """The command line as `kind`, a frozen dataclass; ends the process (code 2) with every problem that `check` returns."""
+    import tyro
+
+    settings = tyro.cli(kind, description=description, config=(tyro.conf.AvoidSubcommands,))
+    faults = check(settings)
+    if faults:
+        lines = "\n".join(f"  - {fault}" for fault in faults)
+        print(f"{Path(sys.argv[0]).name}: these settings are not valid:\n{lines}", file=sys.stderr)
+        raise SystemExit(2)
+    return settings
+
+
+def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
+    """Ends the process with main's code; a UserError is printed without a traceback (code 1)."""
+    try:
+        exit_code = main(settings)
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        exit_code = 1
+    raise SystemExit(exit_code)
+
+
+def processes() -> int:
+    """Number of processes that the launcher started, read from its environment."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def accumulation_steps(settings: Any) -> int:
+    """Micro-batches a process takes for one update: batch / (micro x processes)."""
+    return settings.batch_size // (settings.micro_batch_size * processes())
+
+
+def problems(settings: Any) -> list[str]:
+    """Problems with a script's settings that can be found without loading anything, each with how to fix it."""
+    found = []
+    value = vars(settings).get
+    for name in ("steps", "batch_size", "micro_batch_size", "sequence_length", "keep", "log_every", "max_bad_updates"):
+        if value(name) < 1:
+            found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+    for name in ("statistics_tokens", "statistics_min_documents", "rank"):
+        if (value(name, 1)) < 1:
+            found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+    for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts", "width"):
+        if (value(name) or 0) < 0:
+            found.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
+    for name in ("lr", "max_grad_norm"):
+        if not (value(name) > 0 and math.isfinite(value(name))):
+            found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
+    if not value("hang_timeout") >= 0:
+        found.append(f"--hang-timeout is {value('hang_timeout')}; it must be 0 (never) or more seconds")
+    if not 0 <= value("weight_decay") < 1:
+        found.append(f"--weight-decay is {value('weight_decay')}; it must lie in [0, 1)")
+    if not 0 <= value("min_lr_ratio") <= 1:
+        found.append(f"--min-lr-ratio is {value('min_lr_ratio')}; it must lie in [0, 1]")
+    if not 0 <= value("val_fraction") < 1:
+        found.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
+    if value("warmup_steps") > value("steps"):
+        found.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
+    at_once = max(value("micro_batch_size"), 1) * processes()
+    if value("batch_size") % at_once:
+        found.append(
+            f"--batch-size {value('batch_size')} does not divide into {processes()} process(es) x --micro-batch-size "
+            f"{value('micro_batch_size')}; make it a multiple of {at_once}"
+        )
+    if value("schedule") not in SCHEDULES:
+        found.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
+    if value("kind") is not None and value("kind") not in KINDS:
+        found.append(f"--kind {value('kind')} is not one of {', '.join(KINDS)}")
+    largest = 2**32 - 1 - max(value("steps"), 0) * processes() - processes()
+    if not 0 <= value("seed") <= largest:  # each update of each process adds to it, and NumPy takes 32 bits
+        found.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")
+    for name, (rule, holds) in {"name": PLAIN, "licence": LINE}.items():
+        if value(name) is not None and not holds(value(name)):
+            found.append(f"--{name} {value(name)!r} must be {rule}")
+    known = {field.name for field in dataclasses.fields(settings)}
+    for name in value("accept_change"):
+        if name.replace("-", "_") not in known:
+            near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+            found.append(f"--accept-change {name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
+    return found + _shape_problems(value) + _folder_problems(value)
+
+
+def _shape_problems(value: Any) -> list[str]:
+    """Problems with the sizes of a model that is initialized, not loaded."""
+    if value("preset") is None or value("trunk_from"):
+        return []
+    if value("preset") not in PRESETS:
+        return [f"--preset {value('preset')} is not one of {', '.join(PRESETS)}"]
+    size = {name: value(name) or preset for name, preset in PRESETS[value("preset")].items()}
+    found = [
+        f"--{name.replace('_', '-')} is {number}; it must be positive" for name, number in size.items() if number < 1
+    ]
+    if found:
+        return found
+    if size["hidden_size"] % size["num_attention_heads"] or size["hidden_size"] // size["num_attention_heads"] % 2:
+        found.append(
+            f"--hidden-size {size['hidden_size']} must be an even multiple of --num-attention-heads "
+            f"{size['num_attention_heads']} (each head has an even width, for rotary positions)"
+        )
+    if size["num_attention_heads"] % size["num_key_value_heads"]:
+        found.append(
+            f"--num-attention-heads {size['num_attention_heads']} must be a multiple of --num-key-value-heads "
+            f"{size['num_key_value_heads']}"
+        )
+    if value("num_experts") == 1 or 0 < value("num_experts") < value("experts_per_token"):
+        found.append(
+            f"--num-experts {value('num_experts')} must be 0 (dense), or at least 2 and no fewer than --experts-per-token "
+            f"{value('experts_per_token')}"
+        )
+    if value("experts_per_token") < 1:
+        found.append(f"--experts-per-token is {value('experts_per_token')}; it must be at least 1")
+    return found
+
+
+def _folder_problems(value: Any) -> list[str]:
+    """Problems with the output directory."""
+    found = []
+    output = Path(value("output_dir"))
+    if output.exists() and not output.is_dir():
+        found.append(f"--output-dir {output} is a file; name a folder")
+    if value("resume") == "require" and not (output / "checkpoints").is_dir():
+        found.append(f"--resume require, but {output}/checkpoints does not exist; use --resume auto to start afresh")
+    return found
+
+
+def to_json(settings: Any) -> dict[str, Any]:
+    """A settings dataclass as JSON's types."""
+    return {
+        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
+        for name, value in vars(settings).items()
+    }
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Which entries changed: name -> (before, now)."""
+    names = sorted(before.keys() | now.keys())
+    return {name: (before.get(name), now.get(name)) for name in names if before.get(name) != now.get(name)}

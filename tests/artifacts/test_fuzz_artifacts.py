@@ -1,0 +1,331 @@
+"""Whatever bytes an artifact consists of: it is refused by a UserError that names the place, or it is what was published.
+
+Where a load succeeds, tensors, configuration and tokenizer are those of the untouched artifact. No digest covers the rest,
+the maker's claims: a module's name, sources, licence, losses and counts; the share of documents held out; an assembled
+model's router, its numbers and its top-k. Whoever recomputes the digests is another maker: what then loads must be
+consistent in itself, of the trunk's shapes, finite, and must run.
+"""
+
+import copy
+import json
+from contextlib import contextmanager
+
+import pytest
+import specimens
+import torch
+from conftest import FUZZ
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from forge_common.artifacts import artifact
+from forge_common.errors import UserError
+
+FILES = {  # what is loaded: the files that it consists of
+    "trunk": ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "forge.json"),
+    "one": ("module.json", "module.safetensors", "statistics.safetensors"),
+    "two": ("module.json", "module.safetensors"),
+    "assembled": ("assembled.json", "modules/one/module.json", "modules/two/module.safetensors", "trunk/forge.json"),
+}
+PLACES = [(kind, name) for kind, names in FILES.items() for name in names] + [("trunk", "statistics.safetensors")]
+ADDED = ("model.safetensors.index.json", "special_tokens_map.json", "generation_config.json")
+
+
+def fuzz(examples: int):
+    """The same examples at every run; FORGE_FUZZ=20 tries as many times more."""
+    quiet = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large)
+    return settings(max_examples=examples * FUZZ, deadline=None, derandomize=True, suppress_health_check=quiet)
+
+
+class Made:
+    """The folder of the specimens, and what each yields untouched; too long to be printed."""
+
+    def __init__(self, folder):
+        self.folder = specimens.build(folder)
+        self.wanted = {kind: specimens.load(folder / kind)[0] for kind in FILES}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield Made(tmp_path_factory.mktemp("made"))
+    torch.set_num_threads(before)
+
+
+@contextmanager
+def replaced(contents):
+    """Files with other contents (None: not there), and again as they were."""
+    before = {path: path.read_bytes() if path.exists() else None for path in contents}
+    try:
+        write(contents)
+        yield
+    finally:
+        write(before)
+
+
+def write(contents):
+    for path, content in contents.items():
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+
+
+def outcome(folder):
+    """What a load yields, or None where it is refused in a message that names the place and can be printed."""
+    try:
+        state, model = specimens.load(folder)
+    except UserError as reason:
+        told = str(reason)
+        assert str(folder.parent) in told and len(told) < 3000, told
+        assert all(line.isprintable() for line in told.splitlines()), told
+        return None
+    nats = model.nats(specimens.TOKENS)
+    return state, nats
+
+
+def is_same_or_refused(made, kind):
+    """Nothing that a digest covers has changed; what is no more than a claim may have."""
+    found, wanted = outcome(made.folder / kind), made.wanted
+    if found is None:
+        return
+    covered = {"trunk": 4, "one": 2, "two": 2, "assembled": 3}[kind]
+    assert specimens.same(found[0][:covered], wanted[kind][:covered])
+    if kind == "assembled":
+        assert found[0][4]["modules"] == wanted[kind][4]["modules"]
+    assert torch.isfinite(found[1]).all()
+
+
+# ---- Bytes ----
+
+
+@fuzz(100)
+@given(place=st.sampled_from(PLACES), content=st.binary(max_size=200) | st.text(max_size=60).map(str.encode))
+def test_any_bytes_in_place_of_a_file(made, place, content):
+    kind, name = place
+    with replaced({made.folder / kind / name: content}):
+        is_same_or_refused(made, kind)
+
+
+@pytest.mark.parametrize(("kind", "name"), PLACES)
+def test_no_file_at_all(made, kind, name):
+    with replaced({made.folder / kind / name: None}):
+        is_same_or_refused(made, kind)
+
+
+def damaged(draw, content: bytes) -> bytes:
+    """Bits flipped, a tail cut off, a span inserted, removed or repeated: near the start (headers) as often as anywhere."""
+    end = draw(st.sampled_from([min(len(content), 400), len(content)]))
+    start = draw(st.integers(0, max(end - 1, 0)))
+    stop = draw(st.integers(start, min(start + 64, len(content))))
+    how = draw(st.sampled_from(["flip", "flip", "cut", "insert", "remove", "repeat", "swap"]))
+    if how == "flip":
+        bit = draw(st.integers(0, 7))
+        return content[:start] + bytes([content[start] ^ 1 << bit]) + content[start + 1 :]
+    if how == "cut":
+        return content[:start]
+    if how == "insert":
+        return content[:start] + draw(st.binary(min_size=1, max_size=16)) + content[start:]
+    if how == "remove":
+        return content[:start] + content[stop:]
+    if how == "repeat":
+        return content[:stop] + content[start:stop] * draw(st.integers(1, 50)) + content[stop:]
+    return content[stop:] + content[:stop]
+
+
+@fuzz(220)
+@given(place=st.sampled_from(PLACES), data=st.data())
+def test_damaged_bytes(made, place, data):
+    kind, name = place
+    path = made.folder / kind / name
+    content = path.read_bytes()
+    for _ in range(data.draw(st.integers(1, 3))):
+        content = damaged(data.draw, content) if content else content
+    with replaced({path: content}):
+        is_same_or_refused(made, kind)
+
+
+# ---- JSON ----
+
+NUMBERS = [0, 1, 2, 3, -1, 7, 64, 2**16, 2**20, 2**31, 2**32, 2**63, 10**30, 10**400]
+NUMBERS += [0.0, 0.5, -0.5, 1.0, 1e-300, 1e300, float("nan"), float("inf")]
+TEXTS = ["", ".", "..", "../one", "/etc/passwd", "one", "two", "trunk", "con", "a\x00b", "a\nb", "\x1b[31m", "\ud800"]
+TEXTS += [
+    "llama",
+    "mixtral",
+    "qwen3",
+    "expert",
+    "ffn",
+    "lora+head",
+    "ridge",
+    "learned",
+    "uniform",
+    "<eos>",
+    "x",
+    "é" * 300,
+]
+SCALARS = st.sampled_from([None, True, False, *NUMBERS, *TEXTS])
+KEYS = st.sampled_from(["name", "type", "id", "content", "factor", "x", "", "one", "two", "weight_map", "normalizers"])
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6
+)
+
+
+def places(content, path=()):
+    """The paths of all values in a JSON document, the document itself first."""
+    yield path
+    inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
+    for key, value in inside:
+        if len(path) < 4 and not (isinstance(key, int) and key > 5):
+            yield from places(value, (*path, key))
+
+
+def edited(draw, content):
+    """One value replaced, converted to another type, removed or added to."""
+    content = copy.deepcopy(content)
+    path = draw(st.sampled_from(list(places(content))[1:] or [()]))
+    if not path:
+        return draw(VALUES)
+    inside = content
+    for key in path[:-1]:
+        inside = inside[key]
+    how, last = draw(st.sampled_from(["replace", "replace", "remove", "add", "convert"])), path[-1]
+    if how == "replace":
+        inside[last] = draw(VALUES)
+    elif how == "remove":
+        del inside[last]
+    elif how == "add" and isinstance(inside, dict):
+        inside[draw(KEYS)] = draw(VALUES)
+    elif how == "add":
+        inside.insert(last, draw(VALUES))
+    else:
+        value = inside[last]
+        inside[last] = draw(
+            st.sampled_from([str(value), [value], {"x": value}, bool(value), [value] * 40, repr(value)])
+        )
+    return content
+
+
+def written(content) -> bytes:
+    return json.dumps(content).encode()
+
+
+def test_every_field_missing_or_null(made):
+    """One after the other, at the top of each file."""
+    for kind, name in JSON_PLACES:
+        path = made.folder / kind / name
+        content = json.loads(path.read_bytes())
+        for key in content:
+            for change in ({key: None}, {}):
+                with replaced({path: written({k: v for k, v in content.items() if k != key} | change)}):
+                    is_same_or_refused(made, kind)
+
+
+JSON_PLACES = [(kind, name) for kind, name in PLACES if name.endswith(".json")]
+
+
+@fuzz(250)
+@given(place=st.sampled_from(JSON_PLACES), data=st.data())
+def test_edited_json(made, place, data):
+    kind, name = place
+    path = made.folder / kind / name
+    content = json.loads(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 2))):
+        content = edited(data.draw, content)
+    with replaced({path: written(content)}):
+        is_same_or_refused(made, kind)
+
+
+def runs_or_is_refused(made, kind):
+    """Consistent in itself: the tensors are of the trunk's shapes and finite, and the model speaks."""
+    found = outcome(made.folder / kind)
+    if found is not None:
+        assert all(torch.isfinite(tensor).all() for tensor in found[0][0].values())
+        assert found[1].shape == (1, specimens.TOKENS.shape[1] - 1)
+    return found
+
+
+@fuzz(250)
+@given(
+    name=st.sampled_from(["config.json", "config.json", "tokenizer.json", "tokenizer_config.json", *ADDED]),
+    data=st.data(),
+)
+def test_a_trunk_of_another_maker(made, name, data):
+    """Without a forge.json nothing is stated that could be compared: a Transformers checkpoint as any."""
+    folder = made.folder / "trunk"
+    path, old = folder / name, {}
+    if name == "model.safetensors.index.json":
+        names = list(load_file(folder / "model.safetensors"))
+        old = {"weight_map": dict.fromkeys(names, "model.safetensors"), "metadata": {}}
+    content = edited(data.draw, json.loads(path.read_bytes()) if path.exists() else old or {"eos_token": "<eos>"})
+    with replaced({path: written(content), folder / "forge.json": None, folder / "statistics.safetensors": None}):
+        found = runs_or_is_refused(made, "trunk")
+    if found is not None and name == "config.json" and content.get("model_type") == "llama":
+        sizes = ("hidden_size", "num_attention_heads", "rms_norm_eps", "num_hidden_layers", "vocab_size")
+        assert all(found[0][2][key] == content[key] for key in sizes)
+
+
+# ---- Tensors ----
+
+ODD = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
+
+
+def other_tensors(draw, tensors):
+    """A tensor left out, added, renamed, of another type or shape, or with other values."""
+    tensors = dict(tensors)
+    name = draw(st.sampled_from(sorted(tensors)))
+    tensor = tensors[name]
+    how = draw(st.sampled_from(["remove", "add", "rename", "dtype", "shape", "value", "empty", "scalar", "transposed"]))
+    if how in ("remove", "rename"):
+        del tensors[name]
+    if how == "rename":
+        tensors[
+            draw(st.sampled_from([name.upper(), f"{name}.x", "", "a\nb", "../x", "model.layers.9.mlp.up_proj.weight"]))
+        ] = tensor
+    elif how == "add":
+        tensors[f"{name}.more"] = torch.zeros(draw(st.sampled_from([(), (0,), (3, 3)])))
+    elif how == "dtype":
+        tensors[name] = tensor.to(draw(st.sampled_from(ODD)))
+    elif how == "shape":
+        tensors[name] = torch.zeros(
+            draw(st.sampled_from([(1,), (0, 8), (8, 0), (2, 2), (1, 1, 1)])), dtype=tensor.dtype
+        )
+    elif how == "value":
+        value = draw(st.sampled_from([float("nan"), float("inf"), 0.0, 3.0, 200.0, 1e30]))
+        tensors[name] = tensor.clone()
+        tensors[name].view(-1)[0] = value if tensor.is_floating_point() else min(value if value == value else 0, 255)
+    elif how == "empty":
+        tensors = {}
+    elif how == "scalar":
+        tensors[name] = tensor.reshape(-1)[0].clone()
+    elif how == "transposed":
+        tensors[name] = tensor.T.contiguous() if tensor.ndim == 2 else tensor[: len(tensor) // 2].clone()
+    return tensors
+
+
+def saved(tensors, folder) -> bytes:
+    path = folder / "aside.bin"
+    save_file(tensors, path)
+    content = path.read_bytes()
+    path.unlink()
+    return content
+
+
+@fuzz(120)
+@given(kind=st.sampled_from(["one", "two", "trunk"]), counted=st.booleans(), data=st.data())
+def test_other_tensors_with_their_own_digests(made, kind, counted, data):
+    folder, wanted = made.folder, made.wanted
+    which = "statistics" if counted else "model" if kind == "trunk" else "module"
+    passport = folder / kind / ("forge.json" if kind == "trunk" else "module.json")
+    path = folder / kind / f"{which}.safetensors"
+    tensors = other_tensors(data.draw, load_file(path))
+    facts = json.loads(passport.read_bytes())
+    facts["statistics_digest" if counted else "digest"] = artifact.digest(tensors)
+    del facts["tensor_digests"]
+    facts.pop("shapes", None)
+    with replaced({path: saved(tensors, folder), passport: written(facts)}):
+        found = runs_or_is_refused(made, kind)
+    if found is not None:
+        shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (found[0][0], found[0][1])]
+        wanted = [{name: tensor.shape for name, tensor in part.items()} for part in wanted[kind][:2]]
+        assert shapes[0] == wanted[0] and shapes[1].items() <= wanted[1].items()

@@ -1,0 +1,22 @@
+"""The places of the training scripts that tests edit, as a user would: each literal line stands here and nowhere else."""
+
+BACKWARD = "accelerator.backward(sums[-1].objective * scale)"
+AFTER_MICRO_BATCH = "            stop.heartbeat()\n"
+AFTER_UPDATE = "        progress.record(outcome, settings, corpora.training, log.print_line)\n"
+AFTER_TRAINING = "    update_batches.close()\n"
+TAKE_WINDOWS = "        windows = next(update_batches)"
+LOSS = "loss = float("
+CHECK_STOP = "        stop.check(accelerator)\n"
+SET_RATE = 'group["lr"] = rate'
+START_LOG = "    log = RunLog("
+OPTIMIZER = 'torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")'
+
+
+def scaled_by(factor: str) -> str:
+    """The backward pass with `factor`, an expression, in place of the exact scale."""
+    return BACKWARD.replace("* scale", f"* {factor}")
+
+
+def interrupted_at(step: int) -> str:
+    """A stop at the end of update `step`, as after a signal, but with exit code 0."""
+    return CHECK_STOP + f'        stop.reason = "signal" if step == {step} else stop.reason\n'

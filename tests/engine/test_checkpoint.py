@@ -1,0 +1,253 @@
+"""A checkpoint is whole or absent, whatever moment a kill, a full disk or a damaged file chooses; loading runs no code."""
+
+import os
+import pickle
+import shutil
+import types
+from pathlib import Path
+
+import launch
+import pytest
+import torch
+from accelerate import Accelerator
+from disks import fill, mounted, told
+from launch import reseal
+
+from forge_common import checkpoint
+from forge_common.errors import UserError
+from forge_common.run.progress import Progress
+
+
+@pytest.fixture(scope="module")
+def prepared():
+    """An accelerator, a model that has been trained a little, and its optimizer."""
+    torch.set_num_threads(1)  # the tests fork
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Linear(300, 2))
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    checkpoint.checkpoint_trainable_only(accelerator)
+    return accelerator, model, optimizer
+
+
+def train(prepared) -> None:
+    accelerator, model, optimizer = prepared
+    accelerator.backward(model(torch.randn(4, 64)).square().sum())
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def save(prepared, folder: Path, step: int, *, keep: int = 1, required: bool = True, best: int = 0) -> None:
+    accelerator, model, _ = prepared
+    train(prepared)
+    progress = Progress("id", {}, {}, global_step=step, best_step=best)
+    assert folder.name == "checkpoints"
+    settings = types.SimpleNamespace(output_dir=folder.parent, keep=keep)
+    checkpoint.save(accelerator, model, settings, progress, required=required, print_line=print)
+
+
+def steps(folder: Path) -> list[int]:
+    """The updates of what has a final name, all of which must verify."""
+    found = sorted(folder.glob("step-????????"))
+    assert all(checkpoint.fault(path) is None for path in found)
+    return [int(path.name.removeprefix("step-")) for path in found]
+
+
+CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
+
+
+def die_at(number: int, calls: list[str]) -> None:
+    """Ends this process, as a kill would, just before the `number`-th of its calls that change what is on the disk."""
+
+    def watched(name, call):
+        def counted(*arguments, **named):
+            if len(calls) == number:
+                os._exit(9)
+            calls.append(name)
+            return call(*arguments, **named)
+
+        return counted
+
+    for name in CALLS:
+        setattr(os, name, watched(name, getattr(os, name)))
+
+
+def test_death_at_every_step_of_a_save(prepared, tmp_path):
+    """A fork dies before each call of a save (write, commit, rotate): there is always a good checkpoint, old or new."""
+    folder, before = tmp_path / "checkpoints", []
+    save(prepared, folder, 1)
+    for number in range(200):
+        copy = tmp_path / f"at-{number}" / "checkpoints"
+        shutil.copytree(folder, copy)
+        child = os.fork()
+        if not child:
+            die_at(number, [])
+            save(prepared, copy, 2)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        found = steps(copy)
+        assert found in ([1], [1, 2], [2]), (number, found)
+        before.append(found)
+        found = checkpoint.newest(prepared[0], copy)
+        assert int(found.name[-8:]) == before[-1][-1] and not list(copy.glob(".*"))
+        if not code:
+            break
+    assert code == 0 and number > 10
+    assert before[0] == [1] and before[-1] == [2] and [1, 2] in before, "the old one goes after the new one has come"
+
+
+def test_everything_is_synced_before_it_has_its_name(prepared, tmp_path, monkeypatch):
+    """The order of the calls: every file and the folder, then the name, then the folder above, then the old one goes."""
+    folder, said = tmp_path / "checkpoints", []
+    save(prepared, folder, 1)
+    names = {}
+
+    def noting(name, call):
+        def noted(target, *more, **named):
+            where = names.get(target) or (os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
+            said.append((name, Path(where).name))
+            return call(target, *more, **named)
+
+        return noted
+
+    for name in ("fsync", "rename"):
+        monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
+    save(prepared, folder, 2)
+    monkeypatch.undo()
+    commit = said.index(("rename", ".tmp-step-00000002"))
+    synced = {name for call, name in said[:commit] if call == "fsync"}
+    whole = {path.name for path in (folder / "step-00000002").iterdir()}
+    assert whole | {".tmp-step-00000002"} <= synced and {"model.safetensors", "optimizer.bin", "manifest.json"} <= whole
+    assert said[commit + 1] == ("fsync", "checkpoints")
+    assert ("rename", "step-00000001") in said[commit + 2 :]
+
+
+def test_a_damaged_best_is_never_published(prepared, tmp_path, capsys):
+    accelerator, model, _ = prepared
+    folder = tmp_path / "checkpoints"
+    save(prepared, folder, 1)
+    save(prepared, folder, 2, best=1)
+    now = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    progress = Progress("id", {}, {}, global_step=2, best_step=1, best_val_loss=3.0)
+    file = folder / "step-00000001" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert not checkpoint.load_best(accelerator, types.SimpleNamespace(output_dir=tmp_path), progress, print)
+    assert launch.same_bits(now, model.state_dict())
+    assert progress.best_step == 2 and progress.best_val_loss is None
+    assert "missing or damaged" in capsys.readouterr().out and (folder / "step-00000001.broken").is_dir()
+
+
+def test_damaged_checkpoints_alone_are_no_fresh_start(prepared, tmp_path):
+    folder = tmp_path / "checkpoints"
+    save(prepared, folder, 1)
+    for _ in range(2):  # the second time the name with .broken is taken
+        (folder / "step-00000001" / "optimizer.bin").write_bytes(b"")
+        with pytest.raises(UserError, match=r"only damaged checkpoints: step-00000001\.broken"):
+            checkpoint.newest(prepared[0], folder)
+        assert not (folder / "step-00000001").exists()
+        save(prepared, folder, 1)
+    assert checkpoint.newest(prepared[0], folder) == folder / "step-00000001"
+
+
+class Evil:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, marker: Path):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("form", ["pickle", "torch"])
+@pytest.mark.parametrize(
+    "name",
+    ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scaler.pt", "scheduler.bin", "sampler.bin"],
+)
+def test_a_planted_pickle_does_not_run(name, form, prepared, tmp_path):
+    """With and without a manifest that fits; and what is refused has changed nothing in memory."""
+    accelerator, model, _ = prepared
+    folder, marker = tmp_path / "checkpoints", tmp_path / "ran"
+    save(prepared, folder, 1)
+    path = folder / "step-00000001"
+    save(prepared, folder, 2, keep=2)  # what is in memory is not what is in the checkpoint
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with open(path / name, "wb") as file:
+        pickle.dump(Evil(marker), file) if form == "pickle" else torch.save(Evil(marker), file)
+    assert name in checkpoint.fault(path)
+    reseal(path)
+    if (
+        name == "random_states_0.pkl"
+    ):  # accelerate passes over it; every random number follows from seed, update and rank
+        checkpoint.load(accelerator, path)
+    else:
+        with pytest.raises(UserError, match=name.replace(".", r"\.")):
+            checkpoint.load(accelerator, path)
+        assert launch.same_bits(before, model.state_dict())
+    assert not marker.exists()
+    with open(tmp_path / "own", "wb") as file:  # it does run where it is let
+        pickle.dump(Evil(marker), file)
+    pickle.loads((tmp_path / "own").read_bytes())
+    assert marker.exists()
+
+
+def test_other_shapes_change_nothing(prepared, tmp_path):
+    accelerator, model, _ = prepared
+    folder = tmp_path / "checkpoints"
+    save(prepared, folder, 1)
+    path = folder / "step-00000001"
+    tensors = launch.load_file(path / "model.safetensors")
+    name = list(tensors)[-1]
+    tensors[name] = tensors[name][..., :1].contiguous()
+    from safetensors.torch import save_file
+
+    save_file(tensors, path / "model.safetensors")
+    reseal(path)
+    train(prepared)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(UserError, match=name):
+        checkpoint.load(accelerator, path)
+    assert launch.same_bits(before, model.state_dict())
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    with mounted(tmp_path / "disk", "size=8m") as disk:
+        yield disk
+
+
+@pytest.mark.parametrize("foreseen", [True, False])
+@pytest.mark.parametrize("leaving", [0, 30_000, 150_000, 250_000])
+def test_a_full_disk_costs_the_new_checkpoint_alone(leaving, foreseen, prepared, small_disk, capsys, monkeypatch):
+    """Refused before it is begun where the lack is foreseen; removed again where it is met in the middle of a file."""
+    folder = small_disk / "checkpoints"
+    save(prepared, folder, 1)
+    missing = checkpoint.size(prepared[1]) - leaving
+    if foreseen:
+        monkeypatch.setattr(prepared[0], "save_state", lambda folder: pytest.fail("it was begun"))
+    else:
+        monkeypatch.setattr(checkpoint, "size", lambda model: 0)
+    filler = fill(small_disk, leaving=leaving)
+    save(prepared, folder, 2, required=False)
+    said = capsys.readouterr().out
+    assert "the checkpoint of update 2 was not saved" in said and "The older ones are kept" in said
+    if foreseen:
+        assert told(said) == pytest.approx(missing, rel=0.01, abs=5000)  # a disk gives whole pages
+    assert steps(folder) == [1] and not list(folder.glob(".*"))
+    with pytest.raises(UserError, match="was not saved"):
+        save(prepared, folder, 3)
+    filler.unlink()
+    monkeypatch.undo()
+    save(prepared, folder, 4)
+    assert steps(folder) == [4]
+
+
+def test_another_fault_of_a_save_is_not_taken_for_a_full_disk(prepared, tmp_path, monkeypatch):
+    def broken(folder):
+        raise RuntimeError("CUDA error: an illegal memory access")
+
+    monkeypatch.setattr(prepared[0], "save_state", broken)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        save(prepared, tmp_path / "checkpoints", 1)

@@ -1,0 +1,237 @@
+"""A module is trained alone: the trunk does not move, and is neither in the optimizer nor in the checkpoint."""
+
+import hashlib
+import json
+import shutil
+import subprocess
+import sys
+
+import edits
+import launch
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from forge_common.artifacts import artifact
+
+STEPS = 8
+KINDS = {"ffn": 6, "ffn+head": 7}  # tensors of a module of two layers
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def made(request, module, tmp_path_factory):
+    """(kind, the run's folder, what it printed)"""
+    folder = tmp_path_factory.mktemp("module") / "run"
+    return request.param, folder, module(folder, "--steps", STEPS, "--kind", request.param, "--keep", 100)
+
+
+def test_the_artifact_holds_the_trained_tensors_alone(made, trunk):
+    kind, folder, _ = made
+    tensors, original = load_file(folder / "module" / "module.safetensors"), load_file(trunk / "model.safetensors")
+    assert len(tensors) == KINDS[kind]
+    assert all(".mlp." in name or name == "lm_head.weight" for name in tensors)
+    for name, tensor in tensors.items():  # each has learned something
+        before = original.get(name, original["model.embed_tokens.weight"])
+        assert tensor.shape == before.shape and not torch.equal(tensor, before)
+    assert {path.name for path in (folder / "module").iterdir()} == {
+        "module.safetensors",
+        "module.json",
+        "statistics.safetensors",
+        "README.md",
+    }
+
+
+def test_no_frozen_weight_in_checkpoint_or_optimizer(made):
+    kind, folder, _ = made
+    saved = launch.weights(folder, STEPS)
+    assert len(saved) == KINDS[kind]
+    state = launch.optimizer_state(folder, STEPS)
+    assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"]) == KINDS[kind]
+
+
+def test_the_passport(made, trunk):
+    kind, folder, _ = made
+    facts = json.loads((folder / "module" / "module.json").read_text())
+    published = json.loads((trunk / "forge.json").read_text())
+    assert facts["trunk_digest"] == published["digest"] == artifact.digest(load_file(trunk / "model.safetensors"))
+    assert facts["tokenizer_digest"] == published["tokenizer_digest"]
+    assert facts["digest"] == artifact.digest(load_file(folder / "module" / "module.safetensors"))
+    assert (facts["kind"], facts["name"], facts["layers"], facts["format_version"]) == (kind, "cpp", [0, 1], 1)
+    assert facts["losses"]["own"]["after"] < facts["losses"]["own"]["before"]
+    last = launch.rows(folder, "val/loss")[-1]
+    assert facts["losses"]["own"]["after"] == pytest.approx(last["val/loss"], rel=1e-6)
+    assert facts["tokens_seen"] == launch.rows(folder)[-1]["train/tokens"] > 0
+
+
+def test_a_fresh_module_is_the_trunk(module, tmp_path):
+    """With no update applied but the first, at rate 0, the loss after is the loss before, to the bit."""
+    source = (launch.ROOT / "train_module.py").read_text().replace(edits.SET_RATE, 'group["lr"] = 0.0')
+    script = tmp_path / "train_module.py"
+    script.write_text(source)
+    module(tmp_path / "run", "--steps", 1, "--warmup-steps", 0, "--weight-decay", 0, script=script)
+    losses = json.loads((tmp_path / "run" / "module" / "module.json").read_text())["losses"]["own"]
+    assert losses["before"] == losses["after"]
+
+
+def test_a_frozen_weight_that_moves_is_noticed(module, tmp_path):
+    """The proof by digest catches a script that was edited wrongly."""
+    line = edits.AFTER_UPDATE
+    source = (launch.ROOT / "train_module.py").read_text()
+    assert source.count(line) == 1
+    script = tmp_path / "train_module.py"
+    script.write_text(source.replace(line, line + "        trunk.model.norm.weight.data.add_(1e-7 * step + 1e-3)\n"))
+    printed = module(tmp_path / "run", "--steps", 2, script=script, fails=True)
+    assert "has changed" in printed and not (tmp_path / "run" / "module").exists()
+
+
+def test_two_processes_make_the_same_module(module, tmp_path):
+    for processes in (1, 2):
+        more = ("--steps", STEPS, "--no-pack", "--document-separator", "\n\n", "--dtype", "float64")
+        module(tmp_path / str(processes), *more, processes=processes)
+    gap = launch.difference(launch.weights(tmp_path / "1", STEPS), launch.weights(tmp_path / "2", STEPS))
+    assert gap <= 1e-12
+
+
+@pytest.mark.parametrize("made", ["ffn+head"], indirect=True)
+def test_stopped_and_resumed(made, module, tmp_path):
+    """At update 5 and again at 6; bit for bit the module that was not stopped, and the same losses in the passport."""
+    kind, straight, _ = made
+    folder = tmp_path / "run"
+    for step in (5, 6):
+        source = (launch.ROOT / "train_module.py").read_text()
+        script = tmp_path / "train_module.py"
+        script.write_text(source.replace(edits.CHECK_STOP, edits.interrupted_at(step)))
+        module(folder, "--steps", STEPS, "--kind", kind, "--keep", 100, script=script)
+        assert not (folder / "module").exists()
+    module(folder, "--steps", STEPS, "--kind", kind, "--keep", 100)
+    assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
+    facts = [json.loads((run / "module" / "module.json").read_text()) for run in (straight, folder)]
+    assert facts[0] == facts[1]
+
+
+def test_only_the_chosen_layers(module, tmp_path):
+    module(tmp_path / "run", "--steps", 2, "--kind", "ffn", "--layers", "top:1")
+    assert all(name.startswith("model.layers.1.mlp.") for name in launch.weights(tmp_path / "run", 2))
+
+
+def evaluate(*arguments: object, fails: bool = False) -> str:
+    """python -m forge_common.evaluate"""
+    line = [sys.executable, "-m", "forge_common.evaluate", *map(str, arguments)]
+    done = subprocess.run(line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=False)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_evaluate_is_a_plain_loop_over_the_documents(made, trunk, domain, cache, tmp_path):
+    """Its loss, and the merged checkpoint's in Transformers, are those of a loop over single tokens' probabilities."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    _, folder, _ = made
+    common = ("--model", trunk, "--data", f"cpp={domain}", "--cache-dir", cache, "--val-fraction", 0.1)
+    evaluate(*common, "--module", folder / "module", "--json", tmp_path / "rows.json")
+    found = {row["model"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    merged = tmp_path / "merged"
+    line = ("--trunk", trunk, "--module", folder / "module", "--output-dir", merged)
+    subprocess.run(
+        [sys.executable, "-m", "forge_common.merge", *map(str, line)],
+        env=launch.environment(),
+        cwd=launch.ROOT,
+        check=True,
+    )
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    for place, name in ((trunk, "trunk"), (merged, "module:cpp")):
+        model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+        nats, tokens, size = 0.0, 0, 0
+        for path in domain.iterdir():
+            text = path.read_text(encoding="utf-8")
+            if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 >= 0.1:
+                continue
+            ids = torch.tensor(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])
+            size += len(text.encode())
+            for start in range(0, len(ids) - 1, 64):
+                window = ids[start : start + 65]
+                log_p = model(window[None, :-1]).logits[0].log_softmax(-1)
+                nats -= log_p.gather(1, window[1:, None]).sum().item()
+                tokens += len(window) - 1
+        assert found[name]["tokens"] == tokens > 1000
+        assert found[name]["loss"] == pytest.approx(nats / tokens, abs=1e-5)
+        assert found[name]["bits_per_byte"] == pytest.approx(
+            nats / tokens * tokens / size / 0.6931471805599453, abs=1e-5
+        )
+
+
+def test_generate_speaks(made, trunk):
+    _, folder, _ = made
+    line = [sys.executable, "-m", "forge_common.generate", "--model", trunk, "--module", folder / "module"]
+    line += ["--prompt", "#include", "--max-new-tokens", 30, "--temperature", 0]
+    out = [
+        subprocess.run(
+            [*map(str, line)], env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    ]
+    assert out[0].startswith("#include") and len(out[0]) > len("#include\n") and out[0] == out[1]
+
+
+def tampered(folder, tmp_path, change):
+    """A copy of a module with its tensors changed."""
+    copy = tmp_path / "module"
+    shutil.copytree(folder / "module", copy)
+    tensors = load_file(copy / "module.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "module.safetensors")
+    return copy
+
+
+@pytest.mark.parametrize("made", ["ffn+head"], indirect=True)
+def test_refusals(made, trunk, text, domain, cache, shared, tmp_path):
+    """Another trunk, another tokenizer, changed or missing files, a pickle: refused, with both digests or the name."""
+    _, folder, _ = made
+    common = ("--data", f"cpp={domain}", "--cache-dir", cache, "--val-fraction", 0.1)
+
+    shared(tmp_path / "other", "--steps", 2, "--seed", 1)
+    printed = evaluate("--model", tmp_path / "other" / "trunk", "--module", folder / "module", *common, fails=True)
+    assert "another trunk" in printed and json.loads((trunk / "forge.json").read_text())["digest"] in printed
+
+    shared(tmp_path / "words", "--steps", 2, "--tokenizer", "train:300")
+    facts = json.loads((folder / "module" / "module.json").read_text())
+    other = json.loads((tmp_path / "words" / "trunk" / "forge.json").read_text())
+    copy = tmp_path / "passport"
+    shutil.copytree(folder / "module", copy)
+    (copy / "module.json").write_text(json.dumps(facts | {"trunk_digest": other["digest"]}))
+    printed = evaluate("--model", tmp_path / "words" / "trunk", "--module", copy, *common, fails=True)
+    assert "another tokenizer" in printed and other["tokenizer_digest"] in printed
+
+    def flip(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"].view(torch.int32)[0, 0] ^= 1
+
+    def spoil(tensors):
+        tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+
+    for number, (change, said) in enumerate(((flip, "digest"), (spoil, "model.layers.0.mlp.up_proj.weight holds NaN"))):
+        printed = evaluate(
+            "--model", trunk, "--module", tampered(folder, tmp_path / str(number), change), *common, fails=True
+        )
+        assert said in printed and "Traceback" not in printed
+    printed = evaluate("--model", trunk, "--module", tmp_path / "nothing.pt", *common, fails=True)
+    assert "Pickles are not opened" in printed
+
+
+def test_a_damaged_trunk_is_refused(trunk, domain, cache, module, tmp_path):
+    copy = tmp_path / "trunk"
+    shutil.copytree(trunk, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors["model.norm.weight"][0] += 1
+    save_file(tensors, copy / "model.safetensors")
+    printed = module(tmp_path / "run", "--trunk", copy, fails=True)
+    assert "forge.json says" in printed and "Traceback" not in printed
+
+
+def test_a_trunk_can_be_continued(trunk, shared, tmp_path):
+    """--trunk-from: starts at the trunk's loss, not at a uniform guess."""
+    shared(tmp_path / "run", "--trunk-from", trunk, "--steps", 2, "--lr", 1e-9)
+    facts = json.loads((trunk / "forge.json").read_text())
+    assert launch.rows(tmp_path / "run", "val/loss")[-1]["val/loss"] == pytest.approx(
+        facts["validation_loss"], abs=1e-4
+    )
+    assert json.loads((tmp_path / "run" / "trunk" / "forge.json").read_text())["continued_from"] == facts["digest"]

@@ -1,0 +1,387 @@
+"""Modules that were trained apart, assembled: order plays no part, nothing looks ahead, what is left out is gone."""
+
+import json
+import math
+import shutil
+import subprocess
+import sys
+
+import launch
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from forge_common import assemble
+from forge_common.artifacts import artifact, assembled
+from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.errors import UserError
+from forge_common.model.config import ModelConfig
+from forge_common.model.modules import put_in
+from forge_common.model.trunk import Trunk
+from forge_common.routing import statistics
+
+KINDS = {"cpp": "ffn+head", "code": "narrow+head", "low": "lora+head"}
+
+
+def call(room: str, *arguments: object, fails: bool = False) -> str:
+    line = [sys.executable, "-m", f"forge_common.{room}", *map(str, arguments)]
+    done = subprocess.run(line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=False)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def parts(module, text, domain, tmp_path_factory):
+    """Folders of modules by name: three kinds, two texts; and two of kind expert."""
+    folder = tmp_path_factory.mktemp("parts")
+    found = {}
+    for name, kind in {**KINDS, "expert_cpp": "expert", "expert_code": "expert"}.items():
+        source = domain if "cpp" in name else text
+        flags = ("--name", name, "--data", source, "--kind", kind, "--rank", 4, "--width", 12, "--steps", 12)
+        module(folder / name, *flags, "--lr", 0.02)
+        found[name] = folder / name / "module"
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(trunk, parts, tmp_path_factory):
+    """The three, assembled."""
+    folder = tmp_path_factory.mktemp("whole") / "assembled"
+    call("assemble", "--trunk", trunk, "--modules", *(parts[name] for name in KINDS), "--output-dir", folder)
+    return folder
+
+
+def read(folder, **how):
+    model, tokenizer, _ = assembled.read_assembled(str(folder), **how)
+    return model.eval(), tokenizer
+
+
+def ids(tokenizer, size: int = 65) -> torch.Tensor:
+    """[3, size]: Python, C++, and both with an EOS between."""
+    python = tokenizer.encode_batch(["def first(items, default=None):\n    return next(iter(items), default)\n" * 3])[0]
+    cpp = tokenizer.encode_batch(
+        ["#include <vector>\nnamespace c10 {\ntemplate <typename T>\nstruct Box { T x; };\n" * 3]
+    )[0]
+    both = [*python[:30], tokenizer.eos_token_id, *cpp]
+    return torch.tensor([python[:size], cpp[:size], both[:size]])
+
+
+def test_the_order_of_the_modules_plays_no_part(trunk, parts, whole, tmp_path):
+    names = list(KINDS)[::-1]
+    call(
+        "assemble", "--trunk", trunk, "--modules", *(parts[name] for name in names), "--output-dir", tmp_path / "other"
+    )
+    assert (whole / "assembled.json").read_text() == (tmp_path / "other" / "assembled.json").read_text()
+    (one, tokenizer), (other, _) = read(whole), read(tmp_path / "other")
+    assert one.names == other.names == ["trunk", "code", "cpp", "low"]
+    assert torch.equal(one.nats(ids(tokenizer)), other.nats(ids(tokenizer)))
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_no_token_is_decided_by_a_later_one(whole, top_k):
+    model, tokenizer = read(whole, top_k=top_k)
+    tokens = ids(tokenizer)
+    before = model.nats(tokens)
+    changed = tokens.clone()
+    changed[:, 40:] = tokens[:, 10:35]
+    after = model.nats(changed)
+    torch.testing.assert_close(after[:, :39], before[:, :39], rtol=0, atol=1e-5)
+    assert not torch.allclose(after[:, 40:], before[:, 40:], atol=1e-3)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_token_by_token_with_a_cache_is_the_whole_at_once(whole, top_k):
+    model, tokenizer = read(whole, top_k=top_k)
+    tokens = ids(tokenizer)
+    wanted = model.nats(tokens)
+    cache, found = [], []
+    first = model.next_logits(tokens[:, :7], cache)
+    assert torch.allclose(first.logsumexp(-1), torch.zeros(3), atol=1e-5)  # probabilities sum to 1
+    found.append(-first.gather(1, tokens[:, 7:8]))
+    for t in range(7, 64):
+        found.append(-model.next_logits(tokens[:, t : t + 1], cache).gather(1, tokens[:, t + 1 : t + 2]))
+    torch.testing.assert_close(torch.cat(found, dim=1), wanted[:, 6:], rtol=0, atol=2e-5)
+
+
+def least_of(unigrams, bigrams, previous: int, token: int) -> float:
+    return min(bigrams[statistics.bigram_bucket(previous, token)], unigrams[previous], unigrams[token])
+
+
+def reference_gates(model, tokens: list[int], own: np.ndarray | None = None) -> np.ndarray:
+    """The filter of the recipe, a token and a candidate at a time, in float64. own [T, E]: log p of the heads, or none."""
+    router, tuning = model.router, model.router.tuning
+    prior = router.prior.double().numpy()
+    tables = [[table[e].double().numpy() for table in (router.unigrams, router.bigrams)] for e in range(len(prior))]
+    gates, found = prior.copy(), []
+    previous = router.eos
+    for t, token in enumerate(tokens):
+        weights = []
+        for unigrams, bigrams in tables:
+            p = (unigrams[token] + 1) / (unigrams.sum() + len(unigrams))
+            pair = least_of(unigrams, bigrams, previous, token)
+            p = (pair + 200 * p) / (unigrams[previous] + 200)
+            weights.append(tuning.temperature * math.log(p))
+        if own is not None:
+            weights = [weight + tuning.own * own[t, e] for e, weight in enumerate(weights)]
+        gates = (gates * (1 - tuning.switch) + tuning.switch * prior) * np.exp(weights)
+        gates = prior.copy() if token == router.eos else gates / gates.sum()
+        found.append(gates)
+        previous = token
+    return np.array(found)
+
+
+def test_the_gates_and_the_mixture_are_the_recipes(whole):
+    """Against loops in float64: gates, and log p = log sum_e w_e p_e over hidden states that a plain sum mixes."""
+    model, tokenizer = read(whole)
+    tokens = ids(tokenizer)
+    nats = model.nats(tokens)
+    for row, inputs in enumerate(tokens[:, :-1].tolist()):
+        gates = torch.from_numpy(reference_gates(model, inputs)).float()
+        x = model.candidates[0].model.embed_tokens(tokens[row : row + 1, :-1])
+        decoder = model.candidates[0].model
+        rope = __import__("forge_common.model.trunk", fromlist=["rotary"]).rotary(
+            model.config, torch.arange(len(inputs))
+        )
+        mask = decoder._mask(tokens[row : row + 1, :-1], 0)
+        for index, layer in enumerate(decoder.layers):
+            x = x + layer.self_attn(layer.input_layernorm(x), rope, mask, None, index)
+            normed = layer.post_attention_layernorm(x)
+            given = [one.model.layers[index].feed(normed, None, None)[0] for one in model.candidates]
+            x = x + sum(gates[None, :, e, None] * y for e, y in enumerate(given))
+        hidden = decoder.norm(x)[0]
+        log_p = torch.stack([(hidden @ one.head.T).log_softmax(-1) for one in model.candidates], dim=-1)
+        label = log_p.gather(1, tokens[row, 1:, None, None].expand(-1, 1, log_p.shape[-1])).squeeze(1).double()
+        own = torch.cat((torch.zeros_like(label[:1]), label[:-1])).detach().numpy()
+        weights = torch.from_numpy(reference_gates(model, inputs, own))
+        wanted = -torch.logsumexp(weights.log() + label, dim=-1)
+        torch.testing.assert_close(nats[row].double(), wanted, rtol=0, atol=2e-4)
+        torch.testing.assert_close(model.weights[row].double(), weights, rtol=0, atol=2e-4)
+
+
+def test_all_candidates_of_top_k_are_the_soft_mixture_of_the_gates(whole):
+    model, tokenizer = read(whole, top_k=1)
+    tokens = ids(tokenizer)
+    model.nats(tokens)
+    assert set(model.weights.unique().tolist()) == {0.0, 1.0}
+    soft, _ = read(whole)
+    soft.top_k = 4
+    all_of_them = soft.nats(tokens)
+    soft.top_k = 0
+    soft.router.tuning = __import__("dataclasses").replace(soft.router.tuning, own=0.0)
+    torch.testing.assert_close(all_of_them, soft.nats(tokens), rtol=0, atol=1e-5)
+
+
+def test_without_all_modules_it_is_the_trunk(whole, trunk):
+    model, tokenizer = read(whole, without=tuple(KINDS))
+    alone, _, _ = artifact.read_trunk(str(trunk))
+    torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-6)
+
+
+def test_without_is_as_if_it_had_never_been_there(whole, trunk, parts, tmp_path):
+    """Left out when it is read, or when it was assembled: the same bits."""
+    names = ["code", "low"]
+    call("assemble", "--trunk", trunk, "--modules", *(parts[name] for name in names), "--output-dir", tmp_path / "two")
+    given = (*(parts[name] for name in KINDS), "--without", "cpp")
+    call("assemble", "--trunk", trunk, "--modules", *given, "--output-dir", tmp_path / "left")
+    (one, tokenizer), (two, _), (left, _) = (
+        read(whole, without=("cpp",)),
+        read(tmp_path / "two"),
+        read(tmp_path / "left"),
+    )
+    wanted = one.nats(ids(tokenizer))
+    assert torch.equal(wanted, two.nats(ids(tokenizer))) and torch.equal(wanted, left.nats(ids(tokenizer)))
+    assert not (tmp_path / "left" / "modules" / "cpp").exists()
+    assert not torch.allclose(wanted, read(whole)[0].nats(ids(tokenizer)), atol=1e-4)
+
+
+def test_the_trunks_parameters_are_held_once(whole):
+    model, _ = read(whole)
+    trunk = sum(p.numel() for p in model.candidates[0].parameters())
+    added = sum(
+        load_file(whole / "modules" / name / "module.safetensors")[key].numel()
+        for name in KINDS
+        for key in load_file(whole / "modules" / name / "module.safetensors")
+    )
+    assert sum(p.numel() for p in model.parameters()) == trunk + added
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_merged_module_is_a_transformers_checkpoint(name, parts, trunk, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    call("merge", "--trunk", trunk, "--module", parts[name], "--output-dir", tmp_path / "merged")
+    model, tokenizer, _, _ = artifact.read_model(str(trunk), parts[name])
+    tokens = ids(tokenizer)[:2]
+    logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens[:, :-1]).logits
+    wanted = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    torch.testing.assert_close(model.nats(tokens), wanted, rtol=0, atol=2e-5)
+    again, _, _ = artifact.read_trunk(str(tmp_path / "merged"))
+    torch.testing.assert_close(again.nats(tokens), wanted, rtol=0, atol=2e-5)
+
+
+def test_one_learned_row_is_the_module_as_it_was_trained(trunk, parts, tmp_path):
+    """Two candidates and the row of one: the same mixture that the module had beside the frozen feed-forward."""
+    folder = tmp_path / "learned"
+    line = ("--trunk", trunk, "--modules", parts["expert_cpp"], "--router", "learned", "--output-dir", folder)
+    call("assemble", *line)
+    model, tokenizer = read(folder)
+    tensors, passport = artifact.read_module(parts["expert_cpp"], artifact.read_trunk(str(trunk))[2])
+    alone, _, _ = artifact.read_trunk(str(trunk))
+    put_in(alone, tensors, **artifact.plug(passport))
+    torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-5)
+
+
+def test_ridge_tells_what_least_squares_tells(trunk, parts, domain, text, tmp_path):
+    """Its weights solve the normal equations of the modules' moments."""
+    folder = tmp_path / "ridge"
+    modules = (parts["expert_cpp"], parts["expert_code"])
+    call("assemble", "--trunk", trunk, "--modules", *modules, "--router", "ridge", "--output-dir", folder)
+    model, tokenizer = read(folder)
+    own = [load_file(path / "statistics.safetensors") for path in (parts["expert_code"], parts["expert_cpp"])]
+    for layer, weights in enumerate(model.router.weights.double()):
+        second = sum(one["second"][layer].double() for one in own) / 2
+        right = torch.stack([one["first"][layer].double() / 2 for one in own], dim=-1)
+        eye = 1e-2 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+        torch.testing.assert_close((second + eye) @ weights, right, rtol=1e-3, atol=1e-4)
+    nats = model.nats(ids(tokenizer))
+    assert torch.isfinite(nats).all() and model.weights.sum(-1).allclose(torch.ones(3, 64), atol=1e-5)
+
+
+def test_evaluate_tells_all_rows_and_a_receipt(whole, trunk, domain, text, cache, tmp_path):
+    data = ("--data", f"cpp={domain}", f"code={text}", "--cache-dir", cache, "--val-fraction", 0.3)
+    more = ("--without", "cpp", "--spliced", 16, "--json", tmp_path / "rows.json", "--svg", tmp_path / "rows.svg")
+    printed = call("evaluate", "--model", whole, *data, *more)
+    found = {(row["model"], row["domain"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    models = ["trunk", "module:code", "module:cpp", "module:low", "assembled", "without:cpp"]
+    assert list(dict.fromkeys(model for model, _ in found)) == models
+    assert list(dict.fromkeys(domain for _, domain in found)) == ["cpp", "code", "spliced"]
+    assert f"receipt     without cpp: cpp {found['assembled', 'cpp']['loss']:.4f} -> " in printed
+    assert found["assembled", "cpp"]["loss"] < found["trunk", "cpp"]["loss"]  # it has heard of C++
+    for place in ("cpp", "code", "spliced"):
+        assert sum(found["assembled", place]["shares"].values()) == pytest.approx(1, abs=1e-5)
+    assert found["assembled", "cpp"]["shares"]["cpp"] > found["assembled", "code"]["shares"]["cpp"]
+    assert "cpp" not in found["without:cpp", "cpp"]["shares"]
+    call("evaluate", "--model", trunk, *data, "--module", parts_of(whole, "cpp"), "--json", tmp_path / "plain.json")
+    plain = {(row["model"], row["domain"]): row for row in json.loads((tmp_path / "plain.json").read_text())["rows"]}
+    for key, row in plain.items():  # the candidates of a mixture are the models that they are alone
+        assert row["loss"] == pytest.approx(found[key]["loss"], abs=1e-6)
+    assert (tmp_path / "rows.svg").read_text().count("<circle") == 3 * 6 + 6
+
+
+def parts_of(whole, name):
+    return whole / "modules" / name
+
+
+def test_generate_shows_who_spoke(whole):
+    line = ("--model", whole, "--prompt", "#include <c10", "--max-new-tokens", 20, "--temperature", 0)
+    printed = call("generate", *line, "--show-routing")
+    assert printed.startswith("#include <c10") and "    1-" in printed and "%" in printed
+    assert call("generate", *line) == call("generate", *line)
+    assert "cpp " not in call("generate", *line, "--show-routing", "--without", "cpp").split("    1-")[1]
+
+
+def test_calibration_never_makes_it_worse(trunk, parts, domain, text, cache, tmp_path):
+    line = ("--trunk", trunk, "--modules", *(parts[name] for name in KINDS), "--output-dir", tmp_path / "tuned")
+    printed = call("assemble", *line, "--calibrate", domain, text, "--calibrate-tokens", 1000, "--cache-dir", cache)
+    before, after = (float(x) for x in printed.split("tokens: ")[1].split(" nats")[0].split(" -> "))
+    assert after <= before
+    assert json.loads((tmp_path / "tuned" / "assembled.json").read_text())["tuning"].keys()
+
+
+def test_refusals(trunk, parts, whole, shared, tmp_path):
+    def refused(*modules, of=trunk, **how) -> str:
+        with pytest.raises(UserError) as caught:
+            assemble.main(assemble.Settings(str(of), modules, tmp_path / "never", **how))
+        return str(caught.value)
+
+    shared(tmp_path / "other", "--steps", 2, "--seed", 1)
+    assert "another trunk" in refused(parts["cpp"], of=tmp_path / "other" / "trunk")
+    assert "both called cpp" in refused(parts["cpp"], parts["cpp"])
+    assert "needs modules of --kind expert" in refused(parts["cpp"], router="learned")
+    assert "no such module" in refused(parts["cpp"], without=("law",))
+    assert "--top-k" in refused(parts["cpp"], top_k=-1)
+    assert "--calibrate-tokens" in refused(parts["cpp"], calibrate=("x",), calibrate_tokens=0)
+    with pytest.raises(UserError, match="--top-k -1"):
+        assembled.read_assembled(str(whole), top_k=-1)
+    assert "no module is left" in refused(parts["cpp"], without=("cpp",))
+    for name, key in (("module", "model.layers.0.mlp.up_proj.weight"), ("statistics", "bigrams")):
+        copy = tmp_path / name
+        shutil.copytree(parts["cpp"], copy)
+        tensors = load_file(copy / f"{name}.safetensors")
+        tensors[key][0] += 1
+        save_file(tensors, copy / f"{name}.safetensors")
+        assert "changed or damaged" in refused(copy)
+    for name, key, reason in (
+        ("module", "model.layers.0.mlp.up_proj.weight", "has the shape"),
+        ("statistics", "bigrams", "bigrams are not 131072 codes"),
+    ):  # whoever made it: its digests are right, its shapes are not
+        copy = tmp_path / f"shapes-{name}"
+        shutil.copytree(parts["cpp"], copy)
+        tensors = load_file(copy / f"{name}.safetensors")
+        tensors[key] = tensors[key][:-1].contiguous()
+        save_file(tensors, copy / f"{name}.safetensors")
+        facts = json.loads((copy / "module.json").read_text())
+        facts[{"module": "digest", "statistics": "statistics_digest"}[name]] = artifact.digest(tensors)
+        (copy / "module.json").write_text(json.dumps(facts))
+        assert reason in refused(copy)
+    assert not (tmp_path / "never").exists()
+    assert "exists" in call("assemble", "--trunk", trunk, "--modules", parts["cpp"], "--output-dir", whole, fails=True)
+    assert "no such module" in call("evaluate", "--model", whole, "--data", "a=b", "--without", "law", fails=True)
+    facts = json.loads((whole / "assembled.json").read_text())
+    for change, said in (({"modules": ["../../cpp"]}, "outside"), ({"router": "magic"}, "magic"), ({"tuning": {}}, "")):
+        copy = tmp_path / f"copy{said}"
+        shutil.copytree(whole, copy)
+        (copy / "assembled.json").write_text(json.dumps(facts | change | ({"tuning": {"x": 1}} if not said else {})))
+        assert said in call("evaluate", "--model", copy, "--data", f"a={trunk}/config.json", fails=True)
+
+
+def test_more_modules_take_no_more_memory(tmp_path):
+    """Peak memory of assembling two and eight modules of 24 MiB: they are read and copied one at a time."""
+    tokenizer, draw = byte_tokenizer(), torch.Generator().manual_seed(0)
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=512,
+        intermediate_size=1365 * 3,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=64,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    trunk = Trunk(config)
+    artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {})
+    _, _, facts = artifact.read_trunk(str(tmp_path / "trunk"))
+    counts = {
+        "unigrams": torch.ones(config.vocab_size, dtype=torch.uint8),
+        "bigrams": torch.ones(statistics.BIGRAM_BUCKETS, dtype=torch.uint8),
+    }
+    folders = []
+    for number in range(8):
+        tensors = {
+            name: torch.randn(tensor.shape, generator=draw)
+            for name, tensor in trunk.state_dict().items()
+            if ".mlp." in name
+        }
+        passport = {"kind": "ffn", "name": f"m{number}", "layers": [0], "trunk_digest": facts["digest"]}
+        passport["tokenizer_digest"] = facts["tokenizer_digest"]
+        folders.append(tmp_path / f"m{number}")
+        artifact.write_module(folders[-1], tensors, passport, counts)
+    size = (folders[0] / "module.safetensors").stat().st_size
+    assert size > 20 << 20
+    code = (
+        "import resource, sys\nfrom forge_common import assemble, settings\nsys.argv[0] = 'assemble'\n"
+        "assemble.main(settings.read_settings(assemble.Settings, ''))\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    peaks = []
+    for number in (2, 8):
+        line = [sys.executable, "-c", code, "--trunk", tmp_path / "trunk", "--modules", *folders[:number]]
+        line += ["--output-dir", tmp_path / f"of-{number}"]
+        done = subprocess.run(
+            list(map(str, line)), env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=True
+        )
+        peaks.append(int(done.stdout.split("peak ")[1]))
+    assert peaks[1] - peaks[0] < size / 2, (peaks, size)

@@ -1,0 +1,221 @@
+"""Wrong settings are refused: all in one message, with how to fix them, a non-zero exit code, and nothing written."""
+
+import json
+import subprocess
+import sys
+
+import launch
+import pytest
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
+from forge_common.run import launch_checks as launching
+
+
+def test_all_problems_in_one_message(shared, tmp_path):
+    more = (
+        "--steps",
+        0,
+        "--batch-size",
+        30,
+        "--lr",
+        -1,
+        "--num-attention-heads",
+        5,
+        "--min-lr-ratio",
+        2,
+        "--accept-change",
+        "stepz",
+    )
+    printed = shared(tmp_path / "run", *more, fails=True)
+    for said in (
+        "--steps is 0",
+        "multiple of 16",
+        "--lr is -1",
+        "--num-attention-heads 5",
+        "--min-lr-ratio",
+        "did you mean steps",
+    ):
+        assert said in printed
+    assert "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+def test_a_name_that_could_not_be_published_is_refused_at_once(module, tmp_path):
+    """Before hours of training, not after them."""
+    printed = module(tmp_path / "run", "--name", "../law", "--licence", "MIT\nnone", "--hang-timeout", -1, fails=True)
+    for said in (
+        "--name '../law' must be a plain name",
+        "--licence 'MIT\\nnone' must be a line",
+        "--hang-timeout is -1",
+    ):
+        assert said in printed
+    assert "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+def test_an_unknown_flag_is_answered_with_the_nearest(shared, tmp_path):
+    printed = shared(tmp_path / "run", "--warmup-stepz", 3, fails=True)
+    assert "--warmup-steps" in printed and "Traceback" not in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--tokenizer", "nothing.json"), "--tokenizer nothing.json"),
+        (("--trunk-from", "no/such/place"), "no/such/place"),
+        (("--val-fraction", 0.0001), "Raise --val-fraction"),
+        (("--sequence-length", 100_000), "fewer than one update"),
+        (("--resume", "require"), "--resume require"),
+        (("--tracker", "trackio"), "pip install trackio"),
+        (("--document-separator", ""), "document_separator"),
+    ],
+)
+def test_refused_before_the_first_update(more, said, shared, tmp_path):
+    printed = shared(tmp_path / "run", *more, fails=True)
+    assert said.replace("_", "-") in printed.replace("_", "-") and "Traceback (most" not in printed
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "  \n\n "], ids=["no file", "empty file", "blank file"])
+def test_no_text_is_refused(content, shared, tmp_path):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    if content is not None:
+        (folder / "one.txt").write_text(content)
+    printed = shared(tmp_path / "run", "--data", folder, fails=True)
+    assert str(folder) in printed and "Traceback" not in printed
+
+
+def test_too_long_for_the_trunk(module, tmp_path):
+    printed = module(tmp_path / "run", "--sequence-length", 128, fails=True)
+    assert "context of 64 tokens" in printed and "Traceback" not in printed
+
+
+def test_a_dry_run_plans_and_writes_nothing(shared, tmp_path):
+    printed = shared(tmp_path / "run", "--dry-run", "--steps", 1000)
+    for said in (
+        "parameters",
+        "4 micro-batch(es) x 16",
+        "epochs",
+        "memory",
+        "s an update (4 timed)",
+        "only the token cache was written",
+    ):
+        assert said in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_launcher_that_contradicts_is_refused(shared, tmp_path):
+    printed = shared(tmp_path / "run", "--steps", 2, fails=True, ACCELERATE_GRADIENT_ACCUMULATION_STEPS="7")
+    assert "gradient_accumulation_steps to 7" in printed and "make it 4" in printed
+
+
+def test_processes_that_would_train_apart_are_refused(shared, tmp_path):
+    printed = shared(tmp_path / "run", "--steps", 2, processes=2, fails=True, ACCELERATE_USE_CPU="false")
+    assert "train separate models" in printed
+
+
+def test_fewer_processes_than_were_asked_for_are_refused(shared, tmp_path):
+    launcher = ("accelerate", "launch", "--cpu", "--num_processes", "2")
+    printed = shared(tmp_path / "run", "--steps", 2, launcher=launcher, fails=True)
+    assert "asked for 2 processes and started 1" in printed and "torchrun --nproc_per_node 2" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_fewer_processes_than_a_file_asks_for_are_refused(shared, tmp_path):
+    file = tmp_path / "two.yaml"
+    file.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\n")
+    launcher = (sys.executable, "-m", "accelerate.commands.launch", f"--config-file={file}")
+    printed = shared(tmp_path / "run", "--steps", 2, launcher=launcher, fails=True)
+    assert "asked for 2 processes and started 1" in printed and not (tmp_path / "run").exists()
+
+
+SCRIPT = ["train_shared.py", "--steps", "2"]
+
+
+@pytest.mark.parametrize(
+    ("command", "asked"),
+    [
+        (["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "3", *SCRIPT], 3),
+        (["python", "/bin/accelerate", "launch", "--num-processes=4", "--quiet", *SCRIPT], 4),
+        (["/bin/accelerate-launch", "--num_processes", "2", "--num_processes", "5", *SCRIPT], 5),
+        (["python", "-m", "accelerate.commands.launch", "--config_file", "two.yaml", *SCRIPT], 2),
+        (["python", "-m", "accelerate.commands.launch", "--config-file=two.json", *SCRIPT], 2),
+        (["accelerate", "launch", "--config_file", "two.yaml", "--num_processes", "1", *SCRIPT], 1),
+        (["accelerate", "launch", *SCRIPT], 6),  # the launcher's own default file
+        (["accelerate", "launch", "--cpu", *SCRIPT], 0),  # which it then does not read
+        (["accelerate", "launch", "--config_file", "gone.yaml", *SCRIPT], 0),
+        (["accelerate", "launch", "--num_processes", "2", "wrapper.sh"], 0),  # not what started this process
+        (["torchrun", "--nproc_per_node", "2", *SCRIPT], 0),
+        (["make", "num_processes=2"], 0),
+        (["bash"], 0),
+        ([], 0),
+    ],
+)
+def test_what_a_launcher_was_asked_for(command, asked, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    (tmp_path / "two.yaml").write_text("num_processes: 2\n")
+    (tmp_path / "two.json").write_text('{"num_processes": 2}')
+    (tmp_path / "accelerate").mkdir()
+    (tmp_path / "accelerate" / "default_config.yaml").write_text("num_processes: 6\n")
+    assert launching.processes_requested(command, SCRIPT[1:]) == asked
+
+
+def test_no_launcher_asks_for_nothing():
+    launching.check_processes()
+
+
+def test_fsdp_that_becomes_ddp_is_refused(shared, tmp_path):
+    """On a CPU accelerate makes DDP of it, and says nothing."""
+    printed = shared(tmp_path, "--steps", 2, fails=True, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
+    assert "FSDP was requested" in printed and "Traceback" not in printed
+
+
+def test_fp16_on_a_cpu_is_refused(shared, tmp_path):
+    printed = shared(tmp_path / "run", "--steps", 2, fails=True, ACCELERATE_MIXED_PRECISION="fp16")
+    assert "would train in float32" in printed
+
+
+def test_bf16_trains(shared, tmp_path):
+    """Mixed precision on a CPU: the weights stay float32, the loss falls, the sums are exact."""
+    shared(tmp_path / "run", "--steps", 4, "--lr", 0.01, ACCELERATE_MIXED_PRECISION="bf16")
+    losses = [row["train/loss"] for row in launch.rows(tmp_path / "run")]
+    assert losses[-1] < losses[0]
+    assert all(tensor.dtype.itemsize == 4 for tensor in launch.weights(tmp_path / "run", 4).values())
+
+
+def test_settings_are_kept(shared, text, tmp_path):
+    shared(tmp_path / "run", "--steps", 2)
+    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert kept["data"] == [str(text)] and kept["steps"] == 2 and kept["sequence_length"] == 64
+
+
+@pytest.mark.parametrize("script", ["train_shared.py", "train_module.py"])
+def test_wrong_settings_are_told_before_anything_heavy_is_loaded(script, tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = [{script!r}, "--data", "x", "--output-dir", {str(tmp_path / "run")!r}, "--steps", "0", "--lr", "-1", "--seed", "1"]
+sys.argv += ["--trunk", "x", "--name", "x"] if "module" in {script!r} else []
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 2
+print("HEAVY", sorted({{"torch", "accelerate", "datasets", "numpy", "transformers"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, text=True, capture_output=True, check=True)
+    assert "--steps is 0" in done.stderr and "--lr is -1" in done.stderr
+    assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout
+
+
+def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(shared, tmp_path):
+    config_ = LlamaConfig(
+        vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
+    )
+    checkpoint = tmp_path / "checkpoint"
+    LlamaForCausalLM(config_).save_pretrained(checkpoint)
+    backend = byte_tokenizer().backend
+    backend.add_tokens(["one more", "and another"])
+    Tokenizer(backend, 1, 0).save(checkpoint)
+    printed = shared(tmp_path / "run", "--trunk-from", checkpoint, "--steps", 2, fails=True)
+    assert "the tokenizer has 260 tokens, the model 258" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

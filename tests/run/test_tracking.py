@@ -1,0 +1,110 @@
+"""metrics.jsonl is complete and the numbers are right."""
+
+import itertools
+import json
+import math
+
+import edits
+import launch
+import pytest
+
+
+@pytest.fixture(scope="module")
+def run(shared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tracking") / "run"
+    return folder, shared(folder, "--steps", 10, "--log-every", 4, "--val-every", 5, launcher=launch.LAUNCH)
+
+
+def test_rows_and_lines(run):
+    folder, printed = run
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert (
+        [row["step"] for row in launch.rows(folder)] == [4, 8, 10] == launch.steps_of(printed)
+    )  # the tail is not lost
+    assert [row["step"] for row in launch.rows(folder, "val/loss")] == [5, 10]
+    for row in rows:
+        assert all(isinstance(value, (int, float)) for value in row.values())
+    for word in ("loss", "lr", "grad", "tok/s", "mfu", "mem", "eta"):
+        assert word in next(line for line in printed.splitlines() if line.startswith("step 4/10"))
+
+
+def test_numbers_agree(run):
+    folder, _ = run
+    for row in launch.rows(folder):
+        assert row["train/tokens"] == row["step"] * 64 * 64  # packed: every label is scored
+        assert 0 < row["train/mfu"] < 1.5 and row["train/tokens_per_second"] > 0
+        assert 100 < row["memory/peak_mb"] == row["memory/process_peak_mb"] < 4000
+    for row in launch.rows(folder, "val/loss"):
+        assert row["val/perplexity"] == pytest.approx(math.exp(row["val/loss"]))
+        # bytes as tokens: a byte a token, but for a document's end
+        assert row["val/bits_per_byte"] == pytest.approx(row["val/loss"] / math.log(2), rel=0.01)
+
+
+def test_train_loss_is_the_mean_over_the_interval(run, shared, tmp_path):
+    folder, _ = run
+    shared(tmp_path / "fine", "--steps", 10, "--val-every", 5)
+    fine = {row["step"]: row for row in launch.rows(tmp_path / "fine")}
+    before = 0
+    for row in launch.rows(folder):
+        steps = range(before + 1, row["step"] + 1)
+        assert row["train/loss"] == pytest.approx(sum(fine[s]["train/loss"] for s in steps) / len(steps), rel=1e-6)
+        before = row["step"]
+
+
+@pytest.mark.parametrize("packing", ["--pack", "--no-pack"])
+@pytest.mark.parametrize("processes", [1, 2])
+def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes, shared, text, tmp_path):
+    """Whatever the processes and the batch: Transformers' own model, a document or the whole stream at a time."""
+    import hashlib
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder = tmp_path / "run"
+    shared(folder, "--steps", 3, packing, "--micro-batch-size", 8, processes=processes)
+    model = AutoModelForCausalLM.from_pretrained(folder / "trunk", dtype=torch.float64)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "trunk")
+    texts = []
+    for path in sorted(text.iterdir()):
+        content = path.read_text(encoding="utf-8")
+        if int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64 < 0.1:
+            texts.append(tokenizer(content)["input_ids"] + [tokenizer.eos_token_id])
+    streams = [list(itertools.chain(*texts))] if packing == "--pack" else texts
+    nats, tokens = 0.0, 0
+    for stream in streams:
+        for start in range(0, len(stream) - 1, 64):
+            window = torch.tensor(stream[start : start + 65])
+            ends = [i + 1 for i, token in enumerate(window[:-1]) if token == tokenizer.eos_token_id]
+            for first, last in itertools.pairwise([0, *ends, len(window) - 1]):  # a document attends to itself alone
+                if first < last:
+                    log_p = model(window[None, first:last]).logits[0].log_softmax(-1)
+                    nats -= log_p.gather(1, window[first + 1 : last + 1, None]).sum().item()
+            tokens += len(window) - 1
+    row = launch.rows(folder, "val/loss")[-1]
+    assert row["val/tokens"] == tokens > 1000 and len(texts) > 2
+    assert row["val/loss"] == pytest.approx(nats / tokens, abs=2e-6)
+
+
+def test_nan_never_reaches_the_weights(shared, tmp_path, altered):
+    """A gradient that is NaN at update 3: not applied, counted; the run goes on and differs from the straight one."""
+    script = altered("train_shared.py", edits.BACKWARD, edits.scaled_by('(float("nan") if step == 3 else scale)'))
+    folder = tmp_path / "run"
+    printed = shared(folder, "--steps", 5, "--save-every", 1, "--keep", 9, script=script)
+    assert "update 3" in printed and "not applied" in printed
+    assert launch.same_bits(launch.weights(folder, 2), launch.weights(folder, 3))
+    assert not launch.same_bits(launch.weights(folder, 3), launch.weights(folder, 4))
+    assert [row["train/bad_updates"] for row in launch.rows(folder)] == [0, 0, 1, 1, 1]
+
+
+def test_a_run_that_diverges_stops_and_names_its_documents(shared, text, tmp_path, altered):
+    script = altered("train_shared.py", edits.BACKWARD, edits.scaled_by('float("inf")'))
+    printed = shared(tmp_path / "run", "--steps", 9, "--max-bad-updates", 3, script=script, fails=True)
+    assert "updates 1 to 3" in printed and str(text) in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "trunk").exists()
+
+
+def test_weighted_sources(shared, text, domain, tmp_path):
+    printed = shared(tmp_path / "run", "--steps", 2, "--data", f"{text}@0.75", f"{domain}@0.25")
+    assert str(domain) in printed
+    printed = shared(tmp_path / "bad", "--steps", 2, "--data", f"{text}@0.75", domain, fails=True)
+    assert "every source a weight" in printed
