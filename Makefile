@@ -41,6 +41,7 @@ test: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 
 bench: $(READY)
 	$(BIN)/python benchmarks/engine.py
