@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 import tyro
@@ -34,6 +34,7 @@ from forge_common.artifacts import artifact, assembled
 from forge_common.evaluation import columns as texts
 from forge_common.evaluation.chart import draw
 from forge_common.files.atomic import write_json
+from forge_common.model.trunk import Trunk
 
 SPLICE = 64  # tokens between two changes of domain in the spliced texts
 
@@ -102,7 +103,13 @@ def model_of(folder: Path) -> Any:
     return artifact.read_trunk(str(folder))[0].eval()
 
 
-def assemble(scores: Scores, name: str, trunk: Path, modules: list[str], router: str = "context") -> Path:
+def assemble(
+    scores: Scores,
+    name: str,
+    trunk: Path,
+    modules: list[str],
+    router: Literal["context", "learned", "uniform"] = "context",
+) -> Path:
     """The assembled folder of some of a seed's runs."""
     folder = scores.runs.folder
     if not (folder / name).exists():
@@ -122,10 +129,11 @@ def score(runs: Runs) -> None:
     ours = assemble(scores, "assembled", trunk, [scores.better(domain) for domain in DOMAINS])
     _assembled(scores, ours, "", routers=True)
     heads = assembled.read_assembled(str(ours))[0].eval()
+    candidates = cast(list[Trunk], list(heads.candidates))
     routing_share(scores, heads)
     scores.add("told every label", lambda: _told(scores, heads), only=("spliced",))
-    scores.add("output ensemble of modules", lambda: rivals.Ensemble(list(heads.candidates), heads.router))
-    scores.add("soup of modules", lambda: rivals.soup(list(heads.candidates)[1:]))
+    scores.add("output ensemble of modules", lambda: rivals.Ensemble(candidates, heads.router))
+    scores.add("soup of modules", lambda: rivals.soup(candidates[1:]))
     for domain in DOMAINS:
         left = lambda domain=domain: assembled.read_assembled(str(ours), without=(domain,))[0].eval()  # noqa: E731
         scores.add(f"without {domain}", left)
