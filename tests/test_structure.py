@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import launch
@@ -134,3 +135,27 @@ print("HEAVY", sorted({{"torch", "accelerate", "datasets", "numpy", "wandb", "tr
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, text=True, capture_output=True, check=True)
     assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout[-300:]
+
+
+def test_every_third_party_import_is_pinned_in_requirements_and_declared_in_pyproject():
+    """Import names and package names differ in one case; a package of the tests counts only for the tests."""
+    package_of = {"yaml": "PyYAML"}
+    files = [path for top in ("forge_common", "benchmarks", "tests") for path in (launch.ROOT / top).rglob("*.py")]
+    files += [launch.ROOT / script for script in SCRIPTS]
+    local = {path.stem for path in files} | {"forge_common", "tests"}
+    needed, needed_by_tests = set(), set()
+    for path in files:
+        names = {name.split(".")[0] for name in imports(path)} - sys.stdlib_module_names - local
+        packages = {package_of.get(name, name) for name in names}
+        (needed_by_tests if path.is_relative_to(launch.ROOT / "tests") else needed).update(packages)
+    project = tomllib.loads((launch.ROOT / "pyproject.toml").read_text())["project"]
+    declared = {requirement.split(">=")[0] for requirement in project["dependencies"]}
+    for_tests = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["test"]}
+    for_lint = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["lint"]}
+    lines = (launch.ROOT / "requirements.txt").read_text().splitlines()
+    pinned = [line.split("==")[0] for line in lines if not line.startswith("#")]
+    assert needed <= declared
+    assert needed_by_tests <= declared | for_tests
+    assert sorted(pinned) == sorted(declared | for_tests | for_lint), (
+        "requirements.txt pins each of pyproject.toml's once"
+    )
