@@ -48,7 +48,7 @@ bench: $(READY)
 
 # Two hours of two cores; the same command goes on where it was interrupted.
 compare: $(READY)
-	$(BIN)/python benchmarks/compare.py
+	$(BIN)/python benchmarks/recipes.py
 
 # 200 kills at random moments, the longer tests, twenty times the fuzzing: an hour and a half of two cores. The kills go on where they
 # were interrupted.

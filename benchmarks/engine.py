@@ -2,7 +2,7 @@
 
     python benchmarks/engine.py [--seconds 600] [--config accelerate_configs/single_gpu.yaml]
 
-ours is train_shared.py as users run it, without validation; bare is benchmarks/bare.py. Both are launched alike (same
+ours is train_shared.py as users run it, without validation; bare is benchmarks/engine_baseline.py. Both are launched alike (same
 threads, device, precision) and make the same updates on the same windows; ours, bare, ours, bare, each measurement in a
 process of its own. A pair gives one ratio; what counts is the median of the ratios. Run it on a machine that does nothing
 else. Everything measured is kept in OUTPUT_DIR/engine.json.
@@ -22,10 +22,10 @@ from time import perf_counter
 from typing import Any
 
 import tyro
-from measured import ROOT, THREADS, launched, rows, run, speed, spread
+from script_process import ROOT, THREADS, launched, rows, run, speed, spread
 
 SPEED_WANTED, MEMORY_WANTED = 0.93, 0.83  # ours / bare: at least, at most
-SCRIPTS = {"ours": "train_shared.py", "bare": "benchmarks/bare.py"}
+SCRIPTS = {"ours": "train_shared.py", "bare": "benchmarks/engine_baseline.py"}
 
 
 @dataclass(frozen=True)

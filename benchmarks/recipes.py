@@ -1,6 +1,6 @@
 """The honest comparison: parts trained apart against whole models, merges, ensembles and other people's routers.
 
-    python benchmarks/compare.py [--seeds 1 2]
+    python benchmarks/recipes.py [--seeds 1 2]
 
 Four local corpora, divided by the hash of each document into what the trunk reads, what the modules read, what settings
 are chosen on (tune) and what is reported (test). Every recipe gets the same trunk and the same tokens, by the scripts as
@@ -20,13 +20,13 @@ from typing import Any, Literal, cast
 
 import torch
 import tyro
-from measured import BIN, ROOT
+from script_process import BIN, ROOT
 
 sys.path.insert(0, str(ROOT))
 
-import rivals
-from compared import report
-from runs import DOMAINS, Runs, Settings, export, train
+import recipe_baselines as baselines
+from recipe_runs import DOMAINS, Runs, Settings, export, train
+from recipe_table import report
 
 from forge_common import assemble as assembling
 from forge_common import evaluate
@@ -132,8 +132,8 @@ def score(runs: Runs) -> None:
     candidates = cast(list[Trunk], list(heads.candidates))
     routing_share(scores, heads)
     scores.add("told every label", lambda: _told(scores, heads), only=("spliced",))
-    scores.add("output ensemble of modules", lambda: rivals.Ensemble(candidates, heads.router))
-    scores.add("soup of modules", lambda: rivals.soup(candidates[1:]))
+    scores.add("output ensemble of modules", lambda: baselines.Ensemble(candidates, heads.router))
+    scores.add("soup of modules", lambda: baselines.soup(candidates[1:]))
     for domain in DOMAINS:
         left = lambda domain=domain: assembled.read_assembled(str(ours), without=(domain,))[0].eval()  # noqa: E731
         scores.add(f"without {domain}", left)
@@ -142,8 +142,8 @@ def score(runs: Runs) -> None:
     scores.add("union, one module", lambda: artifact.read_model(str(trunk), union)[0].eval())
     branches = [f"branch-{domain}" for domain in DOMAINS]
     whole = [scores.trunk, *(model_of(folder / branch / "trunk") for branch in branches)]
-    scores.add("output ensemble of whole models", lambda: rivals.Ensemble(whole[1:], heads.router))
-    scores.add("soup of whole models", lambda: rivals.soup(whole[1:]))
+    scores.add("output ensemble of whole models", lambda: baselines.Ensemble(whole[1:], heads.router))
+    scores.add("soup of whole models", lambda: baselines.soup(whole[1:]))
     experts = assemble(scores, "flexolmo", trunk, [f"expert-{domain}" for domain in DOMAINS], "learned")
     for top_k in (0, 2):
         name = "FlexOlmo's recipe" + (", top-2" if top_k else "")
@@ -227,7 +227,7 @@ def _with(model: Any, router: Any, top_k: int) -> Any:
 def _drawn(place: Path, seed: int) -> Any:
     model = assembled.read_assembled(str(place), top_k=2)[0].eval()
     config = model.config
-    model.router = rivals.DrawnRouter(config.num_hidden_layers, config.hidden_size, len(model.names) - 1, seed)
+    model.router = baselines.DrawnRouter(config.num_hidden_layers, config.hidden_size, len(model.names) - 1, seed)
     return model
 
 
@@ -237,7 +237,7 @@ def _told(scores: Scores, model: Any) -> Any:
     _, labels = texts.spliced(stores, scores.trunk.config.max_position_embeddings, SPLICE)
     names = ["trunk", *(f"module {name}" for name in model.names[1:])]
     best = [min(range(len(names)), key=lambda e: scores.loss(names[e], "tune", domain)) for domain in DOMAINS]
-    return rivals.Told(model, best, torch.from_numpy(labels))
+    return baselines.Told(model, best, torch.from_numpy(labels))
 
 
 def main(settings: Settings) -> None:

@@ -1,6 +1,6 @@
 """What it is worth that a token does not see the documents before its own: --cross-document-attention, on against off.
 
-    python benchmarks/documents.py [--steps 300] [--seeds 1 2]
+    python benchmarks/document_mask.py [--steps 300] [--seeds 1 2]
 
 Both train on the same windows with the same seeds and the same number of updates, by train_shared.py as users run it. The
 trunks are then scored by `python -m forge_common.evaluate` on held-out documents, each standing alone (there are no
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import tyro
-from measured import ROOT, THREADS, launched, rows, run, speed
+from script_process import ROOT, THREADS, launched, rows, run, speed
 
 FLAGS = {"on": "--cross-document-attention", "off": "--no-cross-document-attention"}
 LOG_EVERY = 10  # updates; the first interval is warming up

@@ -1,6 +1,6 @@
 """The loop that our engine is measured against: the same model, windows and optimizer in plain PyTorch.
 
-    PYTHONPATH=. python benchmarks/bare.py ...the flags of train_shared.py...
+    PYTHONPATH=. python benchmarks/engine_baseline.py ...the flags of train_shared.py...
 
 No accelerate, no logging, no schedule, no checkpoints; the windows lie in memory before the first update, and the logits
 of a micro-batch exist as a whole, as F.cross_entropy needs them. What it measured is written at the end, under the names

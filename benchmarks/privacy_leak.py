@@ -1,6 +1,6 @@
 """What a module's statistics give away: planted secrets, read back from statistics.safetensors alone.
 
-    python benchmarks/leak.py
+    python benchmarks/privacy_leak.py
 
 Sentences that end in a random secret are planted in K documents of a local corpus; the corpus is counted as train_module.py
 does it, for several --statistics-min-documents. The reader knows the tokenizer, the sentence up to the secret and the
@@ -22,7 +22,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 import tyro
-from measured import ROOT
+from script_process import ROOT
 
 sys.path.insert(0, str(ROOT))
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from measured import launched, run
+from script_process import launched, run
 
 from forge_common.artifacts import artifact
 from forge_common.data import local
