@@ -111,6 +111,14 @@ def test_the_training_chapters_are_one_text():
         assert one.count(call) == 1
 
 
+def test_the_tour_in_contributing_shows_the_loop_as_it_is():
+    blocks = (launch.ROOT / "CONTRIBUTING.md").read_text().split("```python\n")[1:]
+    shown = [line for block in blocks for line in block.split("```")[0].splitlines()]
+    loop = chapter("train_shared.py").split("    while ")[1].split("    update_batches.close()")[0]
+    lines = ("    while " + loop).splitlines()
+    assert shown == [line.removeprefix("    ") for line in lines if line.strip()]
+
+
 @pytest.mark.parametrize(
     "script",
     [
