@@ -1,6 +1,8 @@
 """The layout: one training chapter in two scripts, imports that run one way, nothing heavy before the settings are checked."""
 
 import ast
+import itertools
+import re
 import subprocess
 import sys
 import tomllib
@@ -167,3 +169,34 @@ def test_every_third_party_import_is_pinned_in_requirements_and_declared_in_pypr
     assert sorted(pinned) == sorted(declared | for_tests | for_lint), (
         "requirements.txt pins each of pyproject.toml's once"
     )
+
+
+def test_the_tests_that_reliability_names_exist():
+    """docs/RELIABILITY.md names tests as `test_file: a_test, another_one...; test_other`."""
+    tests = {
+        path.stem: [node.name for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+        for path in (launch.ROOT / "tests").rglob("test_*.py")
+    }
+    cells = re.findall(r"\| (test_[^|]*?) \|", (launch.ROOT / "docs" / "RELIABILITY.md").read_text())
+    assert len(cells) > 30
+    for part in itertools.chain.from_iterable(cell.split(";") for cell in cells):
+        files, _, names = re.sub(r"\(.*?\)|\[.*?\]|\.\.\.", "", part).partition(":")
+        for file in files.split(","):
+            assert file.strip() in tests, part
+        for name in filter(None, (name.strip() for name in names.split(","))):
+            assert any(name in test for test in tests[files.strip()]), part
+
+
+def test_the_files_that_the_map_names_exist_and_every_folder_is_in_it():
+    block = (launch.ROOT / "README.md").read_text().split("## The map")[1].split("```")[1]
+    folder = launch.ROOT
+    folders = set()
+    for line in block.splitlines():
+        if named := re.match(r"( *)(\w+)/", line):
+            folder = (PACKAGE if named[1] == "  " else launch.ROOT) / named[2]
+            folders.add(folder)
+        elif re.match(r"  \w", line):
+            folder = PACKAGE
+        for file in re.findall(r"\b\w+\.py\b", line):
+            assert (folder / file).is_file(), f"{file} in {folder}"
+    assert folders >= {PACKAGE / name for name in MAY_IMPORT}
