@@ -1,23 +1,24 @@
-# Every target sets up what it needs: python3 and make are enough. PYTHON=python3.12 make test uses another interpreter.
+# Every target installs what it needs into .venv: only python3 and make are required.
+# Another interpreter: PYTHON=python3.12 make test
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 RUN := OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 2) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
 DEMO := runs/demo
 SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
-SPEAK = --max-new-tokens 60 --show-routing
+SAMPLE = --max-new-tokens 60 --show-routing
 
 .PHONY: setup demo test lint bench compare soak clean
 
 setup: $(READY)
 
 $(READY): requirements.txt
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "forge needs Python 3.11 or newer; say PYTHON=python3.x make")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "forge needs Python 3.11 or newer. Choose one: PYTHON=python3.x make")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	@touch $(READY)
 
-# A small trunk on text that is on every machine, a module for Python and one for C++, assembled, and what each is worth.
+# Trains a small trunk and two modules (Python, C++) on text that is on every machine, assembles them, and prints their losses and samples.
 demo: $(READY)
 	$(RUN) train_shared.py --data local:docs@0.8 local:python@0.1 local:cpp@0.1 --output-dir $(DEMO)/trunk \
 		--preset tiny --tokenizer train:2048 $(SMALL) --steps 480 --lr 3e-3 --val-every 0
@@ -31,9 +32,9 @@ demo: $(READY)
 	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/assembled --without python cpp --spliced 64 --max-tokens 40000 \
 		--data docs=local:docs python=local:python cpp=local:cpp --cache-dir $(DEMO)/cache \
 		--json $(DEMO)/losses.json --svg $(DEMO)/losses.svg
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "This package provides" $(SPEAK)
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "def main" $(SPEAK)
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "#include" $(SPEAK)
+	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "This package provides" $(SAMPLE)
+	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "def main" $(SAMPLE)
+	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "#include" $(SAMPLE)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
@@ -46,12 +47,12 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/engine.py
 
-# Two hours of two cores; the same command goes on where it was interrupted.
+# Two hours on two cores. The same command continues an interrupted run.
 compare: $(READY)
 	$(BIN)/python benchmarks/recipes.py
 
-# 200 kills at random moments, the longer tests, twenty times the fuzzing: an hour and a half of two cores. The kills go on where they
-# were interrupted.
+# 200 kills at random moments, the long tests, twenty times the fuzzing: an hour and a half on two cores. An interrupted campaign of kills
+# continues.
 soak: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/campaign.py --kills 200 --output-dir runs/soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m soak
