@@ -1,12 +1,12 @@
-"""What it is worth that a token does not see the documents before its own: --cross-document-attention, on against off.
+"""The effect of --cross-document-attention, on and off: whether a token attends to the earlier documents in its window.
 
     python benchmarks/document_mask.py [--steps 300] [--seeds 1 2]
 
 Both train on the same windows with the same seeds and the same number of updates, by train_shared.py as users run it. The
-trunks are then scored by `python -m forge_common.evaluate` on held-out documents, each standing alone (there are no
-others in its window to see, whichever way the trunk was trained). Results are kept in OUTPUT_DIR/results.json; the same
-command goes on where it was interrupted, a run in the middle from its last checkpoint. (Its tokens/s is then of two
-times of day.) Only windows with a document's end inside can differ: count them before reading much into a difference.
+trunks are then scored by `python -m forge_common.evaluate` on held-out documents, each alone in its windows, so that the
+scoring is the same for both. Results are kept in OUTPUT_DIR/results.json. The same command continues where it was
+interrupted, an interrupted run from its last checkpoint (its tokens/s is then measured at two different times). Only windows that
+contain the end of a document can differ: count them before you interpret a difference.
 """
 
 import json
@@ -22,8 +22,8 @@ import tyro
 from script_process import ROOT, THREADS, launched, rows, run, speed
 
 FLAGS = {"on": "--cross-document-attention", "off": "--no-cross-document-attention"}
-LOG_EVERY = 10  # updates; the first interval is warming up
-SOURCES = {"docs": "local:docs", "python": "local:python"}  # as many windows of each
+LOG_EVERY = 10  # updates; the first interval is warm-up
+SOURCES = {"docs": "local:docs", "python": "local:python"}  # equally many windows of each
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,15 @@ class Settings:
     micro_batch_size: int = 16
     steps: int = 300
     lr: float = 2e-3
-    val_fraction: float = 0.02  # of the documents: what is scored
-    max_tokens: int = 0  # scored of a source at most; 0: all
+    val_fraction: float = 0.02
+    """Share of the documents that is held out and scored."""
+    max_tokens: int = 0
+    """Tokens of a source that are scored, at most; 0: all."""
 
 
 def flags(settings: Settings) -> list[object]:
-    """What all runs are told."""
-    said: dict[str, object] = {
+    """The flags of all runs."""
+    values: dict[str, object] = {
         "cache-dir": cache(settings),
         "tokenizer": f"train:{settings.vocabulary}",
         "preset": settings.preset,
@@ -63,7 +65,7 @@ def flags(settings: Settings) -> list[object]:
         "tracker": "none",
     }
     mixed = ["--data", *(f"{source}@1" for source in SOURCES.values())]
-    return [*mixed, *(part for name, value in said.items() for part in (f"--{name}", value))]
+    return [*mixed, *(part for name, value in values.items() for part in (f"--{name}", value))]
 
 
 def cache(settings: Settings) -> Path:
@@ -98,12 +100,14 @@ def result_of(settings: Settings, attention: str, seed: int) -> dict[str, Any]:
 
 def main(settings: Settings) -> None:
     if settings.steps < 2 * LOG_EVERY:
-        raise SystemExit(f"--steps must be at least {2 * LOG_EVERY}: the first {LOG_EVERY} do not count for tokens/s")
+        raise SystemExit(
+            f"--steps must be at least {2 * LOG_EVERY}: the first {LOG_EVERY} are not counted for tokens/s"
+        )
     kept = settings.output_dir / "results.json"
     same = {k: str(v) for k, v in vars(settings).items() if k not in ("output_dir", "seeds")}
     content: dict[str, Any] = json.loads(kept.read_text()) if kept.exists() else {"settings": same, "results": {}}
     if content["settings"] != same:
-        raise SystemExit(f"{kept} holds the results of other settings; choose another --output-dir")
+        raise SystemExit(f"{kept} holds the results of other settings. Choose another --output-dir.")
     dry = [*flags(settings), "--output-dir", settings.output_dir / "prepared", "--dry-run"]
     run(
         launched(settings.config, "train_shared.py"),
@@ -120,9 +124,9 @@ def main(settings: Settings) -> None:
             name = f"{attention}-{seed}"
             if name not in results:
                 results[name] = result_of(settings, attention, seed)
-                aside = kept.with_suffix(".tmp")
-                aside.write_text(json.dumps(content, indent=2) + "\n")
-                os.replace(aside, kept)
+                partial = kept.with_suffix(".tmp")
+                partial.write_text(json.dumps(content, indent=2) + "\n")
+                os.replace(partial, kept)
             print(line(attention, seed, results[name]), flush=True)
     print(differences(settings.seeds, results))
 
@@ -136,11 +140,11 @@ def line(attention: str, seed: int, result: dict[str, Any]) -> str:
 def differences(seeds: tuple[int, ...], results: dict[str, Any]) -> str:
     """off - on of each seed, where the documents and the windows are the same, and the mean over seeds."""
     pairs = [(results[f"off-{seed}"], results[f"on-{seed}"]) for seed in seeds]
-    told = {
+    gains = {
         name: [off["losses"][name]["loss"] - on["losses"][name]["loss"] for off, on in pairs] for name in SOURCES
     } | {"all": [off["loss"] - on["loss"] for off, on in pairs]}
-    lines = ["", f"nats per token on {pairs[0][0]['tokens']:,} tokens of documents standing alone, off - on:"]
-    for name, values in told.items():
+    lines = ["", f"nats per token on {pairs[0][0]['tokens']:,} tokens of documents, each alone, off - on:"]
+    for name, values in gains.items():
         each = ", ".join(f"seed {seed} {value:+.4f}" for seed, value in zip(seeds, values, strict=True))
         lines.append(f"  {name:<8}{statistics.fmean(values):+.4f}  ({each})")
     ratios = [off["tokens/s"] / on["tokens/s"] for off, on in pairs]

@@ -1,16 +1,16 @@
-"""Our engine against a bare PyTorch loop around the same model: tokens a second, and memory at the highest.
+"""train_shared.py beside a plain PyTorch loop around the same model: tokens per second and peak memory.
 
     python benchmarks/engine.py [--seconds 600] [--config accelerate_configs/single_gpu.yaml]
 
-ours is train_shared.py as users run it, without validation; bare is benchmarks/engine_baseline.py. Both are launched alike (same
-threads, device, precision) and make the same updates on the same windows; ours, bare, ours, bare, each measurement in a
-process of its own. A pair gives one ratio; what counts is the median of the ratios. Run it on a machine that does nothing
-else. Everything measured is kept in OUTPUT_DIR/engine.json.
+"ours" is train_shared.py as users run it, without validation; "baseline" is benchmarks/engine_baseline.py. Both are launched the
+same way (threads, device, precision) and make the same updates on the same windows. They alternate, each measurement in a
+new process. A pair gives one ratio, and the result is the median of the ratios. Run it on a machine that does nothing
+else. All measurements are kept in OUTPUT_DIR/engine.json.
 
-speed   all log intervals but the first, in both; saving and publishing come after the last one.
-memory  on a CPU the process's resident set at its highest, as a whole (some hundreds of MB of it are libraries) and above
-        what it was just before the first update (model built, windows open), read from outside; on a GPU the
-        allocator's highest.
+speed   all log intervals except the first, in both; saving and publishing come after the last one.
+memory  on a CPU the peak of the process's resident set, in total (some hundreds of MB of it are libraries) and above its
+        value just before the first update (model built, windows open), read from outside; on a GPU the
+        allocator's peak.
 """
 
 import json
@@ -24,29 +24,36 @@ from typing import Any
 import tyro
 from script_process import ROOT, THREADS, launched, rows, run, speed, spread
 
-SPEED_WANTED, MEMORY_WANTED = 0.93, 0.83  # ours / bare: at least, at most
-SCRIPTS = {"ours": "train_shared.py", "bare": "benchmarks/engine_baseline.py"}
+SPEED_GOAL = 0.93  # ours / baseline, at least
+MEMORY_GOAL = 0.83  # at most
+SCRIPTS = {"ours": "train_shared.py", "baseline": "benchmarks/engine_baseline.py"}
 
 
 @dataclass(frozen=True)
 class Settings:
     output_dir: Path = Path("runs/engine")
-    config: Path = Path("accelerate_configs/cpu.yaml")  # one process: device and precision
-    pairs: int = 5  # at least so many
-    seconds: float = 0.0  # and more of them until so many seconds have passed
-    threads: int = THREADS  # of a process
+    config: Path = Path("accelerate_configs/cpu.yaml")
+    """Configuration of accelerate for one process: device and precision."""
+    pairs: int = 5
+    """Pairs of measurements, at least."""
+    seconds: float = 0.0
+    """More pairs are measured until this many seconds have passed."""
+    threads: int = THREADS
+    """Threads of a process."""
     preset: str = "tiny"
     vocabulary: int = 4096
     sequence_length: int = 256
     batch_size: int = 32
-    micro_batch_size: int = 16  # x sequence_length x vocabulary x 4 bytes of logits: 64 MiB
+    micro_batch_size: int = 16
+    """Times sequence_length x vocabulary x 4 bytes: 64 MiB of logits."""
     steps: int = 30
-    log_every: int = 10  # updates of an interval; the first is not counted
+    log_every: int = 10
+    """Updates of an interval; the first interval is not counted."""
 
 
 def flags(settings: Settings) -> list[object]:
-    """What both scripts are told: a constant rate without warm-up, and nothing aside of training."""
-    said: dict[str, object] = {
+    """The flags of both scripts: a constant rate without warm-up, and nothing but training."""
+    values: dict[str, object] = {
         "data": "local:docs",
         "cache-dir": (settings.output_dir / "cache").absolute(),
         "tokenizer": f"train:{settings.vocabulary}",
@@ -62,11 +69,11 @@ def flags(settings: Settings) -> list[object]:
         "save-every": 0,
         "tracker": "none",
     }
-    return [part for name, value in said.items() for part in (f"--{name}", value)]
+    return [part for name, value in values.items() for part in (f"--{name}", value)]
 
 
 def measure(settings: Settings, name: str) -> dict[str, float]:
-    """One run in a fresh process: tokens/s, MiB at the highest, MiB above the start, and the mean loss of the intervals."""
+    """One run in a new process: tokens/s, peak MiB, peak MiB above the start, and the mean loss of the intervals."""
     folder = (settings.output_dir / name).absolute()
     shutil.rmtree(folder, ignore_errors=True)
     before = run(
@@ -90,10 +97,10 @@ def measure(settings: Settings, name: str) -> dict[str, float]:
 def main(settings: Settings) -> None:
     if not 1 <= settings.log_every < settings.steps or settings.steps % settings.log_every:
         raise SystemExit(
-            "--steps must be a multiple of --log-every, at least twice as many: the first interval is dropped"
+            "--steps must be a multiple of --log-every, and at least twice as large: the first interval is not counted"
         )
     print(
-        f"{settings.preset}, {settings.batch_size} windows of {settings.sequence_length} an update, {settings.threads} "
+        f"{settings.preset}, {settings.batch_size} windows of {settings.sequence_length} per update, {settings.threads} "
         f"thread(s), {settings.config.name}; load before the start {os.getloadavg()[0]:.2f}",
         flush=True,
     )
@@ -110,35 +117,35 @@ def main(settings: Settings) -> None:
         pairs.append({name: measure(settings, name) for name in SCRIPTS})
         content = {"settings": {k: str(v) for k, v in vars(settings).items()}, "pairs": pairs}
         (settings.output_dir / "engine.json").write_text(json.dumps(content, indent=2) + "\n")
-        print(described(len(pairs), pairs[-1]), flush=True)
+        print(pair_line(len(pairs), pairs[-1]), flush=True)
 
-    apart = max(abs(pair["ours"]["loss"] - pair["bare"]["loss"]) for pair in pairs)
+    difference = max(abs(pair["ours"]["loss"] - pair["baseline"]["loss"]) for pair in pairs)
     print(
-        f"\nloss, ours {pairs[0]['ours']['loss']:.6f}; furthest from bare's {apart:.1e} (the same updates, if this is small)"
+        f"\nloss, ours {pairs[0]['ours']['loss']:.6f}; largest difference from the baseline's {difference:.1e} (small if the updates are the same)"
     )
-    print(f"tokens/s ratio ours/bare: {spread(ratios(pairs, 'tokens/s'))}  [wanted >= {SPEED_WANTED}]")
+    print(f"tokens/s ratio ours/baseline: {spread(ratios(pairs, 'tokens/s'))}  [goal >= {SPEED_GOAL}]")
     if "above start" in pairs[0]["ours"]:
         print(
-            f"peak memory ratio: {spread(ratios(pairs, 'peak'))} whole process, libraries and all  [wanted <= {MEMORY_WANTED}]"
+            f"peak memory ratio: {spread(ratios(pairs, 'peak'))} whole process, including libraries  [goal <= {MEMORY_GOAL}]"
         )
-        print(f"peak memory ratio: {spread(ratios(pairs, 'above start'))} above the start  [wanted <= {MEMORY_WANTED}]")
+        print(f"peak memory ratio: {spread(ratios(pairs, 'above start'))} above the start  [goal <= {MEMORY_GOAL}]")
     else:
-        print(f"peak memory ratio: {spread(ratios(pairs, 'peak'))} the device's allocator  [wanted <= {MEMORY_WANTED}]")
+        print(f"peak memory ratio: {spread(ratios(pairs, 'peak'))} the device's allocator  [goal <= {MEMORY_GOAL}]")
 
 
 def ratios(pairs: list[dict[str, Any]], key: str) -> list[float]:
-    """ours / bare, pair by pair."""
-    return [pair["ours"][key] / pair["bare"][key] for pair in pairs]
+    """ours / baseline of each pair."""
+    return [pair["ours"][key] / pair["baseline"][key] for pair in pairs]
 
 
-def described(number: int, pair: dict[str, dict[str, float]]) -> str:
-    """A pair's line: each figure of ours and of bare, and their ratio."""
+def pair_line(number: int, pair: dict[str, dict[str, float]]) -> str:
+    """The line of a pair: each value of ours and of the baseline, and their ratio."""
     parts = [f"pair {number}"]
     for key in ("tokens/s", "peak", "above start"):
         if key in pair["ours"]:
             unit = "" if key == "tokens/s" else " MiB"
             parts.append(
-                f"{key} {pair['ours'][key]:,.0f} / {pair['bare'][key]:,.0f}{unit} = {ratios([pair], key)[0]:.3f}"
+                f"{key} {pair['ours'][key]:,.0f} / {pair['baseline'][key]:,.0f}{unit} = {ratios([pair], key)[0]:.3f}"
             )
     return "   ".join(parts)
 

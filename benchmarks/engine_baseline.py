@@ -1,10 +1,10 @@
-"""The loop that our engine is measured against: the same model, windows and optimizer in plain PyTorch.
+"""The loop that train_shared.py is compared with: the same model, windows and optimizer in plain PyTorch.
 
     PYTHONPATH=. python benchmarks/engine_baseline.py ...the flags of train_shared.py...
 
-No accelerate, no logging, no schedule, no checkpoints; the windows lie in memory before the first update, and the logits
-of a micro-batch exist as a whole, as F.cross_entropy needs them. What it measured is written at the end, under the names
-that train_shared.py has for it. One process; device and precision are those of `accelerate launch`'s environment.
+No accelerate, no logging, no schedule, no checkpoints. The windows are in memory before the first update, and the logits
+of a micro-batch exist as a whole, as F.cross_entropy needs them. The measurements are written at the end, under the names
+that train_shared.py uses. One process; device and precision come from the environment of `accelerate launch`.
 
 B batch, T time, V vocabulary
 """
@@ -18,7 +18,7 @@ import time
 from forge_common.settings import read_settings, run_main, to_json
 from train_shared import Settings
 
-SETTLE = 0.2  # seconds in which somebody outside may look at the memory
+SETTLE_SECONDS = 0.2  # before the first update: engine.py reads the memory of this process in that time
 
 
 def main(settings: Settings) -> int:
@@ -32,8 +32,8 @@ def main(settings: Settings) -> int:
     from forge_common.model.trunk import Trunk, parameter_groups
     from forge_common.run.log import peak_memory_mb, process_peak_mb
 
-    told_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
-    device = (None if told_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
+    use_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"
+    device = (None if use_cpu else torch.accelerator.current_accelerator()) or torch.device("cpu")
     low = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     torch.manual_seed(settings.seed)
 
@@ -68,10 +68,12 @@ def main(settings: Settings) -> int:
             torch.accelerator.synchronize()
         return time.perf_counter()
 
-    assert "accelerate" not in sys.modules, "the bare loop's process holds accelerate: its memory is not bare"
+    assert "accelerate" not in sys.modules, (
+        "accelerate is loaded in the baseline, so its memory is not that of a plain loop"
+    )
     settings.output_dir.mkdir(parents=True, exist_ok=True)
     write_json(settings.output_dir / "settings.json", to_json(settings))
-    time.sleep(SETTLE)
+    time.sleep(SETTLE_SECONDS)
 
     trunk.train()
     marks = [(0, now())]
@@ -84,19 +86,19 @@ def main(settings: Settings) -> int:
         torch.nn.utils.clip_grad_norm_(trunk.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if step in (settings.log_every, settings.steps):  # what comes before the first is warming up
+        if step in (settings.log_every, settings.steps):  # the updates before the first mark are warm-up
             marks.append((step, now()))
             if step == settings.log_every:
                 nats.zero_()
 
-    a_update = settings.batch_size * settings.sequence_length
+    tokens_per_update = settings.batch_size * settings.sequence_length
     with open(settings.output_dir / "metrics.jsonl", "w", encoding="utf-8") as file:
         for (before, start), (step, end) in itertools.pairwise(marks):
             row = {
                 "step": step,
                 "train/loss": float(nats) / (settings.steps - settings.log_every) if step == settings.steps else None,
-                "train/tokens": step * a_update,
-                "train/tokens_per_second": (step - before) * a_update / (end - start),
+                "train/tokens": step * tokens_per_update,
+                "train/tokens_per_second": (step - before) * tokens_per_update / (end - start),
                 "memory/peak_mb": peak_memory_mb(device),
                 "memory/process_peak_mb": process_peak_mb(),
             }

@@ -1,14 +1,13 @@
-"""What a module's statistics give away: planted secrets, read back from statistics.safetensors alone.
+"""What a module's statistics reveal: planted secrets, read back from statistics.safetensors alone.
 
     python benchmarks/privacy_leak.py
 
-Sentences that end in a random secret are planted in K documents of a local corpus; the corpus is counted as train_module.py
-does it, for several --statistics-min-documents. The reader knows the tokenizer, the sentence up to the secret and the
-published counts, of which the 8-bit codes are all that there is. It goes from token to token: of all tokens that occur, with
-a pair's bucket that is not empty, the one whose pair is commonest (or, the other reader, is commonest for how common the
-token is); what the better of the two readers gets is printed. Someone who guesses a secret can also ask whether it was there:
-it may have been if none of its buckets is empty.
-Secrets that were never planted are the control: what is read or confirmed of them is chance.
+Sentences that end in a random secret are planted in K documents of a local corpus. The corpus is counted as train_module.py
+does, for several --statistics-min-documents. The reader knows the tokenizer, the sentence before the secret and the
+published counts (8-bit codes). It predicts one token after another: among the tokens that occur and whose pair has a
+bucket that is not empty, the one with the most frequent pair (or, for the second reader, the most frequent relative to the
+token). The result of the better reader is printed. A guessed secret can also be checked: it may have been in the text if none
+of its buckets is empty. Secrets that were never planted are the control: what is read or confirmed of them is chance.
 """
 
 import random
@@ -36,21 +35,28 @@ NAMES = ("Ada", "Alan", "Barbara", "Edsger", "Grace", "John", "Katherine", "Lesl
 
 @dataclass(frozen=True)
 class Settings:
-    corpus: str = "python"  # of local:NAME
-    tokens: tuple[int, ...] = (10_000, 100_000, 1_000_000)  # counted, as --statistics-tokens
+    corpus: str = "python"
+    """Local corpus: NAME of local:NAME."""
+    tokens: tuple[int, ...] = (10_000, 100_000, 1_000_000)
+    """Tokens that are counted, as --statistics-tokens."""
     vocabulary: int = 2048
-    secrets: int = 50  # planted for each number of documents
-    planted: tuple[int, ...] = (1, 2, 4)  # documents that hold a secret
+    secrets: int = 50
+    """Secrets that are planted for each number of documents."""
+    planted: tuple[int, ...] = (1, 2, 4)
+    """Documents that contain a secret."""
     min_documents: tuple[int, ...] = (1, 2, 4)
-    longest: int = 1000  # tokens of a document: more documents, as a module's own text would have
+    longest: int = 1000
+    """Tokens of a document, at most: longer ones are cut into several."""
     seed: int = 1
 
 
 @dataclass(frozen=True)
 class Secret:
-    before: str  # the sentence that leads to it
+    before: str
+    """The sentence before it."""
     text: str
-    planted: int  # documents that hold it; 0: none does
+    planted: int
+    """Documents that contain it."""
 
 
 def main(settings: Settings) -> None:
@@ -68,7 +74,7 @@ def main(settings: Settings) -> None:
         plain = chosen(texts, tokenizer, tokens, settings.longest)
         documents = plant(plain, secrets, tokenizer, random.Random(settings.seed))
         for least in settings.min_documents:
-            counts, facts = statistics.count(documents, settings.vocabulary, tokenizer.eos_token_id, least)
+            counts, size = statistics.count(documents, settings.vocabulary, tokenizer.eos_token_id, least)
             for planted in (0, *settings.planted):
                 kept = [secret for secret in secrets if secret.planted == planted]
                 readers = [[attack(counts, secret, tokenizer, lift) for secret in kept] for lift in (False, True)]
@@ -76,7 +82,7 @@ def main(settings: Settings) -> None:
                 right = sum(one.right for one in read) / sum(one.tokens for one in read)
                 left = averages.median(number for one in read for number in one.possible)
                 print(
-                    f"{facts['tokens']:>14,}  {facts['documents']:>9,}  {least:>13}  {planted or 'none':>10}  {right:>11.1%}"
+                    f"{size['tokens']:>14,}  {size['documents']:>9,}  {least:>13}  {planted or 'none':>10}  {right:>11.1%}"
                     f"  {left:>7,.0f} of {settings.vocabulary:,}  {sum(one.whole for one in read):>6} of {len(read)}"
                     f"  {sum(one.confirmed for one in read):>3} of {len(read)}"
                 )
@@ -105,7 +111,7 @@ def chosen(texts: list[str], tokenizer: Tokenizer, tokens: int, longest: int) ->
 def plant(
     documents: list[list[int]], secrets: list[Secret], tokenizer: Tokenizer, draw: random.Random
 ) -> list[np.ndarray]:
-    """Each secret once in as many documents as it says, at random places; arrays of ids with an EOS at the end."""
+    """Plants each secret once in `planted` documents, at random places; arrays of ids with an EOS at the end."""
     for secret in secrets:
         ids = split(secret, tokenizer)
         for document in draw.sample(documents, secret.planted):
@@ -116,36 +122,40 @@ def plant(
 
 def split(secret: Secret, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """The ids of the sentence before, and of the secret."""
-    before, own = (
+    before, secret_ids = (
         [token for token in tokenizer.encode_batch([text])[0] if token != tokenizer.eos_token_id]
         for text in (secret.before, secret.text)
     )
-    return before, own
+    return before, secret_ids
 
 
 @dataclass(frozen=True)
 class Read:
     tokens: int
-    right: int  # tokens named rightly, each after the right one before it
-    possible: list[int]  # for each token: how many tokens the counts leave possible
-    whole: bool  # the secret was read from its beginning to its end without help
-    confirmed: bool  # who guesses it finds no empty bucket
+    right: int
+    """Tokens predicted correctly, each after the correct previous one."""
+    possible: list[int]
+    """For each token: how many tokens are possible by the counts."""
+    whole: bool
+    """The complete secret was read without help."""
+    confirmed: bool
+    """None of its buckets is empty."""
 
 
 def attack(counts: dict[str, torch.Tensor], secret: Secret, tokenizer: Tokenizer, lift: bool) -> Read:
-    before, own = split(secret, tokenizer)
+    before, secret_ids = split(secret, tokenizer)
     right, possible, guesses, confirmed = 0, [], before[-1:], True
-    for previous, token in pairwise([before[-1], *own]):
-        guess, alive = named(counts, previous, lift)
+    for previous, token in pairwise([before[-1], *secret_ids]):
+        guess, alive = predicted(counts, previous, lift)
         right += guess == token
         possible.append(int(alive.sum()))
         confirmed = confirmed and bool(alive[token])
-        guesses.append(named(counts, guesses[-1], lift)[0])
-    return Read(len(own), right, possible, guesses[1:] == own, confirmed)
+        guesses.append(predicted(counts, guesses[-1], lift)[0])
+    return Read(len(secret_ids), right, possible, guesses[1:] == secret_ids, confirmed)
 
 
-def named(counts: dict[str, torch.Tensor], previous: int, lift: bool) -> tuple[int, torch.Tensor]:
-    """The likeliest token after another (0 where none is possible), and which tokens are possible at all [V]."""
+def predicted(counts: dict[str, torch.Tensor], previous: int, lift: bool) -> tuple[int, torch.Tensor]:
+    """The most likely token after `previous` (0 if none is possible), and which tokens are possible [V]."""
     single = counts["unigrams"]
     pairs = counts["bigrams"][statistics.bigram_bucket(torch.tensor(previous), torch.arange(len(single)))]
     alive = (single > 0) & (pairs > 0)

@@ -1,4 +1,4 @@
-"""What the assembled model is compared with: soups, ensembles, a random router, and labels that are told.
+"""What the assembled model is compared with: soups, ensembles, a random router, and the true labels.
 
 B batch, T time, E candidates, D width
 """
@@ -22,10 +22,10 @@ def soup(models: list[Trunk]) -> Trunk:
 
 
 class Ensemble:
-    """Whole models side by side, as many passes as models; weights by what each gave the document so far.
+    """Whole models side by side, one pass per model; weights by the probability that each gave the document so far.
 
-    Branch-train-merge's way (arXiv 2208.03306): the posterior over the models, with an even prior. `router` gives the
-    filter: its own evidence is not heard.
+    The posterior over the models with an even prior, as in Branch-Train-Merge (arXiv 2208.03306). `router` provides only the
+    filter; the evidence of its counts is not used.
     """
 
     def __init__(self, models: list[Trunk], router: ContextRouter):
@@ -43,16 +43,16 @@ class Ensemble:
     @torch.no_grad()
     def nats(self, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         inputs, labels = self.models[0].split(tokens)
-        spoken = torch.stack([-model.nats(tokens, before) for model in self.models], dim=-1)
-        given = torch.cat((torch.zeros_like(spoken[:, :1]), spoken[:, :-1]), dim=1)
+        log_p = torch.stack([-model.nats(tokens, before) for model in self.models], dim=-1)
+        earlier = torch.cat((torch.zeros_like(log_p[:, :1]), log_p[:, :-1]), dim=1)
         start = self.router.prior.expand(len(tokens), -1)
-        weights = self.router.weigh(inputs, torch.zeros_like(given), given, start)
-        mixed = -torch.logsumexp(weights.log() + spoken, dim=-1)
+        weights = self.router.weigh(inputs, torch.zeros_like(earlier), earlier, start)
+        mixed = -torch.logsumexp(weights.log() + log_p, dim=-1)
         return mixed.masked_fill(labels == self.config.ignore_index, 0)
 
 
 class DrawnRouter:
-    """The original system's router, which nobody trained: random rows over the modules, the trunk is no candidate."""
+    """The original system's router, which was not trained: random rows over the modules, without the trunk."""
 
     def __init__(self, layers: int, hidden_size: int, modules: int, seed: int):
         generator = torch.Generator().manual_seed(seed)
@@ -63,10 +63,10 @@ class DrawnRouter:
         return torch.cat((torch.zeros_like(gates[..., :1]), gates), dim=-1)
 
 
-class Told:
-    """The assembled model, told whose text each token that it is to name belongs to.
+class TrueLabels:
+    """The assembled model with the gates of the true domain of each predicted token.
 
-    choice: for each domain's number, the candidate that is to speak; labels [windows, T + 1], windows in turn.
+    choice: for each domain's number, its candidate; labels [windows, T + 1], in the order of the windows.
     """
 
     def __init__(self, mixture: Mixture, choice: list[int], labels: torch.Tensor):
@@ -78,14 +78,14 @@ class Told:
         labels = self.labels[self.place : self.place + len(tokens), 1 : tokens.shape[1]]
         self.place += len(tokens)
         gates = torch.nn.functional.one_hot(self.choice[labels], len(self.mixture.names)).float()
-        router, self.mixture.router = self.mixture.router, _Given(gates)
+        router, self.mixture.router = self.mixture.router, _FixedGates(gates)
         try:
             return self.mixture.nats(tokens)
         finally:
             self.mixture.router = router
 
 
-class _Given:
+class _FixedGates:
     def __init__(self, gates: torch.Tensor):
         self.gates = gates
 

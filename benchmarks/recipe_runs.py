@@ -1,4 +1,4 @@
-"""The training runs of a comparison, by the scripts as users run them: what each recipe is given to read, and for how long."""
+"""The training runs of the comparison, by the scripts as users run them: the text and the number of updates of each recipe."""
 
 import json
 import time
@@ -14,34 +14,51 @@ from forge_common.files.atomic import publish
 from forge_common.model.trunk import Trunk
 
 DOMAINS = ("docs", "python", "cpp", "perl")
-MIX = {"docs": 0.76, "python": 0.08, "cpp": 0.08, "perl": 0.08}  # what the trunk reads
-PARTS = {"test": 0.05, "tune": 0.10, "module": 0.55, "trunk": 1.0}  # by the hash of a document's content, up to here
+MIX = {"docs": 0.76, "python": 0.08, "cpp": 0.08, "perl": 0.08}  # shares of the trunk's text
+PARTS = {
+    "test": 0.05,
+    "tune": 0.10,
+    "module": 0.55,
+    "trunk": 1.0,
+}  # upper ends of the parts, in the hash of a document's content
 SCORED = 64  # documents of a domain that are scored, at most
-EXCERPT = 3_000  # characters of each: many documents rather than long ones
-RATES = {"docs": 3e-4, "python": 3e-4, "cpp": 3e-3, "perl": 3e-3}  # tried beside MODULE_LR; the better on tune counts
+EXCERPT = 3_000  # characters of each, at most: many documents instead of long ones
+RATES = {
+    "docs": 3e-4,
+    "python": 3e-4,
+    "cpp": 3e-3,
+    "perl": 3e-3,
+}  # second rate of each module, besides --module-lr; the better one on tune is used
 CONFIG = Path("accelerate_configs/cpu.yaml")
 
 
 @dataclass(frozen=True)
 class Settings:
     output_dir: Path = Path("runs/compare")
-    seeds: tuple[int, ...] = (1, 2)  # of the trunk, the modules and the order of the data; each is a process
+    seeds: tuple[int, ...] = (1, 2)
+    """Seeds of the trunk, the modules and the order of the data; one process each."""
     vocabulary: int = 2048
     sequence_length: int = 256
-    batch_size: int = 16  # windows an update: 4,096 tokens
-    trunk_steps: int = 1_840  # 7.5 M tokens
-    short_steps: int = 500  # of another trunk, 2 M tokens, for the curve
-    module_steps: int = 100  # 0.41 M tokens
+    batch_size: int = 16
+    """Windows in an update: 4,096 tokens."""
+    trunk_steps: int = 1_840
+    """Updates of the trunk: 7.5 M tokens."""
+    short_steps: int = 500
+    """Updates of a second, shorter trunk: 2 M tokens."""
+    module_steps: int = 100
+    """Updates of a module: 0.41 M tokens."""
     trunk_lr: float = 3e-3
     module_lr: float = 1e-3
-    whole_lrs: tuple[float, ...] = (1e-3, 3e-4, 3e-3)  # of the union: the best on tune counts
-    worker: int = 0  # a seed: do its jobs, no table
+    whole_lrs: tuple[float, ...] = (1e-3, 3e-4, 3e-3)
+    """Rates of the union; the best one on tune is used."""
+    worker: int = 0
+    """Internal: the seed that this process works on; 0: start the workers."""
 
 
 def export(folder: Path) -> None:
-    """Writes each domain's documents into files by what they are for; no document is in two of them."""
+    """Writes each domain's documents into one file per part; no document is in two of them."""
 
-    def write(aside: Path) -> None:
+    def write(temp_dir: Path) -> None:
         for domain in DOMAINS:
             lines: dict[str, list[str]] = {part: [] for part in PARTS}
             for document in local.documents(domain):
@@ -54,15 +71,15 @@ def export(folder: Path) -> None:
                     if len(text) > EXCERPT:
                         text = text[: text.rfind("\n", 0, EXCERPT) + 1] or text[:EXCERPT]
                 lines[part].append(json.dumps({"text": text}) + "\n")
-            for part, found in lines.items():
-                (aside / f"{domain}.{part}.jsonl").write_text("".join(found), encoding="utf-8")
+            for part, rows in lines.items():
+                (temp_dir / f"{domain}.{part}.jsonl").write_text("".join(rows), encoding="utf-8")
 
     if not folder.exists():
         publish(folder, write)
 
 
 class Runs:
-    """The training runs of one seed, each a folder that is left alone once it is published."""
+    """The training runs of one seed, each in a folder that is not changed once it is published."""
 
     def __init__(self, settings: Settings, seed: int):
         self.settings, self.seed = settings, seed
@@ -99,7 +116,7 @@ class Runs:
         return self._run("train_shared.py", name, "trunk", "--data", *data, *shape, "--steps", steps, *flags)
 
     def whole(self, name: str, trunk: Path, domains: tuple[str, ...], steps: int, lr: float) -> Path:
-        """The trunk trained on, all parameters."""
+        """Continues the trunk, training all parameters."""
         flags = (
             "--trunk-from",
             trunk,
@@ -117,7 +134,7 @@ class Runs:
     def module(
         self, name: str, trunk: Path, domains: tuple[str, ...], *flags: object, steps: int = 0, lr: float = 0
     ) -> Path:
-        """A module on the frozen trunk; called by its domain."""
+        """A module on the frozen trunk, named after its domain."""
         steps = steps or self.settings.module_steps
         fixed = ("--trunk", trunk, "--name", domains[0], "--steps", steps, "--warmup-steps", steps // 10)
         fixed += ("--lr", lr or self.settings.module_lr, "--val-fraction", 0, "--general-tokens", 0)
@@ -131,16 +148,16 @@ class Runs:
         return [self.source(domain) + ("@1" if len(domains) > 1 else "") for domain in domains]
 
     def dense(self) -> Path:
-        """From scratch on what the trunk and all the modules read together, in the same proportions."""
+        """From scratch on the text of the trunk and all modules together, in the same proportions."""
         s, total = self.settings, self.settings.module_steps * len(DOMAINS)
         data = [f"{self.source(domain, 'trunk')}@{share * s.trunk_steps:.0f}" for domain, share in MIX.items()]
         data += [f"{self.source(domain)}@{s.module_steps}" for domain in DOMAINS]
-        tokenizer = self.folder / "trunk" / "trunk"  # the trunk's own: nats per token of the same tokens
+        tokenizer = self.folder / "trunk" / "trunk"  # the trunk's, so that nats per token are of the same tokens
         flags = ("--val-fraction", 0, "--warmup-steps", 100)
         return self._scratch("dense", s.trunk_steps + total, data, *flags, tokenizer=tokenizer)
 
     def fresh(self, trunk: Path) -> Path:
-        """The trunk with feed-forwards drawn anew: what the original system's experts start from."""
+        """The trunk with newly initialized feed-forwards, from which the original system's experts start."""
         place = self.folder / "fresh-trunk"
         if not place.is_dir():
             model, tokenizer, _ = artifact.read_trunk(str(trunk))
@@ -152,7 +169,7 @@ class Runs:
 
 
 def train(runs: Runs) -> None:
-    """All runs of a seed, the ones that most rows need first; what one seed must do for is shared out at the end."""
+    """All runs of a seed, those that most rows need first; runs of a single seed come last, divided between the seeds."""
     s = runs.settings
     trunk, steps = runs.trunk(s.trunk_steps), s.module_steps * len(DOMAINS)
     runs.modules("head", trunk)

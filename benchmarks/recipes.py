@@ -1,11 +1,11 @@
-"""The honest comparison: parts trained apart against whole models, merges, ensembles and other people's routers.
+"""The comparison of recipes: assembled modules, whole models, merges, ensembles and other routers.
 
     python benchmarks/recipes.py [--seeds 1 2]
 
-Four local corpora, divided by the hash of each document into what the trunk reads, what the modules read, what settings
-are chosen on (tune) and what is reported (test). Every recipe gets the same trunk and the same tokens, by the scripts as
-users run them; one process with one thread a seed. Every run and every row is kept in OUTPUT_DIR: the same command goes
-on where it was interrupted, a run in the middle from its last checkpoint. It ends with table.md and picture.svg there.
+Four local corpora are divided by the hash of each document into the trunk's text, the modules' text, the text that settings
+are selected on (tune) and the text that is reported (test). Every recipe gets the same trunk and the same number of tokens, by
+the scripts as users run them; one process with one thread per seed. Every run and every row is kept in OUTPUT_DIR: the same
+command continues where it was interrupted, an interrupted run from its last checkpoint. It writes table.md and chart.svg there.
 """
 
 import copy
@@ -40,13 +40,13 @@ SPLICE = 64  # tokens between two changes of domain in the spliced texts
 
 
 class Scores:
-    """The rows of one seed: a model, a part (tune or test) and a domain each, kept in rows.json as soon as they are there."""
+    """The rows of one seed: one per model, part (tune or test) and domain, written to rows.json as soon as they are computed."""
 
     def __init__(self, runs: Runs, trunk: Path):
         self.runs, self.file = runs, runs.folder / "rows.json"
         self.rows = json.loads(self.file.read_text(encoding="utf-8")) if self.file.exists() else []
         self.settings = evaluate.Settings("", (), cache_dir=runs.settings.output_dir / "cache", spliced=SPLICE)
-        self.trunk, self.tokenizer, self.facts = artifact.read_trunk(str(trunk))
+        self.trunk, self.tokenizer, self.metadata = artifact.read_trunk(str(trunk))
         self.trunk.eval()
         self._columns: dict[str, dict[str, texts.Column]] = {}
 
@@ -57,7 +57,7 @@ class Scores:
         return self._columns[part]
 
     def add(self, name: str, make: Callable[[], Any], part: str = "test", only: tuple[str, ...] = ()) -> None:
-        """Scores what make() returns on each column of the part, unless it was scored before."""
+        """Scores the model that make() returns on each column of the part, unless that was done before."""
         if any((row["model"], row["part"]) == (name, part) for row in self.rows):
             return
         model, started = make(), time.monotonic()
@@ -72,14 +72,14 @@ class Scores:
         )
 
     def whole(self, name: str, lr_of: list[str]) -> None:
-        """The run among lr_of that is best on tune, scored on test under `name`."""
+        """Scores on test, under `name`, the run among lr_of that is best on tune."""
         for tried in lr_of:
             self.add(tried, lambda tried=tried: model_of(self.runs.folder / tried / "trunk"), "tune")
         best = min(lr_of, key=lambda tried: macro(self.rows, tried, "tune"))
         self.add(name, lambda: model_of(self.runs.folder / best / "trunk"))
 
     def better(self, domain: str) -> str:
-        """Of a domain's two modules, the one whose rate was better on its own text of tune."""
+        """Of a domain's two modules (two rates), the one that is better on the domain's tune text."""
         trunk = str(self.runs.folder / "trunk" / "trunk")
         tried = [f"{rate}-{domain}" for rate in ("head", "other")]
         for name in tried:
@@ -131,12 +131,12 @@ def score(runs: Runs) -> None:
     heads = assembled.read_assembled(str(ours))[0].eval()
     candidates = cast(list[Trunk], list(heads.candidates))
     routing_share(scores, heads)
-    scores.add("told every label", lambda: _told(scores, heads), only=("spliced",))
+    scores.add("true labels given", lambda: _true_labels(scores, heads), only=("spliced",))
     scores.add("output ensemble of modules", lambda: baselines.Ensemble(candidates, heads.router))
     scores.add("soup of modules", lambda: baselines.soup(candidates[1:]))
     for domain in DOMAINS:
-        left = lambda domain=domain: assembled.read_assembled(str(ours), without=(domain,))[0].eval()  # noqa: E731
-        scores.add(f"without {domain}", left)
+        without = lambda domain=domain: assembled.read_assembled(str(ours), without=(domain,))[0].eval()  # noqa: E731
+        scores.add(f"without {domain}", without)
     scores.whole("union", [f"union-{lr:g}" for lr in runs.settings.whole_lrs])
     union = folder / "union-module" / "module"
     scores.add("union, one module", lambda: artifact.read_model(str(trunk), union)[0].eval())
@@ -169,35 +169,36 @@ def score(runs: Runs) -> None:
 
 
 def _assembled(scores: Scores, place: Path, suffix: str, *, routers: bool) -> None:
-    """The rows of an assembled model: each module, the best by label, the whole; with each router."""
-    model, _, facts = assembled.read_assembled(str(place))
+    """The rows of an assembled model: each module alone and the whole, with each router."""
+    model, _, metadata = assembled.read_assembled(str(place))
     model.eval()
     for part in ("tune", "test"):
         for name, candidate in zip(model.names[1:], list(model.candidates)[1:], strict=True):
             scores.add(f"module {name}{suffix}", lambda candidate=candidate: candidate, part)
-    own = model.router
+    router_of_model = model.router
     for top_k in (0, 2, 1) if routers else (0, 1):
         scores.add(
-            "assembled" + (f", top-{top_k}" if top_k else "") + suffix, lambda top_k=top_k: _with(model, own, top_k)
+            "assembled" + (f", top-{top_k}" if top_k else "") + suffix,
+            lambda top_k=top_k: _with(model, router_of_model, top_k),
         )
     if routers:
         for router in ("ridge", "uniform"):
             parts = assembled.read_parts(
-                scores.trunk, scores.facts, [place / "modules" / name for name in facts["modules"]]
+                scores.trunk, scores.metadata, [place / "modules" / name for name in metadata["modules"]]
             )
-            solved = assembled.route(scores.trunk, None, parts, facts | {"router": router})
+            solved = assembled.route(scores.trunk, None, parts, metadata | {"router": router})
             scores.add(f"{router} router", lambda solved=solved: _with(model, solved, 0))
 
 
 def routing_share(scores: Scores, model: Any) -> None:
-    """The part of a scoring pass's processor time that the router takes, the least of five; kept in routing.json."""
+    """The share of a scoring pass's processor time that the router takes, the smallest of five; kept in routing.json."""
     place = scores.runs.folder / "routing.json"
     if place.exists():
         return
     pieces = scores.columns("test")[DOMAINS[0]].pieces[-scores.settings.batch_size :]  # the longest windows
     tokens = torch.stack([torch.from_numpy(piece.tokens()) for piece in pieces])
     before = torch.stack([torch.from_numpy(piece.before()) for piece in pieces])
-    router, spent, found = model.router, [0.0], []
+    router, spent, shares = model.router, [0.0], []
 
     def timed(function: Callable) -> Callable:
         def call(*arguments):
@@ -213,10 +214,10 @@ def routing_share(scores: Scores, model: Any) -> None:
     for _ in range(5):
         spent[0], started = 0.0, time.process_time()
         model.nats(tokens, before)
-        found.append(spent[0] / (time.process_time() - started))
+        shares.append(spent[0] / (time.process_time() - started))
     model.router = router
-    write_json(place, {"share": min(found), "all": found, "tokens": tokens.numel(), "before": before.numel()})
-    print(f"seed {scores.runs.seed}: routing takes {min(found):.1%} of a pass", flush=True)
+    write_json(place, {"share": min(shares), "all": shares, "tokens": tokens.numel(), "before": before.numel()})
+    print(f"seed {scores.runs.seed}: routing takes {min(shares):.1%} of a pass", flush=True)
 
 
 def _with(model: Any, router: Any, top_k: int) -> Any:
@@ -231,13 +232,13 @@ def _drawn(place: Path, seed: int) -> Any:
     return model
 
 
-def _told(scores: Scores, model: Any) -> Any:
-    """Who speaks where a label is given: the candidate that is best for the domain on tune."""
+def _true_labels(scores: Scores, model: Any) -> Any:
+    """The assembled model that uses, for each domain, the candidate that is best for it on tune."""
     stores = [texts.held_out(scores.runs.source(d, "test"), scores.tokenizer, scores.settings, 1.0) for d in DOMAINS]
     _, labels = texts.spliced(stores, scores.trunk.config.max_position_embeddings, SPLICE)
     names = ["trunk", *(f"module {name}" for name in model.names[1:])]
     best = [min(range(len(names)), key=lambda e: scores.loss(names[e], "tune", domain)) for domain in DOMAINS]
-    return baselines.Told(model, best, torch.from_numpy(labels))
+    return baselines.TrueLabels(model, best, torch.from_numpy(labels))
 
 
 def main(settings: Settings) -> None:
@@ -258,11 +259,11 @@ def main(settings: Settings) -> None:
         for worker in workers:
             worker.terminate()
     if any(codes):
-        raise SystemExit("a worker failed; the same command goes on from there")
+        raise SystemExit("a worker failed. Run the same command to continue.")
     seeds = [settings.output_dir / f"seed-{seed}" / "rows.json" for seed in settings.seeds]
     table, shown = report([json.loads(path.read_text(encoding="utf-8")) for path in seeds])
     (settings.output_dir / "table.md").write_text(table, encoding="utf-8")
-    (settings.output_dir / "picture.svg").write_text(draw(shown), encoding="utf-8")
+    (settings.output_dir / "chart.svg").write_text(draw(shown), encoding="utf-8")
     print(table)
     print(f"{(time.monotonic() - started) / 60:.0f} minutes in this process")
 

@@ -1,4 +1,4 @@
-"""A script in a fresh process, and what it wrote of itself to metrics.jsonl."""
+"""Runs a script in a new process, and reads its measurements from metrics.jsonl."""
 
 import json
 import math
@@ -15,7 +15,7 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
 BIN = Path(sys.executable).parent  # not resolved: in a virtual environment it is a link
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what was started here is ended as well
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the processes started here are ended too
 THREADS = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -56,7 +56,7 @@ def run(command: list[str], *flags: object, log: Path, threads: int, started: Pa
 
 
 def _end(launcher: subprocess.Popen) -> None:
-    """Asks the launcher and what it started to stop (it does not pass a signal on), and waits until all have."""
+    """Stops the launcher and its children (it does not forward a signal), and waits until all have ended."""
     if launcher.poll() is None:
         children = psutil.Process(launcher.pid).children(recursive=True)
         os.killpg(launcher.pid, signal.SIGTERM)
@@ -70,20 +70,20 @@ def _resident_when(started: Path, launcher: subprocess.Popen) -> float:
     while not started.exists():
         if launcher.poll() is not None:
             return math.nan
-        if child is None:  # the launcher needs seconds to start it, and looking for it is costly
+        if child is None:  # the launcher takes seconds to start it, and searching for it costs processor time
             child = next(iter(psutil.Process(launcher.pid).children()), None)
         time.sleep(0.001 if child else 0.05)
     return child.memory_info().rss / 2**20 if child else math.nan
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl that tell of training."""
+    """The training rows of metrics.jsonl."""
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "train/loss" in row]
 
 
 def speed(training: list[dict[str, Any]]) -> float:
-    """Tokens a second over all log intervals but the first (warming up): all their tokens / all their time."""
+    """Tokens per second over all log intervals except the first (warm-up): all their tokens / all their time."""
     kept = training[1:]
     tokens = [after["train/tokens"] - before["train/tokens"] for before, after in zip(training, kept, strict=False)]
     seconds = [count / row["train/tokens_per_second"] for count, row in zip(tokens, kept, strict=True)]
