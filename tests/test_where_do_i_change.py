@@ -229,7 +229,7 @@ def test_a_kind_of_module(copy, train, unchanged, tmp_path):
 def test_a_router(copy, unchanged, data, tmp_path):
     """A router that gives every token to the trunk: the assembled model has the trunk's loss."""
     file = "forge_common/routing/routers.py"
-    copy.replace(file, "ROUTERS = (", 'ROUTERS = ("trunk", ')
+    copy.insert(file, '    "uniform": (', '    "trunk": (),\n')
     router = (
         "class TrunkRouter:\n"
         "    def __init__(self, candidates):\n"
@@ -244,7 +244,6 @@ def test_a_router(copy, unchanged, data, tmp_path):
     copy.replace(file, "RidgeRouter, Tuning,", "RidgeRouter, TrunkRouter, Tuning,")
     branch = '    if router == "trunk":\n        return TrunkRouter(1 + len(names))\n'
     copy.insert(file, '    if router == "uniform":\n', branch)
-    copy.insert("forge_common/assemble.py", '    "uniform": (', '    "trunk": (),\n')
     _, trunk, module = unchanged
     assembled = tmp_path / "assembled"
     line = ("--trunk", trunk / "trunk", "--modules", module / "module", "--output-dir", assembled)
