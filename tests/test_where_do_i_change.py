@@ -242,7 +242,7 @@ def test_a_router(copy, unchanged, data, tmp_path):
     copy.insert(file, "class UniformRouter:", router)
     file = "forge_common/artifacts/assembled.py"
     copy.replace(file, "RidgeRouter, Tuning,", "RidgeRouter, TrunkRouter, Tuning,")
-    branch = '    if router == "trunk":\n        return TrunkRouter(1 + len(parts.models))\n'
+    branch = '    if router == "trunk":\n        return TrunkRouter(len(prior))\n'
     copy.insert(file, '    if router == "uniform":\n', branch)
     _, trunk, module = unchanged
     assembled = tmp_path / "assembled"
