@@ -5,7 +5,7 @@ Nothing is shuffled in memory: a permutation is computed at the places that are 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
@@ -140,7 +140,7 @@ def updates(
     rank: int,
     processes: int,
     device: torch.device,
-) -> Iterator[torch.Tensor]:
+) -> Generator[torch.Tensor, None, None]:
     """This rank's share of each update from the `start`-th on, endlessly: int64 [micro-batches, micro, T + 1] on `device`.
 
     A thread reads one update ahead (windows are slices of a memory map: a thread costs no copy and leaves no orphan, as

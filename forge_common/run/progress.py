@@ -37,6 +37,9 @@ class UpdateOutcome(NamedTuple):
     applied: bool
 
 
+PENDING = UpdateOutcome(math.nan, math.nan, 0, finite=False, overflow=False, applied=False)
+
+
 def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
     """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
 

@@ -227,7 +227,7 @@ class Tracker:
         options = {"id": self._run_id, "resume": "allow", "dir": str(self._folder), "name": self._run_name}
         options |= {"mode": mode, "settings": wandb_settings}
         self._accelerator.init_trackers(self._project, config=self._config, init_kwargs={"wandb": options})
-        self._kept = wandb.run.settings.sync_dir
+        self._kept = self._accelerator.get_tracker("wandb", unwrap=True).settings.sync_dir
 
     def _end(self) -> None:
         if self._name == "wandb":
