@@ -94,7 +94,7 @@ def test_it_hears_a_change_of_text_and_forgets_at_a_documents_end():
     found = router(Tuning())
     low, high = documents(6, 1, 30, range(2, 150))[0][:-1], documents(7, 1, 30, range(150, VOCABULARY))[0][:-1]
     tokens = torch.from_numpy(np.concatenate((low, high, [EOS], low)))[None]
-    gates, _, _ = found.route(tokens, found.start(1, at_document=True))
+    gates, _ = found.route(tokens, found.start(1, at_document=True))
     assert torch.allclose(gates.sum(-1), torch.ones(1, tokens.shape[1]))
     assert (gates[0, 10:30].argmax(-1) == 1).all() and (gates[0, 45:60].argmax(-1) == 2).all()
     assert torch.equal(gates[0, 60], found.prior)
