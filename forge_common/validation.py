@@ -1,4 +1,7 @@
-"""The loss on held-out windows: every label exactly once, for any number of processes and any batch size."""
+"""The loss on held-out windows: every label exactly once, for any number of processes and any batch size.
+
+T time, P processes
+"""
 
 import math
 from collections.abc import Sequence
@@ -24,11 +27,11 @@ class Validation(NamedTuple):
 def validate(
     accelerator: Any, model: torch.nn.Module, stores: Sequence[Any], batch_size: int, stop: Any = None
 ) -> Validation | None:
-    """Scores all windows of `stores` (each gives windows [T + 1], and has `.tokens.bytes`) without gradients. A collective.
+    """The mean loss over all windows [T + 1] of `stores` (data.windows), without gradients. A collective.
 
-    Rank r scores the windows r, r + P, r + 2P, ...; no window is repeated to even out the batches. Sums of nats and of
-    tokens are local and are reduced once, at the end. Under FSDP every forward is a collective, so all ranks run equally
-    many; the surplus ones get only fillers, which add nothing. None where `stop`, the run's StopRequest, interrupts it.
+    Rank r scores the windows r, r + P, r + 2P, ...; no window is repeated. The sums of nats and tokens are reduced once, at
+    the end. Under FSDP every forward pass is a collective, so all ranks run the same number; a rank without windows left
+    runs padding, which adds 0. None where `stop`, the run's StopRequest, interrupts it.
     """
     training = model.training
     model.eval()
@@ -40,9 +43,9 @@ def validate(
         if stop and stop.check(accelerator):
             model.train(training)
             return None
-        mine = places[start + rank : start + processes * batch_size : processes]
+        batch = places[start + rank : start + processes * batch_size : processes]
         length = len(places[0][0][0])
-        windows = np.stack([store[i] for store, i in mine] or [np.full(length, bare.config.ignore_index)])
+        windows = np.stack([store[i] for store, i in batch] or [np.full(length, bare.config.ignore_index)])
         sums = model(torch.from_numpy(windows).to(accelerator.device))
         total += torch.stack((sums.nats, sums.tokens)).to(total.dtype)
         if stop:
