@@ -15,7 +15,7 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what acceler
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CHECK_INTERVAL = 1.0  # seconds between two checks of the launcher and the clock
 SAME_REQUEST = 1.0  # seconds: a terminal and a launcher both forward one Ctrl-C
-GRACE = 5.0  # seconds that a run outside training has to clean up before it is ended by force
+GRACE = 5.0  # seconds that a run outside training, or the other ranks of a hanging one, have before the end by force
 SLOW_FACTOR = 10  # times --hang-timeout, for slow sections: the first update (it may compile), validation, saving
 
 
@@ -131,7 +131,10 @@ class StopRequest:
             self._forced_end = None if self.phase in ("training", "ended") else now + GRACE
 
     def _abort(self) -> None:
-        """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be interrupted."""
+        """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be interrupted.
+
+        With several ranks it waits before it ends: the end of one rank ends the others, and each is to print its own stack.
+        """
         rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
         seconds = f"{self._idle:.0f} s (--hang-timeout {self.hang_timeout:g})"
         _print_unbuffered(f"{rank}: no progress for {seconds}. It hangs, or waits for a rank that does:")
@@ -139,6 +142,8 @@ class StopRequest:
         _print_unbuffered(
             f"{rank}: aborted. Run the same command to resume from the last checkpoint; raise --hang-timeout if it was only slow."
         )
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(GRACE)
         os._exit(1)
 
 
