@@ -10,7 +10,7 @@ import launch
 import pytest
 import torch
 from accelerate import Accelerator
-from disks import fill, mounted, told
+from disks import fill, missing_bytes, mounted
 from launch import reseal
 
 from forge_common import checkpoint
@@ -231,10 +231,10 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(leaving, foreseen, prepared,
         monkeypatch.setattr(checkpoint, "size", lambda model: 0)
     filler = fill(small_disk, leaving=leaving)
     save(prepared, folder, 2, required=False)
-    said = capsys.readouterr().out
-    assert "the checkpoint of update 2 was not saved" in said and "The older ones are kept" in said
+    printed = capsys.readouterr().out
+    assert "the checkpoint of update 2 was not saved" in printed and "The older ones are kept" in printed
     if foreseen:
-        assert told(said) == pytest.approx(missing, rel=0.01, abs=5000)  # a disk gives whole pages
+        assert missing_bytes(printed) == pytest.approx(missing, rel=0.01, abs=5000)  # a disk gives whole pages
     assert steps(folder) == [1] and not list(folder.glob(".*"))
     with pytest.raises(UserError, match="was not saved"):
         save(prepared, folder, 3)

@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+import edits
 import launch
 import psutil
 import pytest
@@ -50,7 +51,7 @@ def test_while_it_tokenizes(number, started, shared, tmp_path):
 def test_in_a_validation(straight, started, shared, altered, tmp_path):
     """It is interrupted, the update is saved, and the resumed run begins with it: the rows and bits of an uninterrupted run."""
     folder = tmp_path / "run"
-    slow = "    trunk.register_forward_hook(lambda *_: trunk.training or __import__('time').sleep(5))\n"
+    slow = "    trunk.register_forward_hook(lambda *_: None if trunk.training else __import__('time').sleep(5))\n"
     script = altered("train_shared.py", edits.START_LOG, slow + edits.START_LOG)
     running = started(folder, *MORE, script=script)
     launch.wait_for(folder / "checkpoints" / "step-00000004", running)
