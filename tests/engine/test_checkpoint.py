@@ -88,8 +88,8 @@ def test_a_kill_before_every_call_of_a_save(prepared, tmp_path):
         found = steps(copy)
         assert found in ([1], [1, 2], [2]), (number, found)
         before.append(found)
-        found = checkpoint.newest(prepared[0], copy)
-        assert int(found.name[-8:]) == before[-1][-1] and not list(copy.glob(".*"))
+        newest = checkpoint.newest(prepared[0], copy)
+        assert newest and int(newest.name[-8:]) == before[-1][-1] and not list(copy.glob(".*"))
         if not code:
             break
     assert code == 0 and number > 10
@@ -100,14 +100,14 @@ def test_a_kill_before_every_call_of_a_save(prepared, tmp_path):
 
 def test_everything_is_synced_before_it_has_its_name(prepared, tmp_path, monkeypatch):
     """The order: every file and the folder are synced, the folder is renamed, its parent synced, the old one removed."""
-    folder, said = tmp_path / "checkpoints", []
+    folder, calls = tmp_path / "checkpoints", []
     save(prepared, folder, 1)
     names = {}
 
     def noting(name, call):
         def noted(target, *more, **named):
             where = names.get(target) or (os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
-            said.append((name, Path(where).name))
+            calls.append((name, Path(where).name))
             return call(target, *more, **named)
 
         return noted
@@ -116,12 +116,12 @@ def test_everything_is_synced_before_it_has_its_name(prepared, tmp_path, monkeyp
         monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
     save(prepared, folder, 2)
     monkeypatch.undo()
-    commit = said.index(("rename", ".tmp-step-00000002"))
-    synced = {name for call, name in said[:commit] if call == "fsync"}
+    commit = calls.index(("rename", ".tmp-step-00000002"))
+    synced = {name for call, name in calls[:commit] if call == "fsync"}
     whole = {path.name for path in (folder / "step-00000002").iterdir()}
     assert whole | {".tmp-step-00000002"} <= synced and {"model.safetensors", "optimizer.bin", "manifest.json"} <= whole
-    assert said[commit + 1] == ("fsync", "checkpoints")
-    assert ("rename", "step-00000001") in said[commit + 2 :]
+    assert calls[commit + 1] == ("fsync", "checkpoints")
+    assert ("rename", "step-00000001") in calls[commit + 2 :]
 
 
 def test_a_damaged_best_checkpoint_is_not_published(prepared, tmp_path, capsys):
