@@ -194,7 +194,7 @@ class Decoder(nn.Module):
         rope = rotary(self.config, torch.arange(past, seen.shape[1], device=inputs.device))
         x = self.embed_tokens(inputs)
         routers = []
-        mask = self.attention_mask(seen, past)
+        mask = self._mask(seen, past)
         if scored is None:
             scored = torch.ones_like(inputs, dtype=torch.bool)
         if load is None and self.config.num_local_experts:
@@ -205,7 +205,7 @@ class Decoder(nn.Module):
             routers.append(router)
         return self.norm(x), [router for router in routers if router is not None]
 
-    def attention_mask(self, seen, past: int):
+    def _mask(self, seen, past: int):
         """seen [B, past + T] -> None for plain causal attention; else bool [B or 1, 1, T, past + T], True: may attend."""
         if self.config.cross_document_attention and not past:
             return None

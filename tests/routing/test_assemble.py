@@ -144,7 +144,7 @@ def test_the_gates_and_the_mixture_are_the_recipes(whole):
         rope = __import__("forge_common.model.trunk", fromlist=["rotary"]).rotary(
             model.config, torch.arange(len(inputs))
         )
-        mask = decoder.attention_mask(tokens[row : row + 1, :-1], 0)
+        mask = decoder._mask(tokens[row : row + 1, :-1], 0)
         for index, layer in enumerate(decoder.layers):
             x = x + layer.self_attn(layer.input_layernorm(x), rope, mask, None, index)
             normed = layer.post_attention_layernorm(x)
