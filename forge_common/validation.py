@@ -37,8 +37,10 @@ def validate(
     model.eval()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     places = [(store, index) for store in stores for index in range(len(store))]
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    total = torch.zeros(2, dtype=_sum_dtype(accelerator.device), device=accelerator.device)
+    processes = accelerator.num_processes
+    rank = accelerator.process_index
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+    total = torch.zeros(2, dtype=dtype, device=accelerator.device)
     for start in range(0, len(places), processes * batch_size):
         if stop and stop.check(accelerator):
             model.train(training)
@@ -67,8 +69,3 @@ def domain_losses(
         for domain, result in results.items()
         if result is not None
     }
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64

@@ -12,39 +12,15 @@ from ..files.untrusted import ANY, FLAG, Field, checked, dict_of, list_of, numbe
 # The kinds of module; modules.py builds them.
 KINDS = ("ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert")
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 PRESETS: dict[str, dict[str, int]] = {
-    # about 1 M, 25 M, 110 M and 350 M parameters, with vocabularies of 4k, 16k, 32k and 32k
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "small": {
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-    },
-    "base": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-    },
-    "large": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    },
+    "tiny": dict(zip(_SIZES, (128, 384, 4, 4, 2), strict=True)),  # about 1 M parameters with a vocabulary of 4k
+    "small": dict(zip(_SIZES, (384, 1024, 8, 6, 2), strict=True)),  # 25 M, 16k
+    "base": dict(zip(_SIZES, (768, 2048, 12, 12, 4), strict=True)),  # 110 M, 32k
+    "large": dict(zip(_SIZES, (1024, 2816, 24, 16, 8), strict=True)),  # 350 M, 32k
 }
 
-
+ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in ("llama", "qwen2", "qwen3", "mixtral")}
 _ID = whole(-1, 1 << 31)
 FIELDS: dict[str, Field] = {  # of a config.json; no model is near the bounds, beyond them sizes and positions overflow
     "vocab_size": whole(1, 1 << 24),
@@ -66,8 +42,7 @@ FIELDS: dict[str, Field] = {  # of a config.json; no model is near the bounds, b
 ROPE: dict[str, Field] = {
     "rope_theta": FIELDS["rope_theta"],
     "factor": number(1, 1e6),
-    "low_freq_factor": number(1e-3, 1e6),
-    "high_freq_factor": number(1e-3, 1e6),
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), number(1e-3, 1e6)),
     "original_max_position_embeddings": FIELDS["max_position_embeddings"],
 }
 
@@ -127,10 +102,7 @@ class ModelConfig:
         rope = {"rope_type": "default"} | (self.rope_scaling or {}) | {"rope_theta": self.rope_theta}
         written |= {
             "model_type": self.model_type,
-            "architectures": [
-                {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mixtral": "Mixtral"}[self.model_type]
-                + "ForCausalLM"
-            ],
+            "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_act": "silu",
             "rope_scaling": self.rope_scaling,
             "rope_parameters": rope,

@@ -28,16 +28,11 @@ Tensors = dict[str, torch.Tensor]
 class Tuning:
     """The hyperparameters of the routers (docs/RESULTS.md has the measurements). ValueError where the gates would not be finite."""
 
-    temperature: float = 0.2
-    """Weight of a token's evidence."""
-    switch: float = 0.02
-    """Probability that the domain changes at a token."""
-    own: float = 1.0
-    """Weight of the log probabilities that each head gave the tokens so far, in the output weights."""
-    trunk_share: float = 1.0
-    """Weight of the trunk in the prior, where each module has 1."""
-    sharpness: float = 10.0
-    """Of ridge: softmax(sharpness * regression)."""
+    temperature: float = 0.2  # weight of a token's evidence
+    switch: float = 0.02  # probability that the domain changes at a token
+    own: float = 1.0  # weight, in the output weights, of the log probabilities that each head gave the tokens so far
+    trunk_share: float = 1.0  # weight of the trunk in the prior, where each module has 1
+    sharpness: float = 10.0  # of ridge: softmax(sharpness * regression)
 
     def __post_init__(self):
         bounds = {"switch": (0, 1), "trunk_share": (1e-9, 1e9)}

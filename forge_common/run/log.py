@@ -66,13 +66,7 @@ class RunLog:
     """The log of one run. Only the main process writes, and nothing is written in a dry run."""
 
     def __init__(
-        self,
-        accelerator: Any,
-        settings: Any,
-        progress: Any,
-        last: int,
-        tracker: str | None = None,
-        trunk: Any = None,
+        self, accelerator: Any, settings: Any, progress: Any, last: int, tracker: str | None = None, trunk: Any = None
     ):
         """last: the update that the run ends with. tracker: as accelerate names it. trunk: the model, for MFU."""
         self.accelerator = accelerator

@@ -131,10 +131,7 @@ class StopRequest:
             self._forced_end = None if self.phase in ("training", "ended") else now + GRACE
 
     def _abort(self) -> None:
-        """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be interrupted.
-
-        With several ranks it waits before it ends: the end of one rank ends the others, and each is to print its own stack.
-        """
+        """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be interrupted."""
         rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
         seconds = f"{self._idle:.0f} s (--hang-timeout {self.hang_timeout:g})"
         _print_unbuffered(f"{rank}: no progress for {seconds}. It hangs, or waits for a rank that does:")
@@ -143,7 +140,7 @@ class StopRequest:
             f"{rank}: aborted. Run the same command to resume from the last checkpoint; raise --hang-timeout if it was only slow."
         )
         if os.environ.get("WORLD_SIZE", "1") != "1":
-            time.sleep(GRACE)
+            time.sleep(GRACE)  # the end of one rank ends the others: each is to print its own stack first
         os._exit(1)
 
 
