@@ -6,6 +6,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from forge_common.run.stop import StopRequest
 from forge_common.settings import RunSettings, accumulation_steps, problems, read_settings, run_main
@@ -92,14 +93,14 @@ def main(settings: Settings) -> int:
     from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
     from forge_common.run.plan import plan
-    from forge_common.run.progress import begin, due, update_outcome
+    from forge_common.run.progress import PENDING, begin, due, update_outcome
     from forge_common.run.trackers import choose_tracker
     from forge_common.validation import validate
 
     # ---- Set up ----
     tracker, tracker_report = choose_tracker(settings.tracker)
     accumulation = accumulation_steps(settings)
-    accelerator = Accelerator(
+    accelerator: Any = Accelerator(  # Any: its own annotations are unions that no caller can use
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         log_with=tracker,
         project_dir=settings.output_dir,
@@ -160,11 +161,7 @@ def main(settings: Settings) -> int:
         step = progress.global_step + 1
         set_seed(settings.seed + step * processes + rank)  # for dropout: a resumed run draws the same numbers
         rate = settings.lr * schedule.factor(
-            settings.schedule,
-            step,
-            warmup_steps=settings.warmup_steps,
-            steps=settings.steps,
-            floor=settings.min_lr_ratio,
+            settings.schedule, step, settings.steps, warmup_steps=settings.warmup_steps, floor=settings.min_lr_ratio
         )
         for group in optimizer.param_groups:
             group["lr"] = rate
@@ -175,6 +172,7 @@ def main(settings: Settings) -> int:
         num_scored = accelerator.reduce((windows[..., 1:] != trunk.config.ignore_index).sum(), "sum")
         scale = processes * accumulation / num_scored.clamp(min=1)
         sums = []
+        outcome = PENDING  # until the last micro-batch, where the gradients are in sync
         for micro_batch in windows:
             with accelerator.accumulate(model):
                 sums.append(model(micro_batch, expert_load))
@@ -203,7 +201,7 @@ def main(settings: Settings) -> int:
         stop.check(accelerator)
         improved = False
         if due(step, settings.log_every, last):
-            log.training(interval, progress, rate=rate, grad_norm=grad_norm)
+            log.training(interval, progress, rate=rate, grad_norm=outcome.grad_norm)
         if corpora.held_out and due(step, settings.val_every, last):
             with log.clock_paused(), stop.slow_section():
                 result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)

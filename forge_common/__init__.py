@@ -1,1 +1,1 @@
-"""What both scripts share: a flat package, one noun a file."""
+"""What both scripts share: one noun a file, folders by subject."""

@@ -100,7 +100,7 @@ def save(
     def finish() -> None:
         if accelerator.is_main_process:
             write_json(partial / "progress.json", dataclasses.asdict(progress))
-            write_json(partial / "manifest.json", _manifest(partial))
+            write_json(partial / "manifest.json", manifest(partial))
             sync(partial)
             partial.rename(final)
             sync_folder(folder)
@@ -129,7 +129,8 @@ def _has_room(accelerator: Any, folder: Path, work: Callable[[], None]) -> bool:
     return not accelerator.reduce(torch.tensor(float(full), device=accelerator.device), "sum").item()
 
 
-def _manifest(folder: Path) -> dict[str, dict[str, Any]]:
+def manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """Size and SHA-256 of every file of a checkpoint, without manifest.json."""
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
     return {
         path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)} for path in files
@@ -158,11 +159,11 @@ def _complete(folder: Path) -> list[Path]:
 def fault(folder: Path) -> str | None:
     """The first file of a checkpoint that is missing, surplus or different from the manifest; None where it verifies."""
     try:
-        manifest = read_json(folder / "manifest.json")
-        present = _manifest(folder)
+        expected_files = read_json(folder / "manifest.json")
+        present = manifest(folder)
     except (OSError, UserError) as reason:
         return f"manifest.json: {reason}"
-    changed = differences(manifest, present)
+    changed = differences(expected_files, present)
     for name, (expected, actual) in changed.items():
         return f"{name}: {actual or 'missing'}, the manifest has {expected or 'no such file'}"
     return None

@@ -1,5 +1,5 @@
-"""The one exception whose text is meant for the person at the keyboard."""
+"""The exception for mistakes of the user, printed without a traceback."""
 
 
 class UserError(ValueError):
-    """A mistake of the user's; the message names the file, row or flag and says the mend."""
+    """A mistake of the user. The message names the file, row or flag and says how to fix it."""

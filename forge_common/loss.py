@@ -1,6 +1,6 @@
-"""Nats and counts. A loss here is a sum over scored tokens; whoever knows the whole update divides.
+"""Losses as sums of nats over scored tokens, with their number. The caller, who knows the whole update, divides.
 
-B batch, T time, D width, V vocabulary, E experts, R = B * T rows.
+B batch, T time, D width, V vocabulary, L layers, E experts, R = B * T rows
 """
 
 from typing import NamedTuple
@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-CHUNK_ROWS = 512  # rows of logits that exist at one time: 512 x V, whatever the batch
+CHUNK_ROWS = 512  # rows of logits in memory at a time: 512 x V for any batch
 
 
 class Sums(NamedTuple):
-    """What a forward pass returns: sums over the scored tokens of this micro-batch, on the device.
+    """The result of a forward pass: sums over the scored tokens of this micro-batch, on the device.
 
-    objective: nats + coefficients x (balance, z); the script scales it by P * N / n and sends it backward.
-    nats: cross-entropy, base e. tokens: scored (non-PAD) labels. balance, z: router losses, summed over tokens and averaged
-    over layers (0 without a router). expert_counts: [layers, E] assignments of scored tokens ([0, 0] without a router).
+    objective: nats + coefficients x (balance, z); the script scales it by P * N / n and calls backward. nats: cross-entropy,
+    base e. tokens: number of scored (non-PAD) labels. balance, z: router losses, summed over tokens and averaged over layers
+    (0 without a router). expert_counts: [L, E] assignments of scored tokens ([0, 0] without a router).
     """
 
     objective: torch.Tensor
@@ -28,15 +28,15 @@ class Sums(NamedTuple):
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """Nats are added up in at least float32: a sum over thousands of tokens has three good digits in bfloat16."""
+    """At least float32, for sums of nats: bfloat16 keeps 3 significant digits."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[label], CHUNK_ROWS rows at a time, gradients made on the way forward.
+    """Sum of -log softmax(hidden @ weight.T)[label], CHUNK_ROWS rows at a time. The forward pass computes the gradients too.
 
-    torch's F.linear_cross_entropy works the same way, but returns the sum in the dtype of its input (bfloat16 under
-    autocast: 15680 for 15666), which is why this exists.
+    torch's F.linear_cross_entropy does the same, but returns the sum in the dtype of its input: under autocast in bfloat16
+    15680 instead of 15666.
     """
 
     @staticmethod
@@ -57,21 +57,22 @@ class _HeadCrossEntropy(torch.autograd.Function):
             grad = log_p.exp_()
             grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
             grad = grad.masked_fill_(~scored, 0).to(hidden.dtype)
-            if needs_hidden:
+            if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[start : start + CHUNK_ROWS])
-            if needs_weight and wide == hidden.dtype:
+            if weight_grad is not None and wide == hidden.dtype:
                 weight_grad.addmm_(grad.T, rows)
-            elif needs_weight:
+            elif weight_grad is not None:
                 weight_grad += grad.T @ rows
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return nats
 
     @staticmethod
-    def backward(ctx, upstream):
+    def backward(ctx, *grad_outputs):
+        (upstream,) = grad_outputs
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
-            # In float32 also for bfloat16: a scale such as 1/3 would be off by 0.2 % in it, for all of the gradient.
+            # In float32, since bfloat16 would round a scale such as 1/3 by 0.2 %.
             None if hidden_grad is None else (hidden_grad.to(upstream.dtype) * upstream).to(hidden_grad.dtype),
             None if weight_grad is None else (weight_grad * upstream).to(ctx.weight_dtype),
             None,
@@ -82,15 +83,15 @@ class _HeadCrossEntropy(torch.autograd.Function):
 def head_cross_entropy(
     hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int
 ) -> torch.Tensor:
-    """Sum of nats of `labels` [R] under the head `weight` [V, D] on `hidden` [R, D]; no [R, V] tensor ever exists.
+    """Sum of nats of `labels` [R] for hidden [R, D] and head weight [V, D], without a tensor [R, V].
 
-    Rows whose label is `ignore_index` count nothing and get no gradient. Returns a scalar in at least float32.
-    The gradient is first-order only (no double backward).
+    Rows with the label `ignore_index` add 0 to the loss and to the gradient. Returns a scalar in at least float32. No double
+    backward.
     """
     device = hidden.device.type
-    if not torch.is_grad_enabled():  # needs_input_grad is True for a parameter all the same: 3 x the work
+    if not torch.is_grad_enabled():  # needs_input_grad is True for parameters even then
         hidden, weight = hidden.detach(), weight.detach()
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # which autocast leaves alone
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # autocast does not cast float64
         low = torch.get_autocast_dtype(device)
         hidden, weight = hidden.to(low), weight.to(low)
     with torch.autocast(device, enabled=False):
@@ -99,7 +100,7 @@ def head_cross_entropy(
 
 @torch.no_grad()
 def nats_per_token(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
-    """Nats of each of `labels` [R], 0 where it is `ignore_index`; chunked, without gradient. [R], at least float32."""
+    """Nats [R] of each label of `labels` [R], 0 for `ignore_index`; in chunks, without gradient, in at least float32."""
     chunks = zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True)
     parts = [
         F.cross_entropy((rows @ weight.T).to(_wide(rows.dtype)), target, ignore_index=ignore_index, reduction="none")
@@ -111,16 +112,15 @@ def nats_per_token(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Ten
 def balance_sum(probabilities: torch.Tensor, load: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Switch's balance loss times the number of scored tokens: E * sum_i f_i * sum_t P_t,i.
 
-    probabilities [R, E]: the router's softmax. scored [R]: bool. load [E]: f_i, the share of all assignments that expert i
-    took; a constant to the gradient. Divided by the tokens of the update it is 1 for a perfectly even load.
-    Source: Fedus et al., Switch Transformers, arXiv 2101.03961, eq. 4 (there top-1; with top-k the shares are of all k * n
-    assignments).
+    probabilities [R, E]: the router's softmax. scored [R]: bool. load [E]: f_i, expert i's share of all assignments, without
+    gradient. Per token it is 1 for an even load. Source: Fedus et al., Switch Transformers, arXiv 2101.03961, eq. 4, for
+    top-1; with top-k there are k * n assignments.
     """
     return probabilities.shape[-1] * (probabilities * scored.unsqueeze(-1) * load).sum()
 
 
 def z_sum(logits: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
-    """Router z loss times the number of scored tokens: sum_t (logsumexp of the router's logits [R, E])^2.
+    """Router z loss times the number of scored tokens: sum_t (logsumexp of the router's logits [R, E] at t)^2.
 
     Source: Zoph et al., ST-MoE, arXiv 2202.08906, eq. 5.
     """

@@ -130,52 +130,52 @@ def accumulation_steps(settings: Any) -> int:
 
 def problems(settings: Any) -> list[str]:
     """Problems with a script's settings that can be found without loading anything, each with how to fix it."""
-    found = []
+    faults = []
     value = vars(settings).get
     for name in ("steps", "batch_size", "micro_batch_size", "sequence_length", "keep", "log_every", "max_bad_updates"):
         if value(name) < 1:
-            found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
     for name in ("statistics_tokens", "statistics_min_documents", "rank"):
         if (value(name, 1)) < 1:
-            found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
     for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts", "width"):
         if (value(name) or 0) < 0:
-            found.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
+            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
     for name in ("lr", "max_grad_norm"):
         if not (value(name) > 0 and math.isfinite(value(name))):
-            found.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
+            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
     if not value("hang_timeout") >= 0:
-        found.append(f"--hang-timeout is {value('hang_timeout')}; it must be 0 (never) or more seconds")
+        faults.append(f"--hang-timeout is {value('hang_timeout')}; it must be 0 (never) or more seconds")
     if not 0 <= value("weight_decay") < 1:
-        found.append(f"--weight-decay is {value('weight_decay')}; it must lie in [0, 1)")
+        faults.append(f"--weight-decay is {value('weight_decay')}; it must lie in [0, 1)")
     if not 0 <= value("min_lr_ratio") <= 1:
-        found.append(f"--min-lr-ratio is {value('min_lr_ratio')}; it must lie in [0, 1]")
+        faults.append(f"--min-lr-ratio is {value('min_lr_ratio')}; it must lie in [0, 1]")
     if not 0 <= value("val_fraction") < 1:
-        found.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
+        faults.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
     if value("warmup_steps") > value("steps"):
-        found.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
+        faults.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
     at_once = max(value("micro_batch_size"), 1) * processes()
     if value("batch_size") % at_once:
-        found.append(
+        faults.append(
             f"--batch-size {value('batch_size')} does not divide into {processes()} process(es) x --micro-batch-size "
             f"{value('micro_batch_size')}; make it a multiple of {at_once}"
         )
     if value("schedule") not in SCHEDULES:
-        found.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
+        faults.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
     if value("kind") is not None and value("kind") not in KINDS:
-        found.append(f"--kind {value('kind')} is not one of {', '.join(KINDS)}")
+        faults.append(f"--kind {value('kind')} is not one of {', '.join(KINDS)}")
     largest = 2**32 - 1 - max(value("steps"), 0) * processes() - processes()
     if not 0 <= value("seed") <= largest:  # each update of each process adds to it, and NumPy takes 32 bits
-        found.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")
+        faults.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")
     for name, (rule, holds) in {"name": PLAIN, "licence": LINE}.items():
         if value(name) is not None and not holds(value(name)):
-            found.append(f"--{name} {value(name)!r} must be {rule}")
+            faults.append(f"--{name} {value(name)!r} must be {rule}")
     known = {field.name for field in dataclasses.fields(settings)}
     for name in value("accept_change"):
         if name.replace("-", "_") not in known:
             near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
-            found.append(f"--accept-change {name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
-    return found + _shape_problems(value) + _folder_problems(value)
+            faults.append(f"--accept-change {name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
+    return faults + _shape_problems(value) + _folder_problems(value)
 
 
 def _shape_problems(value: Any) -> list[str]:
@@ -185,40 +185,42 @@ def _shape_problems(value: Any) -> list[str]:
     if value("preset") not in PRESETS:
         return [f"--preset {value('preset')} is not one of {', '.join(PRESETS)}"]
     size = {name: value(name) or preset for name, preset in PRESETS[value("preset")].items()}
-    found = [
+    faults = [
         f"--{name.replace('_', '-')} is {number}; it must be positive" for name, number in size.items() if number < 1
     ]
-    if found:
-        return found
+    if faults:
+        return faults
     if size["hidden_size"] % size["num_attention_heads"] or size["hidden_size"] // size["num_attention_heads"] % 2:
-        found.append(
+        faults.append(
             f"--hidden-size {size['hidden_size']} must be an even multiple of --num-attention-heads "
             f"{size['num_attention_heads']} (each head has an even width, for rotary positions)"
         )
     if size["num_attention_heads"] % size["num_key_value_heads"]:
-        found.append(
+        faults.append(
             f"--num-attention-heads {size['num_attention_heads']} must be a multiple of --num-key-value-heads "
             f"{size['num_key_value_heads']}"
         )
     if value("num_experts") == 1 or 0 < value("num_experts") < value("experts_per_token"):
-        found.append(
+        faults.append(
             f"--num-experts {value('num_experts')} must be 0 (dense), or at least 2 and no fewer than --experts-per-token "
             f"{value('experts_per_token')}"
         )
     if value("experts_per_token") < 1:
-        found.append(f"--experts-per-token is {value('experts_per_token')}; it must be at least 1")
-    return found
+        faults.append(f"--experts-per-token is {value('experts_per_token')}; it must be at least 1")
+    return faults
 
 
 def _folder_problems(value: Any) -> list[str]:
     """Problems with the output directory."""
-    found = []
+    faults = []
     output = Path(value("output_dir"))
     if output.exists() and not output.is_dir():
-        found.append(f"--output-dir {output} is a file; name a folder")
+        faults.append(f"--output-dir {output} is a file; name a folder")
     if value("resume") == "require" and not (output / "checkpoints").is_dir():
-        found.append(f"--resume require, but {output}/checkpoints does not exist; use --resume auto to start afresh")
-    return found
+        faults.append(
+            f"--resume require, but {output}/checkpoints does not exist; use --resume auto to start a new run"
+        )
+    return faults
 
 
 def to_json(settings: Any) -> dict[str, Any]:

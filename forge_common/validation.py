@@ -1,4 +1,7 @@
-"""The loss on held-out windows: every label exactly once, for any number of processes and any batch size."""
+"""The loss on held-out windows: every label exactly once, for any number of processes and any batch size.
+
+T time, P processes
+"""
 
 import math
 from collections.abc import Sequence
@@ -24,25 +27,27 @@ class Validation(NamedTuple):
 def validate(
     accelerator: Any, model: torch.nn.Module, stores: Sequence[Any], batch_size: int, stop: Any = None
 ) -> Validation | None:
-    """Scores all windows of `stores` (each gives windows [T + 1], and has `.tokens.bytes`) without gradients. A collective.
+    """The mean loss over all windows [T + 1] of `stores` (data.windows), without gradients. A collective.
 
-    Rank r scores the windows r, r + P, r + 2P, ...; no window is repeated to even out the batches. Sums of nats and of
-    tokens are local and are reduced once, at the end. Under FSDP every forward is a collective, so all ranks run equally
-    many; the surplus ones get only fillers, which add nothing. None where `stop`, the run's StopRequest, interrupts it.
+    Rank r scores the windows r, r + P, r + 2P, ...; no window is repeated. The sums of nats and tokens are reduced once, at
+    the end. Under FSDP every forward pass is a collective, so all ranks run the same number; a rank without windows left
+    runs padding, which adds 0. None where `stop`, the run's StopRequest, interrupts it.
     """
     training = model.training
     model.eval()
     bare = accelerator.unwrap_model(model, keep_torch_compile=False)
     places = [(store, index) for store in stores for index in range(len(store))]
-    processes, rank = accelerator.num_processes, accelerator.process_index
-    total = torch.zeros(2, dtype=_sum_dtype(accelerator.device), device=accelerator.device)
+    processes = accelerator.num_processes
+    rank = accelerator.process_index
+    dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
+    total = torch.zeros(2, dtype=dtype, device=accelerator.device)
     for start in range(0, len(places), processes * batch_size):
         if stop and stop.check(accelerator):
             model.train(training)
             return None
-        mine = places[start + rank : start + processes * batch_size : processes]
+        batch = places[start + rank : start + processes * batch_size : processes]
         length = len(places[0][0][0])
-        windows = np.stack([store[i] for store, i in mine] or [np.full(length, bare.config.ignore_index)])
+        windows = np.stack([store[i] for store, i in batch] or [np.full(length, bare.config.ignore_index)])
         sums = model(torch.from_numpy(windows).to(accelerator.device))
         total += torch.stack((sums.nats, sums.tokens)).to(total.dtype)
         if stop:
@@ -64,8 +69,3 @@ def domain_losses(
         for domain, result in results.items()
         if result is not None
     }
-
-
-def _sum_dtype(device: torch.device) -> torch.dtype:
-    """float64, or float32 on MPS, which has no float64."""
-    return torch.float32 if device.type == "mps" else torch.float64

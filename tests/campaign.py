@@ -1,10 +1,10 @@
-"""SIGKILL at random moments: real `accelerate launch` runs of both scripts, killed again and again, resumed, compared.
+"""SIGKILL at random moments: `accelerate launch` runs of both scripts, killed repeatedly, resumed and compared.
 
-    python tests/campaign.py --kills 200 --output-dir runs/soak        (make soak; the same command goes on where it was left)
+    python tests/campaign.py --kills 200 --output-dir runs/soak        (make soak; the same command continues)
 
-A life is one launch, killed at a moment drawn from U(0, the whole run's time); the next life is the same command. The last
-life of a run is left alone, and what it leaves is compared with a run that was never killed. A kill hits the whole tree of
-processes, or one trainer, or the launcher alone.
+Each run is launched several times with the same command. Every launch but the last is killed at a moment drawn from U(0, the
+time of a whole run); the result of the last is compared with a run that was never killed. A kill hits the whole process
+tree, one trainer, or the launcher alone.
 """
 
 import argparse
@@ -22,8 +22,6 @@ import psutil
 import torch
 
 from forge_common.checkpoint import fault
-
-PATIENCE = 240.0  # seconds that anything may take before it counts as hanging
 
 
 @dataclass(frozen=True)
@@ -49,10 +47,10 @@ CELLS = [
 
 @dataclass
 class Tally:
-    """What a run of many lives came to. Every field but the first four is a fault, and is to be 0."""
+    """The result of a run. Every field but the first four counts faults and must be 0."""
 
     kills: int = 0
-    in_a_save: int = 0  # kills that left a checkpoint half-written, aside
+    in_a_save: int = 0  # kills that left a partial checkpoint under its temporary name
     finals: int = 0
     rows: int = 0
     resumes_failed: int = 0
@@ -70,7 +68,7 @@ class Tally:
     def table(self) -> str:
         return "\n".join(
             (
-                f"SIGKILLs {self.kills}, of them in the midst of a save {self.in_a_save}",
+                f"SIGKILLs {self.kills}, of them during a save {self.in_a_save}",
                 f"resumes that failed                          {self.resumes_failed} / {self.kills}",
                 f"kills that left no good checkpoint           {self.no_good_checkpoint} / {self.kills}",
                 f"finals that differ from an unkilled run      {self.finals_that_differ} / {self.finals}",
@@ -80,11 +78,11 @@ class Tally:
 
 
 class Campaign:
-    """Texts are given; `home` is where everything is written. steps: updates of a run."""
+    """`home`: the folder for all output. steps: updates of a run."""
 
     def __init__(self, home: Path, text: Path, domain: Path, steps: int):
         self.home, self.text, self.domain, self.cache, self.steps = home, text, domain, home / "cache", steps
-        self.seconds: dict[tuple[str, int], float] = {}  # that a whole run takes
+        self.seconds: dict[tuple[str, int], float] = {}  # of a whole run
 
     def command(self, cell: Cell, folder: Path) -> list[str]:
         data = self.text if cell.script == "train_shared" else self.domain
@@ -119,18 +117,18 @@ class Campaign:
             )
 
     def straight(self, script: str, processes: int) -> Path:
-        """The run that is never killed."""
+        """The run without a kill."""
         folder = self.home / f"straight-{script.removeprefix('train_')}-{processes}"
         started = time.monotonic()
         if not (folder / "done").exists():
-            code = self.start(Cell(script, processes, False), folder).wait(PATIENCE)
+            code = self.start(Cell(script, processes, False), folder).wait(launch.PATIENCE)
             assert code == 0, folder.with_suffix(".out").read_text()
             (folder / "done").write_text(str(time.monotonic() - started))
         self.seconds[script, processes] = float((folder / "done").read_text())
         return folder
 
     def run(self, cell: Cell, number: int, kills: int) -> Tally:
-        """One run of `kills` + 1 lives."""
+        """One run of `kills` + 1 launches."""
         draw = random.Random(f"{cell.name} {number}")
         folder, tally, known = self.home / cell.name / f"{number:03d}", Tally(), 0
         while tally.kills < kills:
@@ -148,10 +146,10 @@ class Campaign:
             else:
                 tally.resumes_failed += code != 0
                 known = good(folder)
-                break  # it was through before the moment came
+                break  # it ended before the moment
         running = self.start(cell, folder)
         try:
-            failed = running.wait(PATIENCE) != 0
+            failed = running.wait(launch.PATIENCE) != 0
         except subprocess.TimeoutExpired:
             failed = True
             kill(running, folder, "all", draw)
@@ -172,7 +170,7 @@ class Campaign:
 
 
 def kill(running: subprocess.Popen, folder: Path, whom: str, draw: random.Random) -> bool:
-    """SIGKILL; waits until nothing of the run is left. Whether it hit a save."""
+    """SIGKILL; waits until no process of the run is left. Returns whether it hit a save."""
     launcher, trainers = psutil.Process(running.pid), processes_of(folder)
     victims = {
         "launcher": [launcher],
@@ -185,19 +183,19 @@ def kill(running: subprocess.Popen, folder: Path, whom: str, draw: random.Random
         except psutil.NoSuchProcess:
             continue
     half = bool(list((folder / "checkpoints").glob(".tmp-step-*")))
-    running.wait(PATIENCE)
-    deadline = time.monotonic() + PATIENCE
+    running.wait(launch.PATIENCE)
+    deadline = time.monotonic() + launch.PATIENCE
     while left := processes_of(folder):
         if whom == "all":
-            for process in left:  # what the launcher had just begun
+            for process in left:  # which the launcher had just started
                 process.kill()
-        assert time.monotonic() < deadline, f"{folder}: a {whom} was killed, and others are still there: {left}"
+        assert time.monotonic() < deadline, f"{folder}: after the kill of {whom} these still run: {left}"
         time.sleep(0.05)
     return half
 
 
 def processes_of(folder: Path) -> list[psutil.Process]:
-    """The living trainers and launchers of a run, without the first launcher, known by their --output-dir."""
+    """The running trainers and launchers of a run, found by their --output-dir, without the first launcher."""
     found = []
     for process in psutil.process_iter(["cmdline", "status"]):
         line = process.info["cmdline"] or []
@@ -211,32 +209,32 @@ def good(folder: Path) -> int:
     found = {path: fault(path) for path in (folder / "checkpoints").glob("step-*")}
     torn = {path.name: wrong for path, wrong in found.items() if wrong}
     if torn:
-        print(f"{folder}: torn under a final name: {torn}", flush=True)
+        print(f"{folder}: damaged under a final name: {torn}", flush=True)
         return -1
     return max((int(path.name.removeprefix("step-")) for path in found), default=0)
 
 
 def resumed_well(folder: Path, step: int) -> bool:
-    """Whether the last life said that it went on from update `step`."""
-    said = folder.with_suffix(".out").read_text(errors="replace")
-    if "Traceback" in said.rpartition("tracking ")[2]:
+    """Whether the last launch reports that it resumed from update `step`."""
+    printed = folder.with_suffix(".out").read_text(errors="replace")
+    if "Traceback" in printed.rpartition("tracking ")[2]:
         return False
-    return not step or f"at update {step} of " in said.rpartition("tracking ")[2]
+    return not step or f"at update {step} of " in printed.rpartition("tracking ")[2]
 
 
 def final(folder: Path, steps: int) -> str:
-    """A digest of all that a run came to: weights, both moments, and what it published."""
+    """The digests of a run's result: weights, both moments, and what it published."""
     step = folder / "checkpoints" / f"step-{steps:08d}"
     states = torch.load(step / "optimizer.bin", weights_only=True)["state"]
     tensors = {f"{index} {name}": value for index, state in states.items() for name, value in state.items()}
     published = next(
         path for path in (folder / "trunk" / "forge.json", folder / "module" / "module.json") if path.exists()
     )
-    facts = json.loads(published.read_text())
+    metadata = json.loads(published.read_text())
     from forge_common.artifacts.artifact import digest
 
-    parts = [digest(launch.load_file(step / "model.safetensors")), digest(tensors), facts["digest"]]
-    return " ".join([*parts, facts["statistics_digest"]])
+    parts = [digest(launch.load_file(step / "model.safetensors")), digest(tensors), metadata["digest"]]
+    return " ".join([*parts, metadata["statistics_digest"]])
 
 
 def campaign(
@@ -250,7 +248,7 @@ def campaign(
     a_run: tuple[int, int],
     workers: int,
 ) -> Tally:
-    """`kills` kills over `cells`, `a_run` (at least, at most) of them a run. What kills.jsonl tells of is not repeated."""
+    """`kills` kills over `cells`, `a_run` (at least, at most) of them in a run. Runs in kills.jsonl are not repeated."""
     home.mkdir(parents=True, exist_ok=True)
     all_of_it, log = Campaign(home.absolute(), text, domain, steps), home / "kills.jsonl"
     all_of_it.straight("train_shared", 1)

@@ -72,14 +72,14 @@ def excerpts_of_library(folder: Path) -> Path:
 
 
 def excerpts_of_headers(folder: Path) -> Path:
-    """Text of another domain, ragged: C++ headers that torch ships."""
+    """Text of another domain, of ragged lengths: C++ headers of torch."""
     import torch
 
     return _excerpts(sorted((Path(torch.__file__).parent / "include" / "c10" / "util").glob("*.h"))[:60], folder)
 
 
 def _excerpts(files: list[Path], folder: Path) -> Path:
-    """Written once: a text that is there already keeps its time, which the cache of tokens knows."""
+    """Does not write a file again: its time is part of the key of the token cache."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, file in enumerate(files):
         copy, source = folder / file.name, file.read_text(encoding="utf-8")
@@ -100,7 +100,7 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared(text, cache):
-    """Runs train_shared.py on that text with a small model: shared(output_dir, *more flags) -> what it printed."""
+    """Runs train_shared.py on that text with a small model: shared(output_dir, *more flags) -> its output."""
 
     def call(output: Path, *more: object, script: Path | str = "train_shared.py", **how) -> str:
         fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache)
@@ -111,7 +111,7 @@ def shared(text, cache):
 
 @pytest.fixture(scope="session")
 def started(text, cache):
-    """train_shared.py on that text in the background, in a session of its own; it prints to `out` or OUTPUT_DIR.out."""
+    """Starts train_shared.py on that text in the background, in its own session; prints to `out` or OUTPUT_DIR.out."""
 
     def call(output: Path, *more, script="train_shared.py", launcher=(), processes=1, out=None, **extra):
         fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
@@ -139,7 +139,7 @@ def domain(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def module(trunk, domain, cache):
-    """Runs train_module.py on that trunk and domain: module(output_dir, *more flags) -> what it printed."""
+    """Runs train_module.py on that trunk and domain: module(output_dir, *more flags) -> its output."""
 
     def call(output: Path, *more: object, script: Path | str = "train_module.py", **how) -> str:
         fixed = ("--trunk", trunk, "--name", "cpp", "--data", domain, "--output-dir", output, "--cache-dir", cache)
@@ -152,10 +152,10 @@ def module(trunk, domain, cache):
 def altered(tmp_path_factory):
     """A copy of a script with one text replaced by another: as a user edits it, or broken on purpose."""
 
-    def make(script: str, old: str, new: str) -> Path:
+    def make(script: str | Path, old: str, new: str) -> Path:
         source = (launch.ROOT / script).read_text()
-        assert source.count(old) == 1, f"{old!r} stands {source.count(old)} times in {script}"
-        copy = tmp_path_factory.mktemp("altered") / script
+        assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {script}"
+        copy = tmp_path_factory.mktemp("altered") / Path(script).name
         copy.write_text(source.replace(old, new))
         return copy
 
@@ -164,7 +164,7 @@ def altered(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def straight(shared, tmp_path_factory) -> Path:
-    """A run of launch.MORE that nobody disturbed, with all its checkpoints."""
+    """An uninterrupted run of launch.MORE, with all its checkpoints."""
     folder = tmp_path_factory.mktemp("straight") / "run"
     shared(folder, *launch.MORE)
     return folder

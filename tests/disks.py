@@ -1,4 +1,4 @@
-"""Small disks, full ones, and what a message says is missing on them."""
+"""Small and full disks, and the missing space that a message states."""
 
 import shutil
 import subprocess
@@ -11,7 +11,7 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A file system in memory, of its own."""
+    """A new file system in memory."""
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("only root may mount")
@@ -26,7 +26,7 @@ def fill(disk: Path, *, leaving: int) -> Path:
     return filler
 
 
-def told(said: str) -> int:
-    """The bytes that a message says are missing."""
-    number, unit = said.split(" are missing")[0].split()[-2:]
+def missing_bytes(printed: str) -> int:
+    """The bytes that a message states as missing."""
+    number, unit = printed.split(" are missing")[0].split()[-2:]
     return int(float(number.replace(",", "")) * {"B": 1, "KiB": 1 << 10, "MiB": 1 << 20}[unit])

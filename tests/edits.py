@@ -1,6 +1,7 @@
-"""The places of the training scripts that tests edit, as a user would: each literal line stands here and nowhere else."""
+"""The lines of the training scripts that tests replace, as a user edits them. No other test file has literal lines of them."""
 
 BACKWARD = "accelerator.backward(sums[-1].objective * scale)"
+SCALE = "scale = processes * accumulation / num_scored"
 AFTER_MICRO_BATCH = "            stop.heartbeat()\n"
 AFTER_UPDATE = "        progress.record(outcome, settings, corpora.training, log.print_line)\n"
 AFTER_TRAINING = "    update_batches.close()\n"

@@ -1,13 +1,18 @@
-"""Runs the scripts as users run them: real processes, real text, one or two ranks."""
+"""Runs the scripts as users run them: processes of their own, real text, one or two ranks."""
 
+import atexit
 import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
+import threading
 import time
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,18 +31,19 @@ SIZES += ("--warmup-steps", "2", "--val-fraction", "0.1", "--tracker", "none", "
 STEPS = 12
 LONG = ("--sequence-length", 256)
 MORE = (*LONG, "--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 5)
+PATIENCE = 600  # seconds after which a run or a wait counts as hanging, on a busy machine too
 TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """This process's environment with the interpreter's own programs first and two threads at most."""
+    """This process's environment with the interpreter's own programs first and one thread."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_", "FORGE_"))}
     return plain | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra
 
 
 def command(script: Path | str, *arguments: object, processes: int = 1, launcher: tuple[str, ...] = ()) -> list[str]:
-    """One process: python, or `launcher`; more: torchrun, which on CPUs is what gives several (see ACCELERATE_USE_CPU)."""
+    """One process: python, or `launcher`; several: torchrun, which starts them on CPUs (with ACCELERATE_USE_CPU)."""
     start = [sys.executable]
     if processes > 1:
         start = ["torchrun", "--nproc_per_node", str(processes), "--master_port", str(free_port())]
@@ -56,17 +62,18 @@ def run(
     processes: int = 1,
     launcher: tuple[str, ...] = (),
     fails: bool = False,
-    timeout: float = 240,
     **extra: str,
 ) -> str:
     """Runs a script to its end and returns what it printed (both streams). `fails`: it must end non-zero, else zero."""
     extra = {"ACCELERATE_USE_CPU": "true"} | extra
+    if not launcher:
+        return run_python(ROOT / script, *arguments, processes=processes, fails=fails, **extra)
     done = subprocess.run(
         command(script, *arguments, processes=processes, launcher=launcher),
         env=environment(**extra),
         cwd=ROOT,
         text=True,
-        timeout=timeout,
+        timeout=PATIENCE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         check=False,
@@ -75,24 +82,49 @@ def run(
     return done.stdout
 
 
-def run_python(*arguments: object) -> str:
-    """Runs `python ARGUMENTS` in the repository and returns what it printed; it must end with 0."""
-    line = [sys.executable, *map(str, arguments)]
-    done = subprocess.run(line, env=environment(), cwd=ROOT, text=True, capture_output=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+@cache
+def fork_server() -> subprocess.Popen:
+    """This process's server of tests/fork_server.py; it ends with this process."""
+    line = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
+    server = subprocess.Popen(line, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(server.communicate)  # closes its stdin
+    return server
+
+
+def run_python(*arguments: object, processes: int = 1, fails: bool = False, **extra: str) -> str:
+    """Runs `python ARGUMENTS` in the repository and returns what it printed (both streams), from a fork (tests/fork_server.py).
+
+    processes: ranks, with the variables that torchrun sets. fails: it must end non-zero, else zero.
+    """
+    if processes > 1:
+        extra |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        extra |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    server = fork_server()
+    assert server.stdin and server.stdout
+    with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as out:
+        request = {"argv": [str(argument) for argument in arguments], "environment": environment(**extra)}
+        request |= {"cwd": str(ROOT), "out": out.name, "ranks": processes}
+        print(json.dumps(request), file=server.stdin, flush=True)
+        pids = json.loads(server.stdout.readline())
+        killer = threading.Timer(PATIENCE, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
+        killer.start()
+        codes = json.loads(server.stdout.readline())
+        killer.cancel()
+        printed = out.read()
+    assert any(codes) == fails, f"exit codes {codes}:\n{printed}"
+    return printed
 
 
 def wait_for(path: Path, running: subprocess.Popen) -> None:
-    """Until `path` exists (a glob of its last part will do), while the process runs."""
-    deadline = time.monotonic() + 120
+    """Waits until `path`, whose last part may be a glob, exists; fails when the process ends before."""
+    deadline = time.monotonic() + PATIENCE
     while not any(path.parent.glob(path.name)):
-        assert running.poll() is None and time.monotonic() < deadline, f"{path} never came"
+        assert running.poll() is None and time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.005)
 
 
 def slow_disk(seconds: float) -> dict[str, str]:
-    """The environment of a run whose disk takes `seconds` before and after it syncs, renames or deletes."""
+    """The environment of a run on a slow disk: `seconds` before and after each sync, rename and delete."""
     return {"PYTHONPATH": f"{ROOT / 'tests' / 'slow_disk'}{os.pathsep}{ROOT}", "SLOW_DISK_SECONDS": str(seconds)}
 
 
@@ -122,29 +154,29 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
 
 
 def steps_of(text: str) -> list[int]:
-    """The updates that console lines tell of."""
+    """The updates that the console reports."""
     return [int(step) for step in re.findall(r"^step (\d+)/\d+  loss", text, re.M)]
 
 
 def without_times(folder: Path) -> list[dict]:
-    """All rows of metrics.jsonl, but for what a clock or a machine says."""
+    """All rows of metrics.jsonl, without the values that depend on the machine."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
 
 
 def same_run(one: Path, other: Path) -> None:
-    """The same weights and optimizer, to the bit, the same artifact, and the same rows, none lost and none twice."""
+    """The same weights and optimizer state, bit for bit, the same artifact, and the same rows, each once."""
     assert same_bits(weights(one, STEPS), weights(other, STEPS))
     first, second = optimizer_state(one, STEPS)["state"], optimizer_state(other, STEPS)["state"]
     for index, state in first.items():
         assert same_bits(state, second[index])
-    facts = [json.loads((folder / "trunk" / "forge.json").read_text())["digest"] for folder in (one, other)]
-    assert facts[0] == facts[1]
+    digests = [json.loads((folder / "trunk" / "forge.json").read_text())["digest"] for folder in (one, other)]
+    assert digests[0] == digests[1]
     assert without_times(one) == without_times(other)
 
 
 def copy_until(source: Path, target: Path, step: int) -> None:
-    """A run as it was when killed just after its checkpoint `step`."""
+    """Copies a run as a kill just after its checkpoint `step` leaves it."""
     shutil.copytree(source, target, ignore=shutil.ignore_patterns("trunk"))
     for path in (target / "checkpoints").iterdir():
         if int(path.name.removeprefix("step-")) > step:
@@ -152,6 +184,6 @@ def copy_until(source: Path, target: Path, step: int) -> None:
 
 
 def reseal(path: Path) -> None:
-    """Gives a checkpoint a manifest that fits, as someone who plants a file would."""
-    (path / "manifest.json").write_text(json.dumps(checkpoint._manifest(path)))
+    """Writes a manifest that matches the changed files of a checkpoint, as an attacker would."""
+    (path / "manifest.json").write_text(json.dumps(checkpoint.manifest(path)))
     assert checkpoint.fault(path) is None

@@ -1,4 +1,4 @@
-"""A W&B server on this machine: what the real client needs of one to start a run online, and every way to fail it."""
+"""A W&B server on this machine: the requests that the real client needs to start a run online, and ways to fail them."""
 
 import gzip
 import json
@@ -8,17 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-KEY = "0123456789" * 4  # the form of a key, nobody's
+KEY = "0123456789" * 4  # has the form of a key, and is not one
 VIEWER = {"id": "user", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
 PROJECT = {"id": "project", "name": "forge", "entity": {"id": "entity", "name": "someone"}}
 TEXTS = {"description": "", "config": "{}", "sweepName": None}
 
 
 class Server(ThreadingHTTPServer):
-    """`mode`: well, silent (takes requests and never answers), half (answers a GET alone), error (500), garbage, or
-    denied (401).
+    """`mode`: well, silent (accepts requests without an answer), half (answers only GET), error (500), garbage, or denied (401).
 
-    `then`, where it is set, is the mode from the first file stream on: the client had started its run.
+    `then`, where it is set, is the mode from the first file stream on, when the client has started its run.
     """
 
     daemon_threads = True
@@ -29,7 +28,7 @@ class Server(ThreadingHTTPServer):
         self.mode, self.then = mode, then
         self.requests: list[str] = []
         self.steps: set[int] = set()  # of the rows that arrived
-        self.exit_code: int | None = None  # of the run, once it is said to be over
+        self.exit_code: int | None = None  # of the run, once the client reports its end
         self.over = threading.Event()
 
     @property
@@ -37,10 +36,10 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, *_) -> None:
-        """A client that was killed cuts its connections; that is what these tests are for."""
+        """Prints nothing when a killed client closes its connections."""
 
     def fail(self) -> None:
-        """Goes over to `then`. gone: no one listens any more, and the open connections are cut."""
+        """Changes to the mode `then`. gone: the server stops to listen and closes its connections."""
         self.mode, self.then = self.then, None
         if self.mode == "gone":
             self.socket.close()
@@ -82,18 +81,18 @@ class _Request(BaseHTTPRequestHandler):
             return {}
         if self.path != "/graphql" or not body:
             return {}
-        asked = json.loads(body)
-        given = asked.get("variables", {})
-        if "upsertBucket" in asked["query"]:
-            run = {"id": "bucket", "name": given["name"], "displayName": given["name"], "historyLineCount": 0}
+        request = json.loads(body)
+        variables = request.get("variables", {})
+        if "upsertBucket" in request["query"]:
+            run = {"id": "bucket", "name": variables["name"], "displayName": variables["name"], "historyLineCount": 0}
             return {"data": {"upsertBucket": {"bucket": run | TEXTS | {"project": PROJECT}, "inserted": True}}}
-        if "createRunFiles" in asked["query"]:
-            files = [{"name": name, "uploadUrl": f"{self.server.url}/upload"} for name in given["files"]]
+        if "createRunFiles" in request["query"]:
+            files = [{"name": name, "uploadUrl": f"{self.server.url}/upload"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "bucket", "uploadHeaders": [], "files": files}}}
         return {"data": {"viewer": VIEWER}}
 
     def take(self, sent: dict) -> None:
-        """Notes the rows of a file stream's request; the first one may be what the server fails at."""
+        """Records the rows of a file stream's request; the first request may change the mode."""
         rows = sent.get("files", {}).get("wandb-history.jsonl", {}).get("content", [])
         self.server.steps |= {json.loads(row)["_step"] for row in rows}
         if sent.get("complete"):
@@ -116,7 +115,7 @@ def serve(mode: str = "well", then: str | None = None) -> Iterator[Server]:
 
 @contextmanager
 def nobody() -> Iterator[str]:
-    """The address of a closed port: connections are refused."""
+    """The address of a port without a listener: connections are refused."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -124,19 +123,19 @@ def nobody() -> Iterator[str]:
 
 @contextmanager
 def dropped() -> Iterator[str]:
-    """An address where nothing comes back at all: a listener with a full backlog, whose kernel drops what knocks."""
+    """An address without any answer: a listener with a full backlog, for which the kernel drops packets."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(0)
         address = listener.getsockname()
-        full = []
+        backlog = []
         for _ in range(4):
-            knock = socket.socket()
-            knock.setblocking(False)
-            knock.connect_ex(address)
-            full.append(knock)
+            client = socket.socket()
+            client.setblocking(False)
+            client.connect_ex(address)
+            backlog.append(client)
         try:
             yield f"http://127.0.0.1:{address[1]}"
         finally:
-            for knock in full:
-                knock.close()
+            for client in backlog:
+                client.close()

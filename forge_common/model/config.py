@@ -1,4 +1,4 @@
-"""A decoder's sizes under Hugging Face's names: presets, config.json read and written, impossible sizes refused.
+"""A decoder's sizes under Hugging Face's names: presets, and config.json, read with validation and written.
 
 Imports nothing heavy: `--help` and the check of the settings read the presets.
 """
@@ -12,41 +12,17 @@ from ..files.untrusted import ANY, FLAG, Field, checked, dict_of, list_of, numbe
 # The kinds of module; modules.py builds them.
 KINDS = ("ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert")
 
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 PRESETS: dict[str, dict[str, int]] = {
-    # about 1 M, 25 M, 110 M and 350 M parameters with the vocabularies they are meant for (4k, 16k, 32k, 32k)
-    "tiny": {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    },
-    "small": {
-        "hidden_size": 384,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 8,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-    },
-    "base": {
-        "hidden_size": 768,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-    },
-    "large": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    },
+    "tiny": dict(zip(_SIZES, (128, 384, 4, 4, 2), strict=True)),  # about 1 M parameters with a vocabulary of 4k
+    "small": dict(zip(_SIZES, (384, 1024, 8, 6, 2), strict=True)),  # 25 M, 16k
+    "base": dict(zip(_SIZES, (768, 2048, 12, 12, 4), strict=True)),  # 110 M, 32k
+    "large": dict(zip(_SIZES, (1024, 2816, 24, 16, 8), strict=True)),  # 350 M, 32k
 }
 
-
+ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in ("llama", "qwen2", "qwen3", "mixtral")}
 _ID = whole(-1, 1 << 31)
-STATED: dict[str, Field] = {  # in a config.json; no model is near the bounds, beyond them sizes and positions overflow
+FIELDS: dict[str, Field] = {  # of a config.json; no model is near the bounds, beyond them sizes and positions overflow
     "vocab_size": whole(1, 1 << 24),
     "num_hidden_layers": whole(1, 1 << 16),
     "max_position_embeddings": whole(1, 1 << 31),
@@ -64,17 +40,16 @@ STATED: dict[str, Field] = {  # in a config.json; no model is near the bounds, b
     "rope_theta": number(1, 1e12),
 }
 ROPE: dict[str, Field] = {
-    "rope_theta": STATED["rope_theta"],
+    "rope_theta": FIELDS["rope_theta"],
     "factor": number(1, 1e6),
-    "low_freq_factor": number(1e-3, 1e6),
-    "high_freq_factor": number(1e-3, 1e6),
-    "original_max_position_embeddings": STATED["max_position_embeddings"],
+    **dict.fromkeys(("low_freq_factor", "high_freq_factor"), number(1e-3, 1e6)),
+    "original_max_position_embeddings": FIELDS["max_position_embeddings"],
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A decoder's sizes, under the names that Hugging Face's config.json has for them."""
+    """A decoder's sizes, under the names of Hugging Face's config.json."""
 
     vocab_size: int
     hidden_size: int
@@ -98,7 +73,7 @@ class ModelConfig:
     pad_token_id: int | None = 0
     eos_token_id: int | None = 1
     bos_token_id: int | None = None
-    cross_document_attention: bool = True  # ours: may a token see the documents before its own in the same window
+    cross_document_attention: bool = True  # ours: whether a token attends to the earlier documents in its window
 
     def __post_init__(self):
         if not self.head_dim:
@@ -106,7 +81,7 @@ class ModelConfig:
 
     @property
     def ignore_index(self) -> int:
-        """The label that is never scored, and what fills a window up: PAD, or -100 where the tokenizer has no PAD."""
+        """The label that is not scored and pads windows: PAD, or -100 where the tokenizer has no PAD."""
         return -100 if self.pad_token_id is None else self.pad_token_id
 
     @property
@@ -116,19 +91,18 @@ class ModelConfig:
         return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
 
     def to_hf(self) -> dict[str, Any]:
-        """config.json for AutoModelForCausalLM; a mixture that no Transformers model is (no flag reaches one) is refused."""
+        """config.json for AutoModelForCausalLM. UserError for a combination that Transformers cannot express."""
         if self.qkv_bias and (self.qk_norm or self.num_local_experts):
-            raise UserError("no Transformers model has both biases and experts, or biases and norms, in its attention")
-        ours = {"qkv_bias", "qk_norm", "num_local_experts", "num_experts_per_tok", "rope_scaling"}
-        ours |= {"router_aux_loss_coef", "router_z_loss_coef"}
-        written = {k: v for k, v in dataclasses.asdict(self).items() if k not in ours}
+            raise UserError(
+                "Transformers has no model with qkv_bias and qk_norm, or qkv_bias and experts. Turn one of them off."
+            )
+        omitted = {"qkv_bias", "qk_norm", "num_local_experts", "num_experts_per_tok", "rope_scaling"}
+        omitted |= {"router_aux_loss_coef", "router_z_loss_coef"}
+        written = {k: v for k, v in dataclasses.asdict(self).items() if k not in omitted}
         rope = {"rope_type": "default"} | (self.rope_scaling or {}) | {"rope_theta": self.rope_theta}
         written |= {
             "model_type": self.model_type,
-            "architectures": [
-                {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mixtral": "Mixtral"}[self.model_type]
-                + "ForCausalLM"
-            ],
+            "architectures": [ARCHITECTURES[self.model_type]],
             "hidden_act": "silu",
             "rope_scaling": self.rope_scaling,
             "rope_parameters": rope,
@@ -143,50 +117,51 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any], where: str) -> "ModelConfig":
-        """Reads a Llama, Mistral, Mixtral, Qwen2 or Qwen3 config.json; what we would compute differently is refused."""
+        """Reads the config.json of a Llama, Mistral, Mixtral, Qwen2 or Qwen3. UserError for what is not implemented here."""
         kind = config.get("model_type")
         if kind not in ("llama", "mistral", "mixtral", "qwen2", "qwen3"):
             raise UserError(
                 f"{where}: model_type {shown(kind)} cannot be a trunk here. Use a Llama, Mistral, Mixtral, Qwen2 or Qwen3."
             )
-        needed = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["rms_norm_eps"]
-        needed.remove("num_key_value_heads")  # each kind has another default for the others: nothing is guessed
-        checked(config, where, STATED, needed)
+        required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["rms_norm_eps"]
+        required.remove("num_key_value_heads")  # the defaults of the others differ by model_type
+        checked(config, where, FIELDS, required)
         rope = checked(config.get("rope_parameters") or config.get("rope_scaling") or {}, f"{where}: rope", ROPE)
         rope_type = rope.get("rope_type") or rope.get("type") or "default"
         partial = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-        unknown = {
+        unsupported = {
             "rope type": rope_type if rope_type not in ("default", "llama3") else None,
             "hidden_act": config["hidden_act"] if config.get("hidden_act", "silu") != "silu" else None,
             "attention_bias": config.get("attention_bias") or None,
             "mlp_bias": config.get("mlp_bias") or None,
             "partial_rotary_factor": partial if partial != 1 else None,
         }
-        for name, value in unknown.items():
+        for name, value in unsupported.items():
             if value is not None:
                 raise UserError(f"{where}: {name} {shown(value)} is not implemented. Choose a checkpoint without it.")
         known = {field.name for field in dataclasses.fields(cls)}
-        kept = {key: value for key, value in config.items() if key in known and value is not None}
+        fields = {key: value for key, value in config.items() if key in known and value is not None}
         window = config.get("sliding_window", 4096 if kind == "mistral" else None)
         window = window if config.get("use_sliding_window", not kind.startswith("qwen")) else None
-        if window:  # within one sliding window, full attention is the same thing
-            kept["max_position_embeddings"] = min(window, kept["max_position_embeddings"])
+        if window:  # within one sliding window, attention is full attention
+            fields["max_position_embeddings"] = min(window, fields["max_position_embeddings"])
         eos = config.get("eos_token_id")
-        kept["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
-        kept["pad_token_id"] = config.get("pad_token_id")
-        kept["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
+        fields["eos_token_id"] = eos[0] if isinstance(eos, list) else eos
+        fields["pad_token_id"] = config.get("pad_token_id")
+        fields["tie_word_embeddings"] = config.get("tie_word_embeddings") or False
         theta = rope.get("rope_theta") or config.get("rope_theta") or (1e6 if kind == "mixtral" else 1e4)
-        kept |= {"rope_theta": float(theta), "rope_scaling": None}
+        fields |= {"rope_theta": float(theta), "rope_scaling": None}
         if rope_type == "llama3":
-            stretch = [name for name in ROPE if name != "rope_theta"]
-            checked(rope, f"{where}: rope", {}, stretch)
-            kept["rope_scaling"] = {"rope_type": "llama3"} | {name: rope[name] for name in stretch}
-        kept.setdefault("num_key_value_heads", config["num_attention_heads"])
-        return _possible(cls(**kept | {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}), where)
+            scaling = [name for name in ROPE if name != "rope_theta"]
+            checked(rope, f"{where}: rope", {}, scaling)
+            fields["rope_scaling"] = {"rope_type": "llama3"} | {name: rope[name] for name in scaling}
+        fields.setdefault("num_key_value_heads", config["num_attention_heads"])
+        fields |= {"qkv_bias": kind == "qwen2", "qk_norm": kind == "qwen3"}
+        return _consistent(cls(**fields), where)
 
 
-def _possible(config: ModelConfig, where: str) -> ModelConfig:
-    """`config`, if its numbers are a model's when taken together."""
+def _consistent(config: ModelConfig, where: str) -> ModelConfig:
+    """`config`. UserError where two of its numbers contradict each other."""
     rope = config.rope_scaling or {"low_freq_factor": 0, "high_freq_factor": 1}
     wrong = {
         "num_key_value_heads does not divide num_attention_heads": config.num_attention_heads
@@ -195,16 +170,15 @@ def _possible(config: ModelConfig, where: str) -> ModelConfig:
         "num_experts_per_tok exceeds num_local_experts": 0 < config.num_local_experts < config.num_experts_per_tok,
         "high_freq_factor is not above low_freq_factor": rope["high_freq_factor"] < rope["low_freq_factor"] + 1e-3,
     }
-    for told, holds in wrong.items():
+    for problem, holds in wrong.items():
         if holds:
-            raise UserError(f"{where}: {told}. Fetch the checkpoint again.")
+            raise UserError(f"{where}: {problem}. Fetch the checkpoint again, or choose another.")
     return config
 
 
 def model_config(settings: Any, tokenizer: Any) -> ModelConfig:
-    """The preset's sizes with the settings' over them, and the vocabulary and special ids of the tokenizer."""
-    sizes = {name: getattr(settings, name) or preset for name, preset in PRESETS[settings.preset].items()}
-    same = ("tie_word_embeddings", "cross_document_attention", "router_aux_loss_coef", "router_z_loss_coef")
+    """The sizes of the settings, else of the preset, with the tokenizer's vocabulary and special ids."""
+    sizes: dict[str, Any] = {name: getattr(settings, name) or size for name, size in PRESETS[settings.preset].items()}
     return ModelConfig(
         vocab_size=tokenizer.vocab_size,
         pad_token_id=tokenizer.pad_token_id,
@@ -212,13 +186,16 @@ def model_config(settings: Any, tokenizer: Any) -> ModelConfig:
         max_position_embeddings=settings.sequence_length,
         num_local_experts=settings.num_experts,
         num_experts_per_tok=settings.experts_per_token,
-        **{name: getattr(settings, name) for name in same},
+        tie_word_embeddings=settings.tie_word_embeddings,
+        cross_document_attention=settings.cross_document_attention,
+        router_aux_loss_coef=settings.router_aux_loss_coef,
+        router_z_loss_coef=settings.router_z_loss_coef,
         **sizes,
     )
 
 
 def check_context(settings: Any, config: ModelConfig) -> None:
-    """Refuses windows that are longer than the positions a trunk has learned."""
+    """UserError where windows are longer than the trunk's context."""
     if settings.sequence_length > config.max_position_embeddings:
         raise UserError(
             f"--sequence-length {settings.sequence_length} exceeds the trunk's context of {config.max_position_embeddings} "

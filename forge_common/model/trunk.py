@@ -1,12 +1,14 @@
-"""The trunk: a pre-norm decoder with rotary positions, grouped queries and SwiGLU, under Hugging Face's names.
+"""The trunk: a pre-norm decoder with rotary positions, grouped-query attention and SwiGLU, under Hugging Face's names.
 
-The state dict is the one of LlamaForCausalLM (Qwen2, Qwen3 and Mixtral with their additions), so that a trunk is a
-Transformers checkpoint. The loss is computed inside: no logits leave the model while it trains.
+The state dict is that of LlamaForCausalLM (or of Qwen2, Qwen3 and Mixtral), so that a trunk is a Transformers checkpoint.
+The loss is computed inside: no logits leave the model in training.
 
 B batch, T time, D width, V vocabulary, H heads, K key-value heads, d width of a head, L layers, E experts
 """
 
 import math
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,10 @@ from torch import nn
 from ..loss import CHUNK_ROWS, Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
 from .config import ModelConfig
 
-Cache = list[tuple[torch.Tensor, ...]]  # the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]
+# For generation: the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]. A mixture appends its router's state.
+Cache = list[Any]
 
-# The parameters of a layer in the order in which a token meets them.
+# The parameters of a layer in the order of the forward pass, for flops_per_token.
 FLOW = "input_layernorm", "q_proj k_proj v_proj", "q_norm k_norm", "o_proj", "post_attention_layernorm"
 FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
 
@@ -26,7 +29,9 @@ def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, 
     """cos and sin [T, d] for `positions` [T]. Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama."""
     even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-even / config.head_dim)
-    if config.rope_scaling:  # Llama 3.1: long waves are stretched, short ones kept, the band between is blended
+    if (
+        config.rope_scaling
+    ):  # Llama 3.1: low frequencies are divided by factor, high ones kept, those between interpolated
         factor = config.rope_scaling["factor"]
         low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
         turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
@@ -37,20 +42,21 @@ def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, 
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Turns the pairs (i, i + d/2) of x [B, H, T, d] by each position's angles."""
+    """Rotates the pairs (i, i + d/2) of x [B, H, T, d] by the angles of each position."""
     first, second = x.chunk(2, dim=-1)
     return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
 
 
 class Attention(nn.Module):
+    """Causal grouped-query attention. Source: Ainslie et al., GQA, arXiv 2305.13245."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.heads, self.kv_heads, self.head_dim = (
-            config.num_attention_heads,
-            config.num_key_value_heads,
-            config.head_dim,
-        )
-        width, bias = config.hidden_size, config.qkv_bias
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        bias = config.qkv_bias
         self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
@@ -59,13 +65,15 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache: Cache | None, layer: int):
+        """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: bool, or None for causal. Appends to the layer's cache."""
         B, T, _ = x.shape
         q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2), *rope)
         k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2), *rope)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             if layer + 1 < len(cache):
-                k, v = torch.cat((cache[layer + 1][0], k), dim=2), torch.cat((cache[layer + 1][1], v), dim=2)
+                k = torch.cat((cache[layer + 1][0], k), dim=2)
+                v = torch.cat((cache[layer + 1][1], v), dim=2)
             cache[layer + 1 : layer + 2] = [(k, v)]
         grouped = self.kv_heads != self.heads
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
@@ -99,7 +107,7 @@ class Expert(nn.Module):
 
 
 class SparseFeedForward(nn.Module):
-    """Mixtral's mixture: softmax over experts, the best k of them renormalised. Source: arXiv 2401.04088."""
+    """Mixtral's mixture of experts: softmax over E, the top k renormalized to 1. Source: arXiv 2401.04088."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -109,14 +117,15 @@ class SparseFeedForward(nn.Module):
 
     def forward(self, x, scored, load):
         """x [B, T, D], scored [B, T] bool, load [E] -> y [B, T, D], balance sum, z sum, counts [E] of scored tokens."""
-        rows, scored = x.reshape(-1, x.shape[-1]), scored.reshape(-1)
+        rows = x.reshape(-1, x.shape[-1])
+        scored = scored.reshape(-1)
         logits = self.gate(rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probabilities = logits.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(-1, keepdim=True)
         y = torch.zeros_like(rows)
-        for index, expert in enumerate(self.experts):  # also the idle ones: every parameter stays in the graph (DDP)
+        for index, expert in enumerate(self.experts):  # also without tokens: DDP needs every parameter in the graph
             row, slot = (chosen == index).nonzero(as_tuple=True)
             y = y.index_add(0, row, (expert(rows[row]) * weights[row, slot, None]).to(y.dtype))
         counts = F.one_hot(chosen, len(self.experts)).sum(1)[scored].sum(0)
@@ -124,27 +133,30 @@ class SparseFeedForward(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Attention and a feed-forward, each added to x: `mlp` in a dense model, `block_sparse_moe` in a mixture of experts."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.self_attn = Attention(config)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        if config.num_local_experts:
+        self.sparse = config.num_local_experts > 0
+        if self.sparse:
             self.block_sparse_moe = SparseFeedForward(config)
         else:
             self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
-        self.addition: nn.Module | None = None  # what a module puts beside the feed-forward: y -> addition(normed, y)
+        self.addition: nn.Module | None = None  # of a module: (normed, y, scored, router) -> (y, router)
 
     @property
     def feed_forward(self) -> nn.Module:
-        return self.mlp if hasattr(self, "mlp") else self.block_sparse_moe
+        return self.block_sparse_moe if self.sparse else self.mlp
 
     def feed(self, normed, scored, load):
-        """normed [B, T, D] -> what is added to x [B, T, D], and the router's (balance, z, counts) or None."""
-        if hasattr(self, "mlp"):
-            y, router = self.mlp(normed), None
-        else:
+        """normed [B, T, D] -> y [B, T, D], to be added to x, and the router's (balance, z, counts) or None."""
+        if self.sparse:
             y, *router = self.block_sparse_moe(normed, scored, load)
+        else:
+            y, router = self.mlp(normed), None
         if self.addition is not None:
             y, router = self.addition(normed, y, scored, router)
         return y, router
@@ -152,7 +164,7 @@ class DecoderLayer(nn.Module):
     def forward(self, x, rope, mask, scored, load, cache, layer, feed=None):
         """x [B, T, D] -> x [B, T, D] and the router's (balance, z, counts), or None without a router.
 
-        feed: what takes the place of this layer's own `feed`, as in an assembled model.
+        feed: replaces this layer's `feed`, in an assembled model.
         """
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
         y, router = (feed or self.feed)(self.post_attention_layernorm(x), scored, load)
@@ -160,36 +172,41 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, layers and last norm; HF's `model.`"""
+    """Embedding, layers and last norm: `model.` in HF's state dict."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.layers = cast(Sequence[DecoderLayer], layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None):
-        """inputs [B, T] -> hidden [B, T, D] after the last norm, and each layer's router facts."""
-        past = cache[0][0].shape[1] if cache else 0
-        seen = torch.cat((cache[0][0], inputs), dim=1) if past else inputs
+        """inputs [B, T] -> hidden [B, T, D] after the last norm, and (balance, z, counts) of each layer with a router.
+
+        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds: one for each layer, or None.
+        """
+        seen = torch.cat((cache[0][0], inputs), dim=1) if cache else inputs
+        past = seen.shape[1] - inputs.shape[1]
         if cache is not None:
             cache[:1] = [(seen,)]
         rope = rotary(self.config, torch.arange(past, seen.shape[1], device=inputs.device))
-        x, routers = self.embed_tokens(inputs), []
+        x = self.embed_tokens(inputs)
+        routers = []
         mask = self._mask(seen, past)
         if scored is None:
             scored = torch.ones_like(inputs, dtype=torch.bool)
         if load is None and self.config.num_local_experts:
             load = even_load(self.config, x.device)
         for index, layer in enumerate(self.layers):
-            own = None if load is None else load[index]
-            x, router = layer(x, rope, mask, scored, own, cache, index, feeds and feeds[index])
+            layer_load = None if load is None else load[index]
+            x, router = layer(x, rope, mask, scored, layer_load, cache, index, feeds and feeds[index])
             routers.append(router)
         return self.norm(x), [router for router in routers if router is not None]
 
     def _mask(self, seen, past: int):
-        """seen [B, past + T] -> None for plain causal attention; else bool [B or 1, 1, T, past + T], True: may look."""
+        """seen [B, past + T] -> None for plain causal attention; else bool [B or 1, 1, T, past + T], True: may attend."""
         if self.config.cross_document_attention and not past:
             return None
         length = seen.shape[1]
@@ -197,14 +214,14 @@ class Decoder(nn.Module):
         if self.config.cross_document_attention:
             return causal
         ends = (seen == self.config.eos_token_id).long()
-        document = ends.cumsum(-1) - ends  # an EOS still belongs to the document it ends
+        document = ends.cumsum(-1) - ends  # an EOS belongs to the document that it ends
         return causal & (document[:, None, past:, None] == document[:, None, None, :])
 
 
 class Trunk(nn.Module):
-    """The model that both scripts train. `Trunk(config)` is initialised from torch's global generator: seed it first."""
+    """The model that both scripts train. `Trunk(config)` draws from torch's global generator: seed it first."""
 
-    chunk_rows = CHUNK_ROWS  # rows of logits at one time
+    chunk_rows = CHUNK_ROWS  # rows of logits in memory at a time
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -213,14 +230,14 @@ class Trunk(nn.Module):
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
-        self.head_change: nn.Module | None = None  # what a module adds to the head: weight [V, D] -> [V, D]
-        self.apply(self._initialise)
+        self.head_change: nn.Module | None = None  # of a module: weight [V, D] -> [V, D]
+        self.apply(self._initialize)
         residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)  # GPT-2's rule
         for name, parameter in self.named_parameters():
             if name.endswith(("o_proj.weight", "down_proj.weight", ".w2.weight")):
                 nn.init.normal_(parameter, std=residual)
 
-    def _initialise(self, module: nn.Module) -> None:
+    def _initialize(self, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -228,15 +245,15 @@ class Trunk(nn.Module):
 
     @property
     def head(self) -> torch.Tensor:
-        """[V, D]: the head's own weight, or the embedding's where they are tied; with a module's change to it."""
+        """[V, D]: the head's weight, or the embedding's where they are tied, with the module's change."""
         weight = self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
         return weight if self.head_change is None else self.head_change(weight)
 
     def forward(self, tokens: torch.Tensor, expert_load: torch.Tensor | None = None) -> Sums:
-        """tokens [B, T + 1] -> sums over the scored labels tokens[:, 1:]; ones equal to `ignore_index` are not scored.
+        """tokens [B, T + 1] -> sums over the labels tokens[:, 1:], without those equal to `ignore_index`.
 
-        expert_load [L, E]: f of the balance loss, a constant (even where None). Exact for any division into
-        micro-batches and processes, since every sum is linear in the tokens; which f that is, the caller decides.
+        expert_load [L, E]: f of the balance loss, a constant (None: even). With one f for the whole update every sum is
+        linear in the tokens, hence exact for any division into micro-batches and processes.
         """
         inputs, labels = self.split(tokens)
         scored = labels != self.config.ignore_index
@@ -251,14 +268,14 @@ class Trunk(nn.Module):
         return Sums(objective, nats, scored.sum(), balance, z, torch.stack([router[2] for router in routers]))
 
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """inputs and labels [B, T]; a filler of -100 is no row of the embedding, any token does (nobody attends to it)."""
+        """inputs and labels [B, T]. Padding of -100 becomes token 0 in the inputs: no scored token attends to it."""
         return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
 
     @torch.no_grad()
     def nats(self, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """Nats of each label of tokens [B, T + 1], 0 where not scored: [B, T].
 
-        before [B, H]: what a router may know of the document so far; a trunk has no use for it.
+        before [B, P]: the tokens before them, for the router of an assembled model; a trunk does not use them.
         """
         inputs, labels = self.split(tokens)
         hidden, _ = self.model(inputs)
@@ -267,21 +284,23 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, inputs: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Logits [B, V] after inputs [B, T]; with `cache` (a list, empty at first) only the new tokens are passed."""
+        """Logits [B, V] of the token after inputs [B, T]. With `cache` (a list, empty at first) pass only the new tokens."""
         hidden, _ = self.model(inputs, cache=cache)
         return hidden[:, -1] @ self.head.T
 
     def flops_per_token(self, sequence_length: int) -> int:
-        """Multiply-adds x 2 that an update needs for a token; what is frozen needs no gradient, below it none passes.
+        """FLOPs of an update per token, without those that frozen parameters save.
 
-        2 for each weight forward, 2 for the gradient passed on, 2 for the weight's own (Kaplan et al., arXiv 2001.08361);
-        attention's scores and values 4 * T * H * d a layer forward, half of it causal, and twice that backward.
+        For each weight 2 forward, 2 for the gradient of its input and 2 for its own (Kaplan et al., arXiv 2001.08361). For
+        the scores and values of causal attention 2 * T * H * d a layer forward, and twice that backward.
         """
-        flops, reached = 0, self.model.embed_tokens.weight.requires_grad  # must a gradient pass to what lies below?
+        flops = 0
+        reached = (
+            self.model.embed_tokens.weight.requires_grad
+        )  # whether the backward pass reaches the input of this stage
         attention = 2 * sequence_length * self.config.num_attention_heads * self.config.head_dim
-        idle = (
-            1 - self.config.num_experts_per_tok / self.config.num_local_experts if self.config.num_local_experts else 0
-        )
+        experts = self.config.num_local_experts
+        idle = 1 - self.config.num_experts_per_tok / experts if experts else 0
         for layer in self.model.layers:
             for stage in FLOW:
                 part = [(n, p) for n, p in layer.named_parameters() if n.split(".")[-2] in stage.split()]
@@ -295,7 +314,7 @@ class Trunk(nn.Module):
 
 
 def even_load(config: ModelConfig, device: torch.device) -> torch.Tensor | None:
-    """f before any token was routed, [L, E]: every expert its share; None without a router."""
+    """f [L, E] before any token is routed: 1 / E each; None without a router."""
     if not config.num_local_experts:
         return None
     shape = (config.num_hidden_layers, config.num_local_experts)
@@ -303,15 +322,15 @@ def even_load(config: ModelConfig, device: torch.device) -> torch.Tensor | None:
 
 
 def load_of(counts: torch.Tensor) -> torch.Tensor | None:
-    """f [L, E] from the counts of assignments [L, E]; a layer sums to 1. None where there is no router."""
+    """f [L, E] from counts of assignments [L, E]: each layer sums to 1. None without a router."""
     return counts / counts.sum(-1, keepdim=True).clamp(min=1) if counts.numel() else None
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups of the parameters that are trained: matrices decay; norms, biases and embeddings do not."""
+    """AdamW's groups of the trained parameters: weight decay for matrices, none for norms, biases and embeddings."""
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     decayed = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in embeddings]
-    kept = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in embeddings]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    not_decayed = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in embeddings]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]

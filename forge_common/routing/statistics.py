@@ -1,9 +1,9 @@
-"""What a module tells a router about its text: how often tokens and pairs of tokens occur, and moments of hidden states.
+"""Statistics of a module's text for the router: counts of tokens and of pairs of tokens, moments of hidden states.
 
-Pairs are counted in buckets of a hash, every count on a logarithmic scale of 8 bits, and what fewer than
-`min_documents` documents hold is not counted at all: see docs/PRIVACY.md for what can be read back.
+Pairs are counted in buckets of a hash, and counts are stored on a logarithmic scale of 8 bits. A token or pair in fewer than
+`min_documents` documents counts as 0. docs/PRIVACY.md says what can be recovered from the counts.
 
-V vocabulary, D width, N sampled tokens
+V vocabulary, D width, L layers, d width of the projection
 """
 
 from collections.abc import Iterable, Sequence
@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-BIGRAM_BUCKETS = 1 << 17  # of a million tokens some 50,000 pairs are in two documents
-MOMENT_TOKENS = 16_384  # of the sample, for the moments: two matrices of 128 x 128 need no more
-MOMENT_WIDTH = 128  # hidden states are projected down to it where they are wider
-STEPS_PER_DOUBLING = 12  # of the 8-bit scale: counts to 2.5 million, 3% apart
+BIGRAM_BUCKETS = 1 << 17  # in a million tokens, about 50,000 pairs are in two documents or more
+MOMENT_TOKENS = 16_384  # of the sample, for the moments: enough for matrices of 128 x 128
+MOMENT_WIDTH = 128  # wider hidden states are projected to it
+STEPS_PER_DOUBLING = 12  # of the 8-bit scale: counts up to 2.5 million, in steps of 6%
 _PRIMES = (2654435761, 40503)
 
 Tensors = dict[str, torch.Tensor]
@@ -27,17 +27,17 @@ def bigram_bucket(previous, token):
 
 
 def encode(counts: np.ndarray) -> np.ndarray:
-    """Counts as 8-bit codes; 0 stays 0."""
+    """8-bit codes of counts; the code of 0 is 0."""
     return np.clip(np.rint(STEPS_PER_DOUBLING * np.log2(1.0 + counts)), 0, 255).astype(np.uint8)
 
 
 def decode(codes: torch.Tensor) -> torch.Tensor:
-    """float32 counts of 8-bit codes, each within 3% of what was encoded (or within a half of a small count)."""
+    """float32 counts of 8-bit codes, each within 3% of the encoded count (small ones within 0.5)."""
     return torch.exp2(codes.to(torch.float32) / STEPS_PER_DOUBLING) - 1
 
 
 def sample(sources: Sequence[tuple[Any, float]], tokens: int) -> Iterable[np.ndarray]:
-    """Documents [n] (ids, an EOS at the end), evenly spaced over each source, `tokens` in all, each source its share.
+    """Documents [n] (ids with an EOS at the end), evenly spaced over each source: `tokens` in total, divided by the shares.
 
     sources: (store.Tokens, share) pairs.
     """
@@ -59,32 +59,32 @@ def count(
 ) -> tuple[Tensors, dict[str, int]]:
     """Counts of tokens [V] and of hashed pairs [BIGRAM_BUCKETS] as 8-bit codes, and the sample's size.
 
-    A document's first token follows an EOS. What fewer than `min_documents` of the documents hold is zero.
+    The first token of a document forms a pair with an EOS. A count is 0 where fewer than `min_documents` documents have it.
     """
     sizes = {"unigrams": vocab_size, "bigrams": BIGRAM_BUCKETS}
     totals = {name: np.zeros(size, np.int64) for name, size in sizes.items()}
-    holders = {name: np.zeros(size, np.int32) for name, size in sizes.items()}
-    facts = {"tokens": 0, "documents": 0, "min_documents": min_documents}
+    documents_with = {name: np.zeros(size, np.int32) for name, size in sizes.items()}
+    sample_size = {"tokens": 0, "documents": 0, "min_documents": min_documents}
     for document in documents:
         padded = np.concatenate(([eos_token_id], document))
-        found = {"unigrams": document, "bigrams": bigram_bucket(padded[:-1], padded[1:])}
-        for name, places in found.items():
-            kinds, times = np.unique(places, return_counts=True)
-            totals[name][kinds] += times
-            holders[name][kinds] += 1
-        facts["tokens"] += len(document)
-        facts["documents"] += 1
-    for name, held in holders.items():
-        totals[name][held < min_documents] = 0
-    return {name: torch.from_numpy(encode(total)) for name, total in totals.items()}, facts
+        places = {"unigrams": document, "bigrams": bigram_bucket(padded[:-1], padded[1:])}
+        for name, indices in places.items():
+            distinct, times = np.unique(indices, return_counts=True)
+            totals[name][distinct] += times
+            documents_with[name][distinct] += 1
+        sample_size["tokens"] += len(document)
+        sample_size["documents"] += 1
+    for name, number in documents_with.items():
+        totals[name][number < min_documents] = 0
+    return {name: torch.from_numpy(encode(total)) for name, total in totals.items()}, sample_size
 
 
 @torch.no_grad()
 def moments(trunk: Any, documents: Iterable[np.ndarray], sequence_length: int, device: torch.device) -> Tensors:
-    """Per layer the mean of x x' and of x over the normed inputs x of the feed-forward, for a ridge regression.
+    """For each layer the means of x x' and x over the normed inputs x of the feed-forward, for a ridge regression.
 
-    second [L, d, d] and first [L, d], float16, d = D or MOMENT_WIDTH by a fixed projection; source: DUME,
-    arXiv 2603.29765. The trunk is the bare one, without a module.
+    second [L, d, d] and first [L, d], float16, where d is the width of a fixed projection. Source: DUME, arXiv 2603.29765.
+    trunk: without a module.
     """
     layers = trunk.model.layers
     project = projection(trunk.config.hidden_size).to(device)
@@ -116,13 +116,13 @@ def moments(trunk: Any, documents: Iterable[np.ndarray], sequence_length: int, d
 
 
 def moment_shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:
-    """The shapes of `moments` of a trunk of that many layers and that width."""
+    """The shapes of `moments` for a trunk of `layers` layers and `width`."""
     projected = min(width, MOMENT_WIDTH)
     return {"second": (layers, projected, projected), "first": (layers, projected)}
 
 
 def projection(width: int) -> torch.Tensor:
-    """[D, d]: the identity up to MOMENT_WIDTH, else orthonormal columns that follow from the width alone."""
+    """[D, d]: the identity for D <= MOMENT_WIDTH, else MOMENT_WIDTH orthonormal columns that depend on D alone."""
     if width <= MOMENT_WIDTH:
         return torch.eye(width)
     generator = torch.Generator().manual_seed(width)

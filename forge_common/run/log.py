@@ -66,21 +66,16 @@ class RunLog:
     """The log of one run. Only the main process writes, and nothing is written in a dry run."""
 
     def __init__(
-        self,
-        accelerator: Any,
-        settings: Any,
-        progress: Any,
-        last: int,
-        tracker: str | None = None,
-        trunk: Any = None,
+        self, accelerator: Any, settings: Any, progress: Any, last: int, tracker: str | None = None, trunk: Any = None
     ):
         """last: the update that the run ends with. tracker: as accelerate names it. trunk: the model, for MFU."""
         self.accelerator = accelerator
-        self.folder: Path | None = None if settings.dry_run else settings.output_dir
-        self.file = self.folder / "metrics.jsonl" if self.folder else None
+        self.folder: Path = settings.output_dir
+        self.file = self.folder / "metrics.jsonl"
         self.steps = last
         self.patience = settings.patience
         self.main = accelerator.is_main_process
+        self.writes = self.main and not settings.dry_run
         self.tracker: Tracker | None = None
         self.flops_per_token = trunk.flops_per_token(settings.sequence_length) if trunk else 0
         self.peak_flops = peak_flops(accelerator.device) if trunk else math.inf
@@ -88,13 +83,13 @@ class RunLog:
         self._mark = time.perf_counter()
         self._lap_step = progress.global_step
         self._bar: Any = None
-        if self.main and self.file:
+        if self.writes:
             _drop_rows_after(self.file, progress.global_step, progress.validation_due)
-        if self.main and self.folder and sys.stderr.isatty():
+        if self.writes and sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=last, initial=progress.global_step, unit="update", dynamic_ncols=True)
-        if self.main and self.folder and tracker:
+        if self.writes and tracker:
             self.tracker = Tracker(
                 accelerator, tracker, settings, run_id=progress.run_id, folder=self.folder, print_line=self.print_line
             )
@@ -130,7 +125,7 @@ class RunLog:
 
     def row(self, step: int, values: dict[str, Any]) -> None:
         """Writes a row to metrics.jsonl and passes it to the tracker. NaN and Inf become null."""
-        if not self.main or self.file is None:
+        if not self.writes:
             return
         flat = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._unwritten.append(json.dumps({"step": step, **flat}) + "\n")

@@ -37,6 +37,9 @@ class UpdateOutcome(NamedTuple):
     applied: bool
 
 
+PENDING = UpdateOutcome(math.nan, math.nan, 0, finite=False, overflow=False, applied=False)
+
+
 def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
     """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
 
@@ -120,10 +123,9 @@ class Progress:
 
     def published(self) -> dict[str, int]:
         """The counts at the update whose weights are published: the best by validation, else the newest."""
-        best = self.best_step and self.best_tokens is not None
         return {
             "steps": self.best_step or self.global_step,
-            "tokens_seen": self.best_tokens if best and self.best_tokens is not None else self.tokens,
+            "tokens_seen": self.tokens if self.best_tokens is None else self.best_tokens,
             "bad_updates": self.bad_updates,
         }
 

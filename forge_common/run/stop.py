@@ -15,7 +15,7 @@ LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what acceler
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CHECK_INTERVAL = 1.0  # seconds between two checks of the launcher and the clock
 SAME_REQUEST = 1.0  # seconds: a terminal and a launcher both forward one Ctrl-C
-GRACE = 5.0  # seconds that a run outside training has to clean up before it is ended by force
+GRACE = 5.0  # seconds that a run outside training, or the other ranks of a hanging one, have before the end by force
 SLOW_FACTOR = 10  # times --hang-timeout, for slow sections: the first update (it may compile), validation, saving
 
 
@@ -139,6 +139,8 @@ class StopRequest:
         _print_unbuffered(
             f"{rank}: aborted. Run the same command to resume from the last checkpoint; raise --hang-timeout if it was only slow."
         )
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            time.sleep(GRACE)  # the end of one rank ends the others: each is to print its own stack first
         os._exit(1)
 
 

@@ -106,7 +106,7 @@ class Tracker:
         self._called: float | None = None  # start of the call that is running
         self._disabled = threading.Event()
         self._exit_code: int | None = None  # known once the run closed its log
-        self._kept = ""  # W&B's local folder of this run
+        self._local_folder = ""  # W&B's local folder of this run
         self._thread = threading.Thread(target=self._serve, name="tracker", daemon=True)
         if name == "wandb":
             # W&B's own error reporting waits for its server when the process exits.
@@ -211,7 +211,7 @@ class Tracker:
         self._start_wandb(mode="offline")
         self._lines.put(
             f"tracker wandb: {configured.base_url} cannot be used ({reason}). The run is recorded offline; "
-            f"`wandb sync {self._kept}` sends it later."
+            f"`wandb sync {self._local_folder}` sends it later."
         )
 
     def _start_wandb(self, mode: str) -> None:
@@ -227,7 +227,7 @@ class Tracker:
         options = {"id": self._run_id, "resume": "allow", "dir": str(self._folder), "name": self._run_name}
         options |= {"mode": mode, "settings": wandb_settings}
         self._accelerator.init_trackers(self._project, config=self._config, init_kwargs={"wandb": options})
-        self._kept = wandb.run.settings.sync_dir
+        self._local_folder = self._accelerator.get_tracker("wandb", unwrap=True).settings.sync_dir
 
     def _end(self) -> None:
         if self._name == "wandb":
@@ -240,7 +240,7 @@ class Tracker:
                 _end_wandb()  # what was not sent is on disk
                 self._lines.put(
                     f"tracker wandb: the server did not accept everything within {UPLOAD:.0f} s. "
-                    f"`wandb sync --no-skip-online {self._kept}` sends the rest."
+                    f"`wandb sync --no-skip-online {self._local_folder}` sends the rest."
                 )
             return
         for tracker in self._accelerator.trackers:

@@ -1,8 +1,8 @@
-"""accelerate_configs/: what the launcher makes of each file, and what a run started with it sees.
+"""accelerate_configs/: how the launcher reads each file, and what a run started with it gets.
 
-The launcher accepts much without a word: a typo inside fsdp_config, a key that it takes from the command line only, an
-unquoted `no` (False to YAML). So each file goes through the launcher's own parser and dispatch, and the names that it
-knows are read from there.
+The launcher ignores much without a message: a typo inside fsdp_config, a key that it takes from the command line only, an
+unquoted `no` (False in YAML). So the tests pass each file through the launcher's own parser and dispatch, and read the known
+names from there.
 """
 
 import ast
@@ -50,12 +50,12 @@ PREPARE = {
     "multi_gpu_launcher": prepare_multi_gpu_env,
     "deepspeed_launcher": lambda args: prepare_deepspeed_cmd_env(args)[1],
 }
-# what a launch around the tests would have left to the launches in them
+# environment variables that a launch of the tests themselves would pass on
 INHERITED = ("ACCELERATE_", "FSDP_", "MASTER_", "LOCAL_RANK", "RANK", "WORLD_SIZE", "OMP_NUM_THREADS", "CUDA_VISIBLE")
 
 
 @pytest.fixture(autouse=True)
-def no_launch_around_the_tests(monkeypatch):
+def no_inherited_launch(monkeypatch):
     for name in list(os.environ):
         if name.startswith(INHERITED):
             monkeypatch.delenv(name)
@@ -68,13 +68,13 @@ def free_port() -> int:
 
 
 def parse(path: Path, *flags: str):
-    """The arguments as the launcher has them after it has read the file."""
+    """The launcher's arguments after it has read the file."""
     args = launch.launch_command_parser().parse_args(["--config_file", str(path), *flags, "train_shared.py"])
     return launch._validate_launch_command(args)[0]
 
 
 def dispatch(path: Path, *flags: str) -> tuple[str, dict[str, str]]:
-    """Which launcher `accelerate launch` chooses for the file, and the environment that it gives to the script."""
+    """The launcher that `accelerate launch` chooses for the file, and the script's environment."""
     chosen = []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("simple_launcher", "multi_gpu_launcher", "deepspeed_launcher"):
@@ -86,14 +86,14 @@ def dispatch(path: Path, *flags: str) -> tuple[str, dict[str, str]]:
 
 
 def known_keys(group: str) -> set[str]:
-    """The options of one group of the launcher's parser: what it looks for under that sub-config."""
+    """The options of one group of the launcher's parser, which are the keys of that sub-config."""
     [options] = [g._group_actions for g in launch.launch_command_parser()._action_groups if g.title == group]
     assert options
     return {action.dest for action in options}
 
 
 def faults(path: Path) -> list[str]:
-    """What is wrong in a file that accelerate takes without a word (what it refuses by itself raises)."""
+    """What is wrong in a file that accelerate accepts without a message. What it refuses raises."""
     raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     config = load_config_from_file(str(path))
     found = [
@@ -107,7 +107,7 @@ def faults(path: Path) -> list[str]:
     args = parse(path)
     for key in raw.keys() - sections - {"compute_environment", "distributed_type"}:
         if getattr(args, key) != raw[key]:
-            found.append(f"{key}: {raw[key]!r} has no effect, the launcher says {getattr(args, key)!r}")
+            found.append(f"{key}: {raw[key]!r} has no effect, the launcher uses {getattr(args, key)!r}")
 
     fsdp, deepspeed = raw.get("fsdp_config", {}), raw.get("deepspeed_config", {})
     for key in fsdp:
@@ -131,7 +131,7 @@ def head(path: Path) -> list[str]:
 
 
 def documented_command(path: Path) -> list[str]:
-    """The one command line in the comment at the top, in words."""
+    """The words of the command line in the comment at the top."""
     [line] = [line for line in head(path) if line.startswith("#   ")]
     return shlex.split(line.removeprefix("#"))
 
@@ -145,7 +145,7 @@ def test_every_engine_has_its_file():
 
 
 @each_config()
-def test_the_launcher_takes_each_key_as_it_is_meant(path):
+def test_the_launcher_uses_each_key(path):
     assert faults(path) == []
 
 
@@ -162,7 +162,7 @@ def test_launcher_precision_and_accumulation(path):
 
 
 @each_config()
-def test_the_comment_says_a_command_that_the_launcher_parses(path):
+def test_the_launcher_parses_the_command_in_the_comment(path):
     command = documented_command(path)
     start = command.index("accelerate")
     assert all("=" in word for word in command[:start])
@@ -219,7 +219,7 @@ def test_deepspeed_reaches_the_plugin(stage):
         ("cpu", "num_processes: 1", "num_processes: 1\ndynamo_config: {backed: x}", "dynamo_config"),
     ],
 )
-def test_what_accelerate_takes_in_silence_is_found(tmp_path, name, old, new, fault):
+def test_mistakes_that_accelerate_ignores_are_found(tmp_path, name, old, new, fault):
     text = (REPOSITORY / f"accelerate_configs/{name}.yaml").read_text(encoding="utf-8")
     comment, body = text.split("compute_environment", 1)
     assert body.count(old) == 1, f"{old!r} is {body.count(old)} times in {name}.yaml"
@@ -261,7 +261,7 @@ accelerator.end_training()
 
 
 def start(words: list[str], folder: Path) -> subprocess.Popen:
-    """Start a documented command line with the probe in the place of train_shared.py."""
+    """Starts a documented command line with the probe in place of train_shared.py."""
     (folder / "probe.py").write_text(PROBE, encoding="utf-8")
     (folder / "seen").mkdir(exist_ok=True)
     at = words.index("accelerate")
@@ -278,8 +278,8 @@ def start(words: list[str], folder: Path) -> subprocess.Popen:
     )
 
 
-def finish(*processes: subprocess.Popen, timeout_s: float = 50) -> None:
-    """Wait for every launcher's good end; none outlives the test."""
+def finish(*processes: subprocess.Popen, timeout_s: float = 600) -> None:
+    """Waits until every launcher ends with 0; none outlives the test."""
     try:
         for process in processes:
             output, _ = process.communicate(timeout=timeout_s)
@@ -312,8 +312,8 @@ def test_the_documented_command_starts_these_processes(tmp_path, name, expected)
     assert seen(tmp_path) == expected
 
 
-def test_two_machines_of_one_process_find_each_other(tmp_path):
-    """multi_node.yaml, its two machines played by two launchers on this one."""
+def test_two_machines_of_one_process_connect(tmp_path):
+    """multi_node.yaml, with two launchers on this machine in place of two machines."""
     words = documented_command(REPOSITORY / "accelerate_configs/multi_node.yaml")
     here = ["--main_process_ip", "127.0.0.1", "--main_process_port", str(free_port()), "--num_processes", "2"]
     at, rank = words.index("train_shared.py"), words.index("--machine_rank") + 1
@@ -325,8 +325,8 @@ def test_two_machines_of_one_process_find_each_other(tmp_path):
     assert seen(tmp_path) == ranks(2, "gloo", "bf16")
 
 
-def test_without_its_variable_cpu_2_processes_is_two_strangers(tmp_path):
-    """Why the comment in cpu_2_processes.yaml asks for it. When this fails, accelerate has learnt to export it."""
+def test_without_its_variable_cpu_2_processes_does_not_connect_them(tmp_path):
+    """Why the comment in cpu_2_processes.yaml asks for it. When this fails, accelerate exports it now."""
     variable, *words = documented_command(REPOSITORY / "accelerate_configs/cpu_2_processes.yaml")
     assert variable == "ACCELERATE_USE_CPU=true"
     finish(start(["CUDA_VISIBLE_DEVICES=", *words], tmp_path))

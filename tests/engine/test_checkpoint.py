@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent, whatever moment a kill, a full disk or a damaged file chooses; loading runs no code."""
+"""A checkpoint is complete or absent after a kill, a full disk or a damaged file; loading one executes no code."""
 
 import os
 import pickle
@@ -10,7 +10,7 @@ import launch
 import pytest
 import torch
 from accelerate import Accelerator
-from disks import fill, mounted, told
+from disks import fill, missing_bytes, mounted
 from launch import reseal
 
 from forge_common import checkpoint
@@ -47,7 +47,7 @@ def save(prepared, folder: Path, step: int, *, keep: int = 1, required: bool = T
 
 
 def steps(folder: Path) -> list[int]:
-    """The updates of what has a final name, all of which must verify."""
+    """The updates of the checkpoints with a final name, all of which must verify."""
     found = sorted(folder.glob("step-????????"))
     assert all(checkpoint.fault(path) is None for path in found)
     return [int(path.name.removeprefix("step-")) for path in found]
@@ -57,7 +57,7 @@ CALLS = ("fsync", "rename", "replace", "mkdir", "unlink", "rmdir")
 
 
 def die_at(number: int, calls: list[str]) -> None:
-    """Ends this process, as a kill would, just before the `number`-th of its calls that change what is on the disk."""
+    """Ends this process, as a kill does, just before the `number`-th of its calls that change the disk."""
 
     def watched(name, call):
         def counted(*arguments, **named):
@@ -72,8 +72,8 @@ def die_at(number: int, calls: list[str]) -> None:
         setattr(os, name, watched(name, getattr(os, name)))
 
 
-def test_death_at_every_step_of_a_save(prepared, tmp_path):
-    """A fork dies before each call of a save (write, commit, rotate): there is always a good checkpoint, old or new."""
+def test_a_kill_before_every_call_of_a_save(prepared, tmp_path):
+    """A fork ends before each call of a save (write, rename, delete): there is always a good checkpoint, old or new."""
     folder, before = tmp_path / "checkpoints", []
     save(prepared, folder, 1)
     for number in range(200):
@@ -88,24 +88,26 @@ def test_death_at_every_step_of_a_save(prepared, tmp_path):
         found = steps(copy)
         assert found in ([1], [1, 2], [2]), (number, found)
         before.append(found)
-        found = checkpoint.newest(prepared[0], copy)
-        assert int(found.name[-8:]) == before[-1][-1] and not list(copy.glob(".*"))
+        newest = checkpoint.newest(prepared[0], copy)
+        assert newest and int(newest.name[-8:]) == before[-1][-1] and not list(copy.glob(".*"))
         if not code:
             break
     assert code == 0 and number > 10
-    assert before[0] == [1] and before[-1] == [2] and [1, 2] in before, "the old one goes after the new one has come"
+    assert before[0] == [1] and before[-1] == [2] and [1, 2] in before, (
+        "the old one is deleted after the new one has its name"
+    )
 
 
 def test_everything_is_synced_before_it_has_its_name(prepared, tmp_path, monkeypatch):
-    """The order of the calls: every file and the folder, then the name, then the folder above, then the old one goes."""
-    folder, said = tmp_path / "checkpoints", []
+    """The order: every file and the folder are synced, the folder is renamed, its parent synced, the old one removed."""
+    folder, calls = tmp_path / "checkpoints", []
     save(prepared, folder, 1)
     names = {}
 
     def noting(name, call):
         def noted(target, *more, **named):
             where = names.get(target) or (os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
-            said.append((name, Path(where).name))
+            calls.append((name, Path(where).name))
             return call(target, *more, **named)
 
         return noted
@@ -114,15 +116,15 @@ def test_everything_is_synced_before_it_has_its_name(prepared, tmp_path, monkeyp
         monkeypatch.setattr(os, name, noting(name, getattr(os, name)))
     save(prepared, folder, 2)
     monkeypatch.undo()
-    commit = said.index(("rename", ".tmp-step-00000002"))
-    synced = {name for call, name in said[:commit] if call == "fsync"}
+    commit = calls.index(("rename", ".tmp-step-00000002"))
+    synced = {name for call, name in calls[:commit] if call == "fsync"}
     whole = {path.name for path in (folder / "step-00000002").iterdir()}
     assert whole | {".tmp-step-00000002"} <= synced and {"model.safetensors", "optimizer.bin", "manifest.json"} <= whole
-    assert said[commit + 1] == ("fsync", "checkpoints")
-    assert ("rename", "step-00000001") in said[commit + 2 :]
+    assert calls[commit + 1] == ("fsync", "checkpoints")
+    assert ("rename", "step-00000001") in calls[commit + 2 :]
 
 
-def test_a_damaged_best_is_never_published(prepared, tmp_path, capsys):
+def test_a_damaged_best_checkpoint_is_not_published(prepared, tmp_path, capsys):
     accelerator, model, _ = prepared
     folder = tmp_path / "checkpoints"
     save(prepared, folder, 1)
@@ -139,7 +141,7 @@ def test_a_damaged_best_is_never_published(prepared, tmp_path, capsys):
     assert "missing or damaged" in capsys.readouterr().out and (folder / "step-00000001.broken").is_dir()
 
 
-def test_damaged_checkpoints_alone_are_no_fresh_start(prepared, tmp_path):
+def test_a_run_does_not_start_again_when_all_checkpoints_are_damaged(prepared, tmp_path):
     folder = tmp_path / "checkpoints"
     save(prepared, folder, 1)
     for _ in range(2):  # the second time the name with .broken is taken
@@ -167,7 +169,7 @@ class Evil:
     ["optimizer.bin", "random_states_0.pkl", "custom_checkpoint_0.pkl", "scaler.pt", "scheduler.bin", "sampler.bin"],
 )
 def test_a_planted_pickle_does_not_run(name, form, prepared, tmp_path):
-    """With and without a manifest that fits; and what is refused has changed nothing in memory."""
+    """With and without a matching manifest. A refused checkpoint changes nothing in memory."""
     accelerator, model, _ = prepared
     folder, marker = tmp_path / "checkpoints", tmp_path / "ran"
     save(prepared, folder, 1)
@@ -178,22 +180,20 @@ def test_a_planted_pickle_does_not_run(name, form, prepared, tmp_path):
         pickle.dump(Evil(marker), file) if form == "pickle" else torch.save(Evil(marker), file)
     assert name in checkpoint.fault(path)
     reseal(path)
-    if (
-        name == "random_states_0.pkl"
-    ):  # accelerate passes over it; every random number follows from seed, update and rank
+    if name == "random_states_0.pkl":  # accelerate skips it; every random number follows from seed, update and rank
         checkpoint.load(accelerator, path)
     else:
         with pytest.raises(UserError, match=name.replace(".", r"\.")):
             checkpoint.load(accelerator, path)
         assert launch.same_bits(before, model.state_dict())
     assert not marker.exists()
-    with open(tmp_path / "own", "wb") as file:  # it does run where it is let
+    with open(tmp_path / "allowed", "wb") as file:  # a plain load does execute it
         pickle.dump(Evil(marker), file)
-    pickle.loads((tmp_path / "own").read_bytes())
+    pickle.loads((tmp_path / "allowed").read_bytes())
     assert marker.exists()
 
 
-def test_other_shapes_change_nothing(prepared, tmp_path):
+def test_a_checkpoint_with_other_shapes_changes_nothing(prepared, tmp_path):
     accelerator, model, _ = prepared
     folder = tmp_path / "checkpoints"
     save(prepared, folder, 1)
@@ -220,21 +220,21 @@ def small_disk(tmp_path):
 
 @pytest.mark.parametrize("foreseen", [True, False])
 @pytest.mark.parametrize("leaving", [0, 30_000, 150_000, 250_000])
-def test_a_full_disk_costs_the_new_checkpoint_alone(leaving, foreseen, prepared, small_disk, capsys, monkeypatch):
-    """Refused before it is begun where the lack is foreseen; removed again where it is met in the middle of a file."""
+def test_on_a_full_disk_only_the_new_checkpoint_is_lost(leaving, foreseen, prepared, small_disk, capsys, monkeypatch):
+    """Not started where the lack of space is known before; removed where the disk fills up in the middle of a file."""
     folder = small_disk / "checkpoints"
     save(prepared, folder, 1)
     missing = checkpoint.size(prepared[1]) - leaving
     if foreseen:
-        monkeypatch.setattr(prepared[0], "save_state", lambda folder: pytest.fail("it was begun"))
+        monkeypatch.setattr(prepared[0], "save_state", lambda folder: pytest.fail("it was started"))
     else:
         monkeypatch.setattr(checkpoint, "size", lambda model: 0)
     filler = fill(small_disk, leaving=leaving)
     save(prepared, folder, 2, required=False)
-    said = capsys.readouterr().out
-    assert "the checkpoint of update 2 was not saved" in said and "The older ones are kept" in said
+    printed = capsys.readouterr().out
+    assert "the checkpoint of update 2 was not saved" in printed and "The older ones are kept" in printed
     if foreseen:
-        assert told(said) == pytest.approx(missing, rel=0.01, abs=5000)  # a disk gives whole pages
+        assert missing_bytes(printed) == pytest.approx(missing, rel=0.01, abs=5000)  # a disk gives whole pages
     assert steps(folder) == [1] and not list(folder.glob(".*"))
     with pytest.raises(UserError, match="was not saved"):
         save(prepared, folder, 3)
@@ -244,7 +244,7 @@ def test_a_full_disk_costs_the_new_checkpoint_alone(leaving, foreseen, prepared,
     assert steps(folder) == [4]
 
 
-def test_another_fault_of_a_save_is_not_taken_for_a_full_disk(prepared, tmp_path, monkeypatch):
+def test_another_error_in_a_save_does_not_count_as_a_full_disk(prepared, tmp_path, monkeypatch):
     def broken(folder):
         raise RuntimeError("CUDA error: an illegal memory access")
 

@@ -1,4 +1,4 @@
-"""One true batch: however an update is divided over micro-batches and processes, it is the same update."""
+"""An update is the same however it is divided over micro-batches and processes."""
 
 import math
 
@@ -7,14 +7,14 @@ import launch
 import pytest
 
 STEPS = 5
-RAGGED = ("--no-pack", "--document-separator", "\n\n")  # paragraphs: from a line to several windows
+RAGGED = ("--no-pack", "--document-separator", "\n\n")  # paragraphs: of one line to several windows
 DIVISIONS = {  # micro-batch size, processes
     "1 x 64": (64, 1),
     "4 x 16": (16, 1),
     "2 processes x 2 x 16": (16, 2),
 }
-# AdamW divides by the gradient's own size: where that is rounding noise, float32 parameters differ by noise x rate. So
-# parameters are compared in float32 under SGD (the script, edited as a user would) and in float64 under AdamW.
+# AdamW divides by the size of the gradient: where that is rounding noise, float32 parameters differ by noise x rate. So
+# parameters are compared in float32 with SGD (an edited script) and in float64 with AdamW.
 VARIANTS = {"float32 AdamW": (1e-6, 0.001), "float32 SGD": (1e-6, 0.1), "float64 AdamW": (1e-12, 0.001)}  # bound, rate
 SGD = "torch.optim.SGD(parameter_groups(trunk, settings.weight_decay), lr=settings.lr, momentum=0.9)"
 
@@ -56,7 +56,7 @@ def test_gradients_do_not_depend_on_the_division(divided):
 
 
 def test_token_counts_are_ragged(divided):
-    """Else the tests above would prove nothing."""
+    """Otherwise the tests above could not fail."""
     _, _, folders = divided
     tokens = [row["train/tokens"] for row in launch.rows(folders["1 x 64"])]
     taken = [later - earlier for earlier, later in zip([0, *tokens], tokens, strict=False)]
@@ -66,20 +66,17 @@ def test_token_counts_are_ragged(divided):
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("sums[-1].objective * scale", "sums[-1].objective / sums[-1].tokens.clamp(min=1)"),  # the mean of means
-        ("processes * accumulation / num_scored", "accumulation / num_scored"),  # forgets that DDP averages
+        (edits.BACKWARD, edits.scaled_by("(1 / sums[-1].tokens.clamp(min=1))")),  # the mean of means
+        (edits.SCALE, edits.SCALE.replace("processes * ", "")),  # as if DDP did not average
     ],
     ids=["mean of means", "no P"],
 )
-def test_the_nearly_right_recipes_fail(old, new, divided, shared, tmp_path):
-    """What most scripts do does not pass the tests above."""
+def test_common_wrong_scales_fail(old, new, divided, shared, altered, tmp_path):
+    """The scales of many training scripts do not pass the tests above."""
     variant, script, folders = divided
     if variant != "float32 SGD":
         return
-    source = script.read_text()
-    assert source.count(old) == 1
-    wrong = tmp_path / "wrong.py"
-    wrong.write_text(source.replace(old, new))
+    wrong = altered(script, old, new)
     more = (*RAGGED, "--steps", STEPS, "--micro-batch-size", 16, "--lr", VARIANTS[variant][1])
     shared(tmp_path / "out", *more, script=wrong, processes=2)
     gap = launch.difference(launch.weights(folders["1 x 64"], STEPS), launch.weights(tmp_path / "out", STEPS))
@@ -87,7 +84,7 @@ def test_the_nearly_right_recipes_fail(old, new, divided, shared, tmp_path):
 
 
 def test_mixture_of_experts_does_not_depend_on_the_division(shared, tmp_path):
-    """Balance and z loss too: f is the update's before, over all of its tokens, whatever the division."""
+    """Nor do balance and z loss: f is that of the update before, over all of its tokens."""
     more = (
         *RAGGED,
         "--steps",
@@ -119,7 +116,7 @@ def test_first_loss_is_that_of_a_uniform_guess(divided):
 
 
 def test_rate_is_the_closed_form(divided):
-    """At every update, for 1 and 2 processes and any accumulation; the 1st of 5 with 2 of warm-up, the end at 6."""
+    """At every update, for 1 and 2 processes and any accumulation: 5 updates, 2 of them warm-up, the end at 6."""
     variant, _, folders = divided
     expected = [
         VARIANTS[variant][1] * f for f in (0.5, 1.0, *(0.5 * (1 + math.cos(math.pi * (n - 2) / 4)) for n in (3, 4, 5)))

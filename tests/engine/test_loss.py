@@ -1,4 +1,4 @@
-"""The head's loss is cross-entropy itself, in value and gradient, without its logits; the router's losses have their formulas."""
+"""The head's loss equals cross-entropy in value and gradient, without all logits; the router's losses equal their formulas."""
 
 import math
 
@@ -45,7 +45,7 @@ def test_it_is_the_sum_of_cross_entropy(rows, ignore_index, dtype):
 
 
 @pytest.mark.parametrize("ignore_index", [0, -100])
-def test_where_every_label_is_ignored_there_is_neither_loss_nor_gradient(ignore_index):
+def test_without_scored_labels_loss_and_gradient_are_0(ignore_index):
     hidden, weight, _ = problem(CHUNK_ROWS + 5)
     hidden.data[3] = 1e300  # not even where the softmax overflows
     loss = head_cross_entropy(hidden, weight, torch.full((CHUNK_ROWS + 5,), ignore_index), ignore_index)
@@ -66,7 +66,7 @@ def test_a_frozen_side_gets_no_gradient_and_the_other_the_same(frozen):
     assert not both_frozen.requires_grad
 
 
-def test_a_tied_weight_gets_the_gradients_of_both_its_uses():
+def test_a_tied_weight_gets_the_gradients_of_both_uses():
     _, weight, labels = problem(40)
     tokens = torch.randint(0, VOCABULARY, (40,), generator=torch.Generator().manual_seed(1))
     gradients = []
@@ -94,7 +94,7 @@ def test_under_bfloat16_the_sum_is_float32():
         assert (mine - other).norm() < 0.01 * other.norm()
 
 
-def test_autocast_leaves_float64_alone():
+def test_autocast_does_not_cast_float64():
     hidden, weight, labels = problem(20)
     with torch.autocast("cpu", torch.bfloat16):
         loss = head_cross_entropy(hidden, weight, labels, -100)
@@ -112,7 +112,7 @@ def test_a_scale_from_above_is_not_rounded_to_bfloat16():
 
 
 class Sizes(TorchDispatchMode):
-    """Notes the elements of each tensor that any operation makes, forward or backward."""
+    """Records the number of elements of each tensor that an operation returns, forward or backward."""
 
     def __init__(self):
         super().__init__()
@@ -126,7 +126,7 @@ class Sizes(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("scored_only", [False, True], ids=["trained", "nats_per_token"])
-def test_the_logits_of_all_rows_never_exist(scored_only):
+def test_the_logits_of_all_rows_are_never_in_memory(scored_only):
     rows, vocabulary = 4 * CHUNK_ROWS + 3, 97
     hidden, labels = torch.randn(rows, 4, requires_grad=True), torch.randint(0, vocabulary, (rows,))
     weight = torch.randn(vocabulary, 4, requires_grad=True)
@@ -182,7 +182,7 @@ def test_balance_is_one_a_token_where_load_and_router_are_even():
     # An even load is enough: whatever the router says of single tokens, its probabilities sum to 1.
     logits, _ = router(40, 8)
     assert balance_sum(logits.softmax(-1), torch.full((8,), 1 / 8), scored).item() == pytest.approx(int(scored.sum()))
-    # All to one expert, and surely so: E times as much.
+    # All to one expert with probability 1: E times as much.
     one = F.one_hot(torch.zeros(40, dtype=torch.long), 8).double()
     assert balance_sum(one, one[0], scored).item() == pytest.approx(8 * int(scored.sum()), rel=1e-12)
 

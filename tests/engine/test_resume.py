@@ -1,4 +1,4 @@
-"""A run that was stopped and resumed is the run that was not, bit for bit; a damaged checkpoint costs one checkpoint."""
+"""A stopped and resumed run equals an uninterrupted one, bit for bit; a damaged checkpoint costs one checkpoint."""
 
 import json
 import shutil
@@ -8,6 +8,8 @@ from pathlib import Path
 import edits
 import launch
 import pytest
+
+from forge_common import checkpoint
 
 
 def test_the_run_passes_an_epochs_end(straight):
@@ -20,7 +22,7 @@ def test_stopped_by_a_signal_and_resumed(straight, shared, started, tmp_path):
     running = started(folder, *launch.MORE, "--save-every", 3)
     launch.wait_for(folder / "checkpoints" / "step-00000003", running)
     running.send_signal(signal.SIGINT)
-    assert running.wait(60) == 130
+    assert running.wait(launch.PATIENCE) == 130
     assert not (folder / "trunk").exists()
     printed = shared(folder, *launch.MORE)
     assert "resumed" in printed
@@ -29,21 +31,21 @@ def test_stopped_by_a_signal_and_resumed(straight, shared, started, tmp_path):
 
 @pytest.mark.parametrize("step", [1, 5, 9])
 def test_resumed_from_any_update(step, straight, shared, tmp_path):
-    """From the middle of an epoch and from beyond its end, with other micro-batches of the same float32 rows order."""
+    """From the middle of an epoch, and from after its end."""
     folder = tmp_path / "run"
     launch.copy_until(straight, folder, step)
     shared(folder, *launch.MORE)
     launch.same_run(straight, folder)
 
 
-def test_an_interval_cut_by_a_checkpoint_is_logged_the_same(shared, tmp_path):
-    """Lines every 4 updates, a kill after update 6: what updates 5 and 6 had added up is neither lost nor rounded."""
+def test_an_interval_that_spans_a_resume_is_logged_the_same(shared, tmp_path):
+    """A row every 4 updates, a kill after update 6: the sums of updates 5 and 6 are neither lost nor rounded."""
     more = (*launch.MORE, "--log-every", 4)
     shared(tmp_path / "straight", *more)
     launch.copy_until(tmp_path / "straight", tmp_path / "run", 6)
     shared(tmp_path / "run", *more)
     launch.same_run(tmp_path / "straight", tmp_path / "run")
-    shared(tmp_path / "rarely", *more, "--save-every", 0, "--val-every", 0)  # saving is nothing that a loss depends on
+    shared(tmp_path / "rarely", *more, "--save-every", 0, "--val-every", 0)  # the losses do not depend on saving
     losses = [[row["train/loss"] for row in launch.rows(tmp_path / name)] for name in ("straight", "rarely")]
     assert losses[0] == losses[1]
 
@@ -51,13 +53,14 @@ def test_an_interval_cut_by_a_checkpoint_is_logged_the_same(shared, tmp_path):
 @pytest.mark.parametrize(
     ("dtype", "bound"), [pytest.param("float32", 1e-5, marks=pytest.mark.soak), ("float64", 1e-12)]
 )
-def test_one_two_one_processes(dtype, bound, shared, tmp_path):
-    """The same windows and the same weights, to rounding (AdamW's in float32), when processes change on the way."""
+def test_one_two_one_processes(dtype, bound, shared, altered, tmp_path):
+    """The same windows, and the same weights up to rounding, when the number of processes changes between resumes."""
     straight, folder, copy = tmp_path / "straight", tmp_path / "run", tmp_path / "again"
     more = (*launch.MORE, "--dtype", dtype)
     shared(straight, *more)
     launch.copy_until(straight, folder, 4)
-    shared(folder, *more, processes=2, script=stop_at(8, tmp_path))
+    stopping = altered("train_shared.py", edits.CHECK_STOP, edits.interrupted_at(8))
+    shared(folder, *more, processes=2, script=stopping)
     launch.copy_until(folder, copy, 8)
     shared(copy, *more)
     assert launch.difference(launch.weights(straight, launch.STEPS), launch.weights(copy, launch.STEPS)) <= bound
@@ -65,15 +68,6 @@ def test_one_two_one_processes(dtype, bound, shared, tmp_path):
         assert row["train/tokens"] == reference["train/tokens"] and row["train/epoch"] == reference["train/epoch"]
         assert row["train/loss"] == pytest.approx(reference["train/loss"], abs=bound)
         assert row["train/grad_norm"] == pytest.approx(reference["train/grad_norm"], rel=10 * bound)
-
-
-def stop_at(step: int, folder: Path) -> Path:
-    """A copy of the script that stops after update `step`, as after a signal."""
-    source = (launch.ROOT / "train_shared.py").read_text()
-    assert source.count(edits.CHECK_STOP) == 1
-    path = folder / "train_stopping.py"
-    path.write_text(source.replace(edits.CHECK_STOP, edits.interrupted_at(step)))
-    return path
 
 
 def damage(path: Path, how: str) -> None:
@@ -91,11 +85,7 @@ def damage(path: Path, how: str) -> None:
 @pytest.mark.parametrize(
     "name", ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "progress.json", "manifest.json"]
 )
-def test_a_damaged_checkpoint_is_seen(name, how, straight, tmp_path):
-    import shutil
-
-    from forge_common import checkpoint
-
+def test_a_damaged_checkpoint_is_detected(name, how, straight, tmp_path):
     copy = tmp_path / "step-00000012"
     shutil.copytree(straight / "checkpoints" / copy.name, copy)
     assert checkpoint.fault(copy) is None
@@ -103,7 +93,7 @@ def test_a_damaged_checkpoint_is_seen(name, how, straight, tmp_path):
     assert name in checkpoint.fault(copy)
 
 
-def test_resumes_from_the_one_before_a_damaged_one(straight, shared, tmp_path):
+def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(straight, shared, tmp_path):
     folder = tmp_path / "run"
     launch.copy_until(straight, folder, 6)
     damage(folder / "checkpoints" / "step-00000006" / "optimizer.bin", "flipped")
@@ -132,15 +122,15 @@ def test_a_changed_run_is_refused(change, named, straight, shared, tmp_path):
 
 
 def test_changed_text_is_refused(shared, text, tmp_path):
-    """The same flags and file names, one more sentence: the digest of the tokens tells; so does a tokenizer's."""
+    """The same flags and file names with one more sentence: the digests of the tokens and of the tokenizer differ."""
     folder, copy = tmp_path / "run", tmp_path / "text"
     shutil.copytree(text, copy)
     more = ("--data", copy, "--steps", 2, "--tokenizer", "train:300", "--val-every", 0)
     shared(folder, *more)
     with open(copy / "abc.py", "a") as file:
         file.write("One more sentence.\n" * 20)
-    said = shared(folder, *more, fails=True)
-    assert f"digest of {copy}: " in said and "digest of tokenizer: " in said and "Traceback" not in said
+    printed = shared(folder, *more, fails=True)
+    assert f"digest of {copy}: " in printed and "digest of tokenizer: " in printed and "Traceback" not in printed
 
 
 def test_a_changed_trunk_is_refused(module, shared, trunk, tmp_path):
@@ -151,11 +141,11 @@ def test_a_changed_trunk_is_refused(module, shared, trunk, tmp_path):
     shared(tmp_path / "other", "--steps", 2, "--seed", 5)
     shutil.rmtree(copy)
     shutil.copytree(tmp_path / "other" / "trunk", copy)
-    said = module(folder, "--trunk", copy, "--steps", 2, fails=True)
-    assert "digest of trunk: " in said and "Traceback" not in said
+    printed = module(folder, "--trunk", copy, "--steps", 2, fails=True)
+    assert "digest of trunk: " in printed and "Traceback" not in printed
 
 
-def test_more_steps_by_saying_so(straight, shared, tmp_path):
+def test_more_steps_with_accept_change(straight, shared, tmp_path):
     folder = tmp_path / "run"
     launch.copy_until(straight, folder, launch.STEPS)
     shared(folder, *launch.MORE, "--steps", launch.STEPS + 1, "--accept-change", "steps")
@@ -163,44 +153,42 @@ def test_more_steps_by_saying_so(straight, shared, tmp_path):
 
 
 @pytest.fixture
-def ruinous(altered) -> Path:
-    """The script with a rate that grows tenfold each update: better at first, then ruined."""
+def diverging(altered) -> Path:
+    """The script with a rate that grows tenfold each update: the loss improves at first, then diverges."""
     return altered("train_shared.py", edits.SET_RATE, 'group["lr"] = rate = settings.lr * 10 ** (step - 4)')
 
 
-def test_rotation_keeps_the_newest_and_the_best(ruinous, shared, tmp_path):
-    """The best is old; it stays, and is what is published."""
+def test_rotation_keeps_the_newest_and_the_best(diverging, shared, tmp_path):
+    """The best is not among the newest; it is kept and published."""
     folder = tmp_path / "run"
-    printed = shared(folder, "--steps", 8, "--save-every", 1, "--keep", 2, "--val-every", 1, script=ruinous)
+    printed = shared(folder, "--steps", 8, "--save-every", 1, "--keep", 2, "--val-every", 1, script=diverging)
     losses = {row["step"]: row["val/loss"] for row in launch.rows(folder, "val/loss")}
     best = min(losses, key=losses.get)
     assert 1 < best < 7, losses
     kept = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert kept == [f"step-{step:08d}" for step in (best, 7, 8)]
     assert f"those of update {best}" in printed
-    facts = json.loads((folder / "trunk" / "forge.json").read_text())
-    assert facts["validation_loss"] == losses[best] and facts["steps"] == best
+    metadata = json.loads((folder / "trunk" / "forge.json").read_text())
+    assert metadata["validation_loss"] == losses[best] and metadata["steps"] == best
     published = launch.load_file(folder / "trunk" / "model.safetensors")
     assert launch.same_bits(published, launch.weights(folder, best))
 
 
-def test_patience_stops_early(ruinous, shared, tmp_path):
+def test_patience_stops_early(diverging, shared, tmp_path):
     folder = tmp_path / "run"
-    shared(folder, "--steps", 10, "--val-every", 1, "--patience", 2, script=ruinous)
+    shared(folder, "--steps", 10, "--val-every", 1, "--patience", 2, script=diverging)
     losses = [row["val/loss"] for row in launch.rows(folder, "val/loss")]
     assert len(losses) < 10 and min(losses) == losses[-3]
     assert (folder / "trunk").is_dir()
-    shared(folder, "--steps", 10, "--val-every", 1, "--patience", 2, script=ruinous)
-    assert [row["val/loss"] for row in launch.rows(folder, "val/loss")] == losses, "it had stopped, and trained on"
+    shared(folder, "--steps", 10, "--val-every", 1, "--patience", 2, script=diverging)
+    assert [row["val/loss"] for row in launch.rows(folder, "val/loss")] == losses, (
+        "a run that had stopped early trained on"
+    )
 
 
-def test_a_signal_to_one_rank_stops_all(text, cache, tmp_path):
-    """Rank 1 alone is asked, after its last look: both ranks do the same thing, and nobody waits for the other."""
-    source = (launch.ROOT / "train_shared.py").read_text()
+def test_a_late_signal_to_one_rank_is_ignored_by_all(shared, altered, tmp_path):
+    """Rank 1 alone gets it, after its last check: both ranks publish, and neither waits for the other."""
     line = edits.AFTER_TRAINING
-    assert source.count(line) == 1
-    script = tmp_path / "train_late.py"
-    script.write_text(source.replace(line, line + "    if rank == 1:\n        stop.exit_code = 143\n"))
-    fixed = ("--data", text, "--output-dir", tmp_path / "run", "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
-    launch.run(script, *fixed, "--steps", 2, processes=2, timeout=120)
+    script = altered("train_shared.py", line, line + "    if rank == 1:\n        stop.exit_code = 143\n")
+    shared(tmp_path / "run", "--steps", 2, script=script, processes=2)
     assert (tmp_path / "run" / "trunk" / "forge.json").exists()

@@ -1,4 +1,4 @@
-"""The trunk is Hugging Face's model of the same config; what it promises of order, padding, documents, experts, freezing."""
+"""The trunk computes what Hugging Face's model of the same config does; causality, padding, documents, experts, freezing."""
 
 import dataclasses
 import inspect
@@ -53,7 +53,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """These models are too small to divide: on a busy machine two threads wait for each other ten times as long."""
+    """These models are too small for two threads, which wait for each other on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -65,7 +65,7 @@ def config_of(kind="llama", **changes):
 
 
 def make(kind="llama", seed=0, **changes):
-    """A trunk of which no parameter is at its initial 0 or 1, so that none can be left out unseen."""
+    """A trunk without parameters at their initial 0 or 1, so that a test notices when one is not used."""
     torch.manual_seed(seed)
     trunk = Trunk(config_of(kind, **changes))
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_hugging_face_computes_the_same_from_our_checkpoint(kind, tmp_path):
 
 
 @every_kind
-def test_a_config_survives_the_way_through_hugging_face(kind):
+def test_a_config_round_trips_through_hugging_faces_json(kind):
     config = config_of(kind, bos_token_id=5, eos_token_id=7, pad_token_id=None, cross_document_attention=False)
     assert ModelConfig.from_hf(json.loads(json.dumps(config.to_hf())), "here") == config
 
@@ -164,7 +164,7 @@ def test_a_checkpoint_of_hugging_face_is_a_trunk(name, tmp_path):
         ({"hidden_size": None, "num_attention_heads": None}, "hidden_size, num_attention_heads"),
     ],
 )
-def test_what_would_be_computed_differently_is_refused_by_name(change, named):
+def test_a_config_that_is_not_implemented_is_refused_by_name(change, named):
     with pytest.raises(UserError, match=named) as refusal:
         ModelConfig.from_hf(config_of().to_hf() | change, "/its/config.json")
     assert "/its/config.json" in str(refusal.value)
@@ -175,7 +175,7 @@ def test_what_would_be_computed_differently_is_refused_by_name(change, named):
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("preset", ["tiny", "small"])
-def test_the_first_loss_is_that_of_a_uniform_guess(preset, tied):
+def test_the_initial_loss_is_that_of_a_uniform_guess(preset, tied):
     torch.manual_seed(0)
     sizes = PRESETS[preset] | {"vocab_size": 4096, "max_position_embeddings": 64, "tie_word_embeddings": tied}
     trunk = Trunk(ModelConfig(**sizes))
@@ -230,7 +230,7 @@ def test_all_sums_add_up_over_a_division_of_the_batch(kind):
 
 @every_kind
 @pytest.mark.parametrize("crossing", [True, False], ids=["crossing", "documents"])
-def test_a_later_token_changes_nothing_before_it(kind, crossing):
+def test_a_token_does_not_affect_the_loss_before_it(kind, crossing):
     trunk, tokens = make(kind, cross_document_attention=crossing), text(2, 40)
     tokens[0, 11] = 1
     nats = trunk.nats(tokens)
@@ -262,7 +262,7 @@ def test_no_gradient_reaches_later_inputs(kind):
 
 @every_kind
 @pytest.mark.parametrize("pad", [0, None])
-def test_filler_at_the_end_adds_nothing(kind, pad):
+def test_padding_at_the_end_adds_0(kind, pad):
     trunk = make(kind, pad_token_id=pad).double()
     tokens = text(2, 30)
     filled = F.pad(tokens, (0, 13), value=trunk.config.ignore_index)
@@ -279,7 +279,7 @@ def test_filler_at_the_end_adds_nothing(kind, pad):
 @every_kind
 @pytest.mark.parametrize("pad", [0, None])
 @pytest.mark.parametrize("crossing", [True, False], ids=["crossing", "documents"])
-def test_a_batch_of_filler_is_nothing(kind, pad, crossing):
+def test_a_batch_of_padding_adds_0(kind, pad, crossing):
     trunk = make(kind, pad_token_id=pad, cross_document_attention=crossing)
     sums = trunk(torch.full((2, 17), trunk.config.ignore_index))
     assert sums.objective.item() == sums.nats.item() == sums.tokens.item() == 0
@@ -289,14 +289,14 @@ def test_a_batch_of_filler_is_nothing(kind, pad, crossing):
 
 
 @every_kind
-def test_documents_are_alone_where_attention_may_not_cross(kind):
+def test_documents_are_independent_without_cross_document_attention(kind):
     trunk = make(kind, cross_document_attention=False).double()
     first, second = text(1, 60)[:, :25], text(1, 60)[:, 25:]
     end = torch.tensor([[1]])
     window = torch.cat((first, end, second, end), dim=1)
     together = trunk.nats(window)
     torch.testing.assert_close(together[:, :25], trunk.nats(torch.cat((first, end), 1)), rtol=1e-10, atol=1e-10)
-    alone = trunk.nats(torch.cat((second, end), dim=1))  # its first token is no label of its own
+    alone = trunk.nats(torch.cat((second, end), dim=1))  # its first token is not a label here
     torch.testing.assert_close(
         together[:, 26:], alone, rtol=1e-6, atol=1e-6
     )  # positions are float32: cos(a + b) differs
@@ -310,7 +310,7 @@ def test_documents_are_alone_where_attention_may_not_cross(kind):
 
 @every_kind
 @pytest.mark.parametrize("crossing", [True, False], ids=["crossing", "documents"])
-def test_the_cache_changes_nothing(kind, crossing):
+def test_the_cache_does_not_change_the_logits(kind, crossing):
     trunk, tokens = make(kind, cross_document_attention=crossing).double(), text(2, 24)
     tokens[0, 3], tokens[1, 9], tokens[0, 15] = 1, 1, 1  # documents end within the prompt, and after it
     wanted = [trunk.next_logits(tokens[:, :length]) for length in range(1, 25)]
@@ -353,12 +353,12 @@ def test_counts_are_of_the_scored_tokens(top_k):
     assert even_load(config_of("llama"), tokens.device) is None
 
 
-def test_router_losses_weigh_as_the_config_says():
+def test_router_losses_have_the_weights_of_the_config():
     tokens = text(2, 30)
     trunk = make("mixtral", router_aux_loss_coef=0.5, router_z_loss_coef=0.25).double()
     sums = trunk(tokens)
     assert sums.objective.item() == pytest.approx((sums.nats + 0.5 * sums.balance + 0.25 * sums.z).item(), rel=1e-12)
-    # An even load makes the balance 1 a token and layer, whatever the router thinks.
+    # With an even load the balance is 1 per token and layer for any router.
     assert sums.balance.item() == pytest.approx(sums.tokens.item(), rel=1e-6)
     dense = make("llama")(tokens)
     assert dense.objective.item() == dense.nats.item()
@@ -416,7 +416,7 @@ def test_flops_are_those_that_torch_counts(kind, trained):
 @pytest.mark.parametrize("kind", ["llama", "tied", "mixtral", "mixtral_tied"])
 @pytest.mark.parametrize("module", ["ffn", "ffn+head"])
 @pytest.mark.parametrize("layers", [[0], [1, 2], [0, 1, 2]])
-def test_a_fresh_module_is_the_identity_and_bears_the_trunks_names(kind, module, layers):
+def test_a_new_module_changes_nothing_and_has_the_trunks_names(kind, module, layers):
     trunk, tokens = make(kind), text(2, 40)
     before, state = trunk.nats(tokens), {name: t.clone() for name, t in trunk.state_dict().items()}
     names = plug_in(trunk, module, layers)
@@ -435,7 +435,7 @@ def test_a_fresh_module_is_the_identity_and_bears_the_trunks_names(kind, module,
 @pytest.mark.parametrize("module", ["ffn", "ffn+head"])
 @pytest.mark.parametrize("layers", [[0], [1], [2], [1, 2]])
 @pytest.mark.parametrize("kind", ["tied", "mixtral"])
-def test_no_graph_is_kept_below_the_lowest_module(kind, module, layers):
+def test_no_gradient_graph_below_the_lowest_module(kind, module, layers):
     trunk, seen = make(kind), {}
     plug_in(trunk, module, layers)
     for number, layer in enumerate(trunk.model.layers):
@@ -455,15 +455,15 @@ def test_no_graph_is_kept_below_the_lowest_module(kind, module, layers):
     ("spec", "layers"),
     [("all", [0, 1, 2, 3]), ("top:1", [3]), ("top:4", [0, 1, 2, 3]), ("0", [0]), ("3,1", [1, 3]), ("2, 2,0", [0, 2])],
 )
-def test_layers_are_named_in_three_ways(spec, layers):
+def test_layers_are_chosen_in_three_ways(spec, layers):
     assert chosen_layers(spec, 4) == layers
 
 
 @pytest.mark.parametrize(
     "spec", ["", "top:", "top:0", "top:5", "top:-1", "top:x", "4", "-1", "1,", "1;2", "bottom", "1.0"]
 )
-def test_other_layers_are_refused(spec):
-    with pytest.raises(UserError, match=f"--layers {spec}: "):
+def test_invalid_layers_are_refused(spec):
+    with pytest.raises(UserError, match=f"--layers {spec} "):
         chosen_layers(spec, 4)
 
 
@@ -475,7 +475,7 @@ def module_of(trunk, kind, layers):
 
 
 @pytest.mark.parametrize("kind", ["ffn", "ffn+head"])
-def test_a_module_put_in_is_the_trunk_with_its_tensors(kind):
+def test_put_in_replaces_the_trunks_tensors(kind):
     trunk, tokens = make("tied"), text(2, 30)
     tensors = module_of(trunk, kind, [0, 2])
     wanted = make("tied")
@@ -500,7 +500,7 @@ LAST = "model.layers.2.mlp.up_proj.weight"
     ],
     ids=["missing", "surplus", "shape"],
 )
-def test_a_module_that_does_not_fit_is_refused_and_nothing_is_changed(change, named):
+def test_a_module_that_does_not_match_is_refused_and_changes_nothing(change, named):
     trunk = make("tied")
     tensors, before = module_of(trunk, "ffn", [1, 2]), {name: t.clone() for name, t in trunk.state_dict().items()}
     change(tensors)
@@ -510,13 +510,13 @@ def test_a_module_that_does_not_fit_is_refused_and_nothing_is_changed(change, na
 
 
 @pytest.mark.parametrize(("kind", "layers"), [("adapter", [0]), ("ffn", [3]), ("ffn", [0, -1])])
-def test_a_kind_or_a_layer_that_is_none_is_refused(kind, layers):
+def test_an_unknown_kind_or_layer_is_refused(kind, layers):
     trunk = make("tied")
     with pytest.raises(UserError, match=r"adapter|layers \["):
         plug_in(trunk, kind, layers)
     assert all(parameter.requires_grad for parameter in trunk.parameters())
 
 
-def test_the_loss_reads_the_labels_across_chunks():
+def test_the_loss_of_several_chunks():
     trunk, tokens = make("llama").double(), text(3, CHUNK_ROWS // 2 + 2)
     assert trunk(tokens).nats.item() == pytest.approx(sum(trunk(row[None]).nats.item() for row in tokens), rel=1e-12)

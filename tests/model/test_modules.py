@@ -1,10 +1,8 @@
-"""A module is trained alone: the trunk does not move, and is neither in the optimizer nor in the checkpoint."""
+"""A module is trained alone: the trunk does not change, and is neither in the optimizer nor in the checkpoint."""
 
 import hashlib
 import json
 import shutil
-import subprocess
-import sys
 
 import edits
 import launch
@@ -20,7 +18,7 @@ KINDS = {"ffn": 6, "ffn+head": 7}  # tensors of a module of two layers
 
 @pytest.fixture(scope="module", params=KINDS)
 def made(request, module, tmp_path_factory):
-    """(kind, the run's folder, what it printed)"""
+    """(kind, the run's folder, its output)"""
     folder = tmp_path_factory.mktemp("module") / "run"
     return request.param, folder, module(folder, "--steps", STEPS, "--kind", request.param, "--keep", 100)
 
@@ -30,7 +28,7 @@ def test_the_artifact_holds_the_trained_tensors_alone(made, trunk):
     tensors, original = load_file(folder / "module" / "module.safetensors"), load_file(trunk / "model.safetensors")
     assert len(tensors) == KINDS[kind]
     assert all(".mlp." in name or name == "lm_head.weight" for name in tensors)
-    for name, tensor in tensors.items():  # each has learned something
+    for name, tensor in tensors.items():  # each was trained
         before = original.get(name, original["model.embed_tokens.weight"])
         assert tensor.shape == before.shape and not torch.equal(tensor, before)
     assert {path.name for path in (folder / "module").iterdir()} == {
@@ -49,42 +47,38 @@ def test_no_frozen_weight_in_checkpoint_or_optimizer(made):
     assert len(state["state"]) == sum(len(group["params"]) for group in state["param_groups"]) == KINDS[kind]
 
 
-def test_the_passport(made, trunk):
+def test_the_metadata_of_a_module(made, trunk):
     kind, folder, _ = made
-    facts = json.loads((folder / "module" / "module.json").read_text())
+    metadata = json.loads((folder / "module" / "module.json").read_text())
     published = json.loads((trunk / "forge.json").read_text())
-    assert facts["trunk_digest"] == published["digest"] == artifact.digest(load_file(trunk / "model.safetensors"))
-    assert facts["tokenizer_digest"] == published["tokenizer_digest"]
-    assert facts["digest"] == artifact.digest(load_file(folder / "module" / "module.safetensors"))
-    assert (facts["kind"], facts["name"], facts["layers"], facts["format_version"]) == (kind, "cpp", [0, 1], 1)
-    assert facts["losses"]["own"]["after"] < facts["losses"]["own"]["before"]
+    assert metadata["trunk_digest"] == published["digest"] == artifact.digest(load_file(trunk / "model.safetensors"))
+    assert metadata["tokenizer_digest"] == published["tokenizer_digest"]
+    assert metadata["digest"] == artifact.digest(load_file(folder / "module" / "module.safetensors"))
+    shape = (metadata["kind"], metadata["name"], metadata["layers"], metadata["format_version"])
+    assert shape == (kind, "cpp", [0, 1], 1)
+    assert metadata["losses"]["own"]["after"] < metadata["losses"]["own"]["before"]
     last = launch.rows(folder, "val/loss")[-1]
-    assert facts["losses"]["own"]["after"] == pytest.approx(last["val/loss"], rel=1e-6)
-    assert facts["tokens_seen"] == launch.rows(folder)[-1]["train/tokens"] > 0
+    assert metadata["losses"]["own"]["after"] == pytest.approx(last["val/loss"], rel=1e-6)
+    assert metadata["tokens_seen"] == launch.rows(folder)[-1]["train/tokens"] > 0
 
 
-def test_a_fresh_module_is_the_trunk(module, tmp_path):
-    """With no update applied but the first, at rate 0, the loss after is the loss before, to the bit."""
-    source = (launch.ROOT / "train_module.py").read_text().replace(edits.SET_RATE, 'group["lr"] = 0.0')
-    script = tmp_path / "train_module.py"
-    script.write_text(source)
+def test_a_new_module_does_not_change_the_loss(module, altered, tmp_path):
+    """With one update at rate 0, the loss after is the loss before, bit for bit."""
+    script = altered("train_module.py", edits.SET_RATE, 'group["lr"] = 0.0')
     module(tmp_path / "run", "--steps", 1, "--warmup-steps", 0, "--weight-decay", 0, script=script)
     losses = json.loads((tmp_path / "run" / "module" / "module.json").read_text())["losses"]["own"]
     assert losses["before"] == losses["after"]
 
 
-def test_a_frozen_weight_that_moves_is_noticed(module, tmp_path):
-    """The proof by digest catches a script that was edited wrongly."""
-    line = edits.AFTER_UPDATE
-    source = (launch.ROOT / "train_module.py").read_text()
-    assert source.count(line) == 1
-    script = tmp_path / "train_module.py"
-    script.write_text(source.replace(line, line + "        trunk.model.norm.weight.data.add_(1e-7 * step + 1e-3)\n"))
+def test_a_changed_frozen_weight_is_detected(module, altered, tmp_path):
+    """The comparison of digests finds a script that was edited wrongly."""
+    change = "        trunk.model.norm.weight.data.add_(1e-7 * step + 1e-3)\n"
+    script = altered("train_module.py", edits.AFTER_UPDATE, edits.AFTER_UPDATE + change)
     printed = module(tmp_path / "run", "--steps", 2, script=script, fails=True)
     assert "has changed" in printed and not (tmp_path / "run" / "module").exists()
 
 
-def test_two_processes_make_the_same_module(module, tmp_path):
+def test_two_processes_train_the_same_module(module, tmp_path):
     for processes in (1, 2):
         more = ("--steps", STEPS, "--no-pack", "--document-separator", "\n\n", "--dtype", "float64")
         module(tmp_path / str(processes), *more, processes=processes)
@@ -93,20 +87,18 @@ def test_two_processes_make_the_same_module(module, tmp_path):
 
 
 @pytest.mark.parametrize("made", ["ffn+head"], indirect=True)
-def test_stopped_and_resumed(made, module, tmp_path):
-    """At update 5 and again at 6; bit for bit the module that was not stopped, and the same losses in the passport."""
+def test_stopped_and_resumed(made, module, altered, tmp_path):
+    """At update 5 and again at 6: bit for bit the module of an uninterrupted run, and the same metadata."""
     kind, straight, _ = made
     folder = tmp_path / "run"
     for step in (5, 6):
-        source = (launch.ROOT / "train_module.py").read_text()
-        script = tmp_path / "train_module.py"
-        script.write_text(source.replace(edits.CHECK_STOP, edits.interrupted_at(step)))
+        script = altered("train_module.py", edits.CHECK_STOP, edits.interrupted_at(step))
         module(folder, "--steps", STEPS, "--kind", kind, "--keep", 100, script=script)
         assert not (folder / "module").exists()
     module(folder, "--steps", STEPS, "--kind", kind, "--keep", 100)
     assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
-    facts = [json.loads((run / "module" / "module.json").read_text()) for run in (straight, folder)]
-    assert facts[0] == facts[1]
+    metadata = [json.loads((run / "module" / "module.json").read_text()) for run in (straight, folder)]
+    assert metadata[0] == metadata[1]
 
 
 def test_only_the_chosen_layers(module, tmp_path):
@@ -116,14 +108,11 @@ def test_only_the_chosen_layers(module, tmp_path):
 
 def evaluate(*arguments: object, fails: bool = False) -> str:
     """python -m forge_common.evaluate"""
-    line = [sys.executable, "-m", "forge_common.evaluate", *map(str, arguments)]
-    done = subprocess.run(line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=False)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return launch.run_python("-m", "forge_common.evaluate", *arguments, fails=fails)
 
 
 def test_evaluate_is_a_plain_loop_over_the_documents(made, trunk, domain, cache, tmp_path):
-    """Its loss, and the merged checkpoint's in Transformers, are those of a loop over single tokens' probabilities."""
+    """Its loss, and that of the merged checkpoint in Transformers, equal a loop over the documents' windows."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     _, folder, _ = made
@@ -132,12 +121,7 @@ def test_evaluate_is_a_plain_loop_over_the_documents(made, trunk, domain, cache,
     found = {row["model"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
     merged = tmp_path / "merged"
     line = ("--trunk", trunk, "--module", folder / "module", "--output-dir", merged)
-    subprocess.run(
-        [sys.executable, "-m", "forge_common.merge", *map(str, line)],
-        env=launch.environment(),
-        cwd=launch.ROOT,
-        check=True,
-    )
+    launch.run_python("-m", "forge_common.merge", *line)
     tokenizer = AutoTokenizer.from_pretrained(merged)
     for place, name in ((trunk, "trunk"), (merged, "module:cpp")):
         model = AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
@@ -160,16 +144,11 @@ def test_evaluate_is_a_plain_loop_over_the_documents(made, trunk, domain, cache,
         )
 
 
-def test_generate_speaks(made, trunk):
+def test_generate_is_deterministic_at_temperature_0(made, trunk):
     _, folder, _ = made
-    line = [sys.executable, "-m", "forge_common.generate", "--model", trunk, "--module", folder / "module"]
+    line = ["-m", "forge_common.generate", "--model", trunk, "--module", folder / "module"]
     line += ["--prompt", "#include", "--max-new-tokens", 30, "--temperature", 0]
-    out = [
-        subprocess.run(
-            [*map(str, line)], env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=True
-        ).stdout
-        for _ in range(2)
-    ]
+    out = [launch.run_python(*line) for _ in range(2)]
     assert out[0].startswith("#include") and len(out[0]) > len("#include\n") and out[0] == out[1]
 
 
@@ -184,8 +163,8 @@ def tampered(folder, tmp_path, change):
 
 
 @pytest.mark.parametrize("made", ["ffn+head"], indirect=True)
-def test_refusals(made, trunk, text, domain, cache, shared, tmp_path):
-    """Another trunk, another tokenizer, changed or missing files, a pickle: refused, with both digests or the name."""
+def test_parts_that_do_not_match_are_refused(made, trunk, domain, cache, shared, tmp_path):
+    """Another trunk, another tokenizer, changed tensors, a pickle: refused, with both digests or the name."""
     _, folder, _ = made
     common = ("--data", f"cpp={domain}", "--cache-dir", cache, "--val-fraction", 0.1)
 
@@ -194,11 +173,11 @@ def test_refusals(made, trunk, text, domain, cache, shared, tmp_path):
     assert "another trunk" in printed and json.loads((trunk / "forge.json").read_text())["digest"] in printed
 
     shared(tmp_path / "words", "--steps", 2, "--tokenizer", "train:300")
-    facts = json.loads((folder / "module" / "module.json").read_text())
+    metadata = json.loads((folder / "module" / "module.json").read_text())
     other = json.loads((tmp_path / "words" / "trunk" / "forge.json").read_text())
-    copy = tmp_path / "passport"
+    copy = tmp_path / "copy"
     shutil.copytree(folder / "module", copy)
-    (copy / "module.json").write_text(json.dumps(facts | {"trunk_digest": other["digest"]}))
+    (copy / "module.json").write_text(json.dumps(metadata | {"trunk_digest": other["digest"]}))
     printed = evaluate("--model", tmp_path / "words" / "trunk", "--module", copy, *common, fails=True)
     assert "another tokenizer" in printed and other["tokenizer_digest"] in printed
 
@@ -208,11 +187,12 @@ def test_refusals(made, trunk, text, domain, cache, shared, tmp_path):
     def spoil(tensors):
         tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
 
-    for number, (change, said) in enumerate(((flip, "digest"), (spoil, "model.layers.0.mlp.up_proj.weight holds NaN"))):
+    changes = ((flip, "digest"), (spoil, "model.layers.0.mlp.up_proj.weight holds NaN"))
+    for number, (change, expected) in enumerate(changes):
         printed = evaluate(
             "--model", trunk, "--module", tampered(folder, tmp_path / str(number), change), *common, fails=True
         )
-        assert said in printed and "Traceback" not in printed
+        assert expected in printed and "Traceback" not in printed
     printed = evaluate("--model", trunk, "--module", tmp_path / "nothing.pt", *common, fails=True)
     assert "Pickles are not opened" in printed
 
@@ -230,8 +210,7 @@ def test_a_damaged_trunk_is_refused(trunk, domain, cache, module, tmp_path):
 def test_a_trunk_can_be_continued(trunk, shared, tmp_path):
     """--trunk-from: starts at the trunk's loss, not at a uniform guess."""
     shared(tmp_path / "run", "--trunk-from", trunk, "--steps", 2, "--lr", 1e-9)
-    facts = json.loads((trunk / "forge.json").read_text())
-    assert launch.rows(tmp_path / "run", "val/loss")[-1]["val/loss"] == pytest.approx(
-        facts["validation_loss"], abs=1e-4
-    )
-    assert json.loads((tmp_path / "run" / "trunk" / "forge.json").read_text())["continued_from"] == facts["digest"]
+    metadata = json.loads((trunk / "forge.json").read_text())
+    last = launch.rows(tmp_path / "run", "val/loss")[-1]
+    assert last["val/loss"] == pytest.approx(metadata["validation_loss"], abs=1e-4)
+    assert json.loads((tmp_path / "run" / "trunk" / "forge.json").read_text())["continued_from"] == metadata["digest"]

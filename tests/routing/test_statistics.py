@@ -1,4 +1,4 @@
-"""What a module tells of its text: exact counts on a coarse scale, nothing that too few documents hold, and how it routes."""
+"""A module's statistics: exact counts on a coarse scale, none of what too few documents hold, and how the router uses them."""
 
 from collections import Counter, defaultdict
 
@@ -26,11 +26,11 @@ def test_codes_are_within_their_bound():
 
 
 @pytest.mark.parametrize("least", [1, 2, 5])
-def test_what_fewer_documents_hold_is_not_counted(least):
+def test_what_too_few_documents_hold_is_not_counted(least):
     """Against a plain loop over all tokens and pairs: the sum over a bucket, or nothing."""
     texts = documents(0, of=range(2, 80))
-    counts, facts = statistics.count(texts, VOCABULARY, EOS, least)
-    assert facts == {"tokens": sum(map(len, texts)), "documents": len(texts), "min_documents": least}
+    counts, sample_size = statistics.count(texts, VOCABULARY, EOS, least)
+    assert sample_size == {"tokens": sum(map(len, texts)), "documents": len(texts), "min_documents": least}
     times: dict[str, Counter] = defaultdict(Counter)
     holders: dict[str, dict[int, set]] = defaultdict(lambda: defaultdict(set))
     for number, text in enumerate(texts):
@@ -49,7 +49,7 @@ def test_what_fewer_documents_hold_is_not_counted(least):
         assert wanted.any()
 
 
-def test_a_buckets_number_is_the_same_for_arrays_and_tensors():
+def test_the_bucket_is_the_same_for_arrays_and_tensors():
     pairs = np.random.default_rng(1).integers(0, 200_000, (2, 1000))
     found = statistics.bigram_bucket(*pairs)
     assert (found == statistics.bigram_bucket(*map(torch.from_numpy, pairs)).numpy()).all()
@@ -75,14 +75,14 @@ def test_a_sample_is_spread_over_each_source_by_its_share():
 
 
 def router(tuning: Tuning, prior=(0.2, 0.4, 0.4)) -> ContextRouter:
-    """A trunk that read both languages, and a module for each; they share no token but EOS."""
+    """A trunk trained on both languages, and a module for each; the languages share no token but EOS."""
     low, high = documents(4, of=range(2, 150)), documents(5, of=range(150, VOCABULARY))
     own = [statistics.count(texts, VOCABULARY, EOS, 1)[0] for texts in (low + high, low, high)]
     return ContextRouter(own, torch.tensor(prior), EOS, tuning)
 
 
 def test_scores_are_probabilities():
-    """Over all tokens that may come next they sum to 1, but for what collides in a bucket and the coarse scale."""
+    """Over all next tokens they sum to 1, up to collisions in a bucket and the coarse scale."""
     found = router(Tuning())
     token = torch.arange(VOCABULARY)[:, None]
     for last in (-1, 20, EOS, 200):
@@ -90,19 +90,18 @@ def test_scores_are_probabilities():
         assert torch.allclose(scores[:, 0].double().exp().sum(0), torch.ones(3).double(), atol=0.1), last
 
 
-def test_it_hears_a_change_of_text_and_forgets_at_a_documents_end():
+def test_the_gates_follow_a_change_of_text_and_reset_at_the_end_of_a_document():
     found = router(Tuning())
     low, high = documents(6, 1, 30, range(2, 150))[0][:-1], documents(7, 1, 30, range(150, VOCABULARY))[0][:-1]
     tokens = torch.from_numpy(np.concatenate((low, high, [EOS], low)))[None]
-    gates, _, _ = found.route(tokens, found.start(1, at_document=True))
+    gates, _ = found.route(tokens, found.start(1, at_document=True))
     assert torch.allclose(gates.sum(-1), torch.ones(1, tokens.shape[1]))
     assert (gates[0, 10:30].argmax(-1) == 1).all() and (gates[0, 45:60].argmax(-1) == 2).all()
     assert torch.equal(gates[0, 60], found.prior)
     assert (gates[0, 75:].argmax(-1) == 1).all()
 
 
-def test_a_module_that_is_told_twice_changes_nothing_but_shares():
-    """Candidates with the same counts get the same posterior up to their priors: nothing depends on their places."""
+def test_the_order_of_the_candidates_does_not_matter():
     found = router(Tuning(), (0.2, 0.4, 0.4))
     again = ContextRouter.__new__(ContextRouter)
     again.__dict__ = {**found.__dict__}
@@ -114,8 +113,8 @@ def test_a_module_that_is_told_twice_changes_nothing_but_shares():
     torch.testing.assert_close(ours[..., order], theirs)
 
 
-def test_what_others_left_in_a_bucket_is_no_knowledge():
-    """With every bucket full, a pair counts no more than its rarer token: after a token never seen, nothing is known."""
+def test_a_pair_counts_no_more_than_its_rarer_token():
+    """With all buckets full, the scores after an unseen token are those without a previous token."""
     unigrams = np.full(VOCABULARY, 50)
     unigrams[20] = 0
     full = {"unigrams": unigrams, "bigrams": np.full(statistics.BIGRAM_BUCKETS, 10_000)}

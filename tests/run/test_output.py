@@ -1,4 +1,4 @@
-"""One run to a folder, and a folder that can be written: told before the first update, or survived."""
+"""One run to a folder, and a folder that can be written: refused before the first update, or survived."""
 
 import errno
 import fcntl
@@ -16,8 +16,8 @@ from pathlib import Path
 import launch
 import psutil
 import pytest
-from disks import fill, mounted, told
-from launch import MORE, STEPS, same_run
+from disks import fill, missing_bytes, mounted
+from launch import MORE, PATIENCE, STEPS, same_run
 
 from forge_common.artifacts import artifact
 from forge_common.errors import UserError
@@ -35,17 +35,17 @@ def disk(tmp_path):
 
 
 def test_two_runs_in_one_folder(straight, started, shared, tmp_path):
-    """The second is refused, naming the first, and has changed nothing; the first does not notice."""
+    """The second is refused with the pid of the first, and changes nothing; the first is not affected."""
     folder = tmp_path / "run"
     first = started(folder, *MORE)
     launch.wait_for(folder / "checkpoints" / "step-00000002", first)
     first.send_signal(signal.SIGSTOP)
     before = sorted(folder.rglob("*"))
-    said = shared(folder, *MORE, fails=True)
-    assert f"in use by another run: pid {first.pid} on host {socket.gethostname()}, started 20" in said
-    assert "Traceback" not in said and sorted(folder.rglob("*")) == before
+    printed = shared(folder, *MORE, fails=True)
+    assert f"in use by another run: pid {first.pid} on host {socket.gethostname()}, started 20" in printed
+    assert "Traceback" not in printed and sorted(folder.rglob("*")) == before
     first.send_signal(signal.SIGCONT)
-    assert first.wait(120) == 0
+    assert first.wait(PATIENCE) == 0
     same_run(straight, folder)
     assert (folder / ".lock").read_text() == ""
 
@@ -53,8 +53,8 @@ def test_two_runs_in_one_folder(straight, started, shared, tmp_path):
 def child(folder: Path) -> subprocess.Popen:
     """Another process that claims the folder and waits."""
     code = (
-        "import sys, time, types; from pathlib import Path; from forge_common.artifacts import artifact; from forge_common.run import folder as output\n"
-        "held = output.claim(types.SimpleNamespace(is_main_process=True), Path(sys.argv[1]))\n"
+        "import sys, time, types; from pathlib import Path; from forge_common.run import folder as output\n"
+        "lock = output.claim(types.SimpleNamespace(is_main_process=True), Path(sys.argv[1]))\n"
         "print('claimed', flush=True); time.sleep(100)"
     )
     running = subprocess.Popen([sys.executable, "-c", code, folder], cwd=launch.ROOT, stdout=subprocess.PIPE, text=True)
@@ -64,7 +64,7 @@ def child(folder: Path) -> subprocess.Popen:
 
 @pytest.fixture(params=["locks", "no locks"])
 def file_system(request, monkeypatch):
-    """With the kernel's locks, and as on a file system that has none."""
+    """With the kernel's locks, and as on a file system without locks."""
     if request.param == "no locks":
 
         def none(file, operation):
@@ -74,31 +74,31 @@ def file_system(request, monkeypatch):
     return request.param
 
 
-def test_a_dead_owner_is_taken_over_a_living_one_is_not(file_system, tmp_path, capsys):
+def test_the_lock_of_a_dead_owner_is_taken_over(file_system, tmp_path, capsys):
     owner = child(tmp_path / "run")
     with pytest.raises(UserError, match=rf"pid {owner.pid} on host {socket.gethostname()}"):
         output.claim(MAIN, tmp_path / "run")
     owner.kill()
     owner.wait()
-    held = output.claim(MAIN, tmp_path / "run")
+    lock = output.claim(MAIN, tmp_path / "run")
     assert f"the previous run did not end normally: pid {owner.pid}" in capsys.readouterr().out
     owner = json.loads((tmp_path / "run" / ".lock").read_text())
     assert owner["pid"] == os.getpid()
     assert owner["started"] == pytest.approx(psutil.Process().create_time(), abs=1)
-    output.release(held)
+    output.release(lock)
     output.release(output.claim(MAIN, tmp_path / "run"))
     assert "taken over" not in capsys.readouterr().out
 
 
-def test_a_pid_that_was_used_again_is_no_owner(tmp_path, monkeypatch):
-    """The lock names a living process of this host, but one that began at another time."""
+def test_a_reused_pid_is_not_the_owner(tmp_path, monkeypatch):
+    """The lock names a running process of this host that started at another time."""
     monkeypatch.setattr(fcntl, "flock", lambda file, operation: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
     (tmp_path / ".lock").write_text(json.dumps({"pid": os.getppid(), "host": socket.gethostname(), "started": 1e9}))
     output.release(output.claim(MAIN, tmp_path))
 
 
 def test_an_owner_on_another_host(file_system, tmp_path):
-    """Where locks reach, it is dead if its lock is gone; where there are none, it is taken at its word."""
+    """With locks, it has ended if its lock is free; without locks, it counts as alive."""
     (tmp_path / ".lock").write_text(json.dumps({"pid": 1, "host": "elsewhere", "started": 1.8e9}))
     if file_system == "locks":
         output.release(output.claim(MAIN, tmp_path))
@@ -108,19 +108,19 @@ def test_an_owner_on_another_host(file_system, tmp_path):
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"pid": "x", "host": 1, "started": 2}', "null", '"a"'])
-def test_a_torn_lock_is_nobodys(content, tmp_path):
+def test_an_incomplete_lock_has_no_owner(content, tmp_path):
     (tmp_path / ".lock").write_text(content)
     output.release(output.claim(MAIN, tmp_path))
 
 
-def test_what_a_kill_left_is_swept(tmp_path):
+def test_partial_files_of_a_killed_run_are_removed(tmp_path):
     for name in (".tmp-trunk-123", ".old-trunk", ".old-module", "module"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "from").write_text(name)
     (tmp_path / ".tmp-metrics.jsonl").touch()
     output.release(output.claim(MAIN, tmp_path))
     assert sorted(path.name for path in tmp_path.iterdir()) == [".lock", "module", "trunk"]
-    assert (tmp_path / "trunk" / "from").read_text() == ".old-trunk", "the one before gets its name back"
+    assert (tmp_path / "trunk" / "from").read_text() == ".old-trunk", "the previous one gets its name back"
     assert (tmp_path / "module" / "from").read_text() == "module"
 
 
@@ -129,23 +129,23 @@ def test_a_folder_that_cannot_be_written_is_refused_at_once(place, shared, text,
     """Before anything is read or trained."""
     with mounted(tmp_path / "ro", "ro") if place == "read-only" else nullcontext() as disk:
         folder = disk / "run" if disk else next(text.iterdir()) / "run" if place == "below a file" else Path(place)
-        said = shared(folder, *MORE, fails=True)
-    assert f"--output-dir {folder} cannot be written" in said and "Traceback" not in said
-    assert "data  " not in said
+        printed = shared(folder, *MORE, fails=True)
+    assert f"--output-dir {folder} cannot be written" in printed and "Traceback" not in printed
+    assert "data  " not in printed
 
 
 def test_a_disk_too_small_is_refused_before_the_first_update(disk, shared):
     """The message says how much is missing, and with that much more it runs."""
     filler = fill(disk, leaving=700_000)
-    said = shared(disk / "run", *MORE, "--keep", 1, fails=True)
-    assert "needs about" in said and "Traceback" not in said and not launch.steps_of(said)
+    printed = shared(disk / "run", *MORE, "--keep", 1, fails=True)
+    assert "needs about" in printed and "Traceback" not in printed and not launch.steps_of(printed)
     with open(filler, "r+b") as file:
-        file.truncate(filler.stat().st_size - told(said) - 100_000)
+        file.truncate(filler.stat().st_size - missing_bytes(printed) - 100_000)
     shared(disk / "run", *MORE, "--keep", 1, "--steps", 3)
 
 
 @pytest.mark.parametrize("then", ["continue", "stop"])
-def test_a_disk_that_fills_up_in_mid_run(then, disk, started, shared, straight, tmp_path):
+def test_a_disk_that_fills_up_during_a_run(then, disk, started, shared, straight, tmp_path):
     """The older checkpoint stays; the run continues, or stops and resumes: the same bits, and no row is lost."""
     folder, out = disk / "run", tmp_path / "out"
     more = (*MORE, "--keep", 1, "--on-full-disk", then)
@@ -159,19 +159,19 @@ def test_a_disk_that_fills_up_in_mid_run(then, disk, started, shared, straight, 
             assert running.poll() is None
             time.sleep(0.01)
     else:
-        assert running.wait(60) == 1
-    said = out.read_text()
-    assert " are missing" in said and "The older ones are kept" in said and "Traceback" not in said
+        assert running.wait(PATIENCE) == 1
+    printed = out.read_text()
+    assert " are missing" in printed and "The older ones are kept" in printed and "Traceback" not in printed
     filler.unlink()
-    assert running.wait(120) == (then == "stop")
+    assert running.wait(PATIENCE) == (then == "stop")
     if then == "stop":
         shared(folder, *more)
     assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
     assert launch.without_times(straight) == launch.without_times(folder)
 
 
-def test_rows_wait_for_room(disk, capsys):
-    """On a full disk a row is neither lost nor torn: it is written, in its place, as soon as there is room."""
+def test_rows_are_kept_until_there_is_space(disk, capsys):
+    """On a full disk a row is neither lost nor partial: it is written, in order, as soon as there is space."""
     settings = types.SimpleNamespace(output_dir=disk, dry_run=False, patience=0)
     log = run_log.RunLog(MAIN, settings, progress.begin(settings, {}), last=9)
     log.row(1, {"train/loss": 1.0})
@@ -187,7 +187,7 @@ def test_rows_wait_for_room(disk, capsys):
 
 
 def test_a_disk_too_full_to_publish(disk, trunk, tmp_path):
-    """Nothing half-written stays; the one that was published before does."""
+    """No partial file stays; the trunk that was published before does."""
     model, tokenizer, _ = artifact.read_trunk(str(trunk))
     place = disk / "trunk"
     artifact.write_trunk(place, model.state_dict(), model.config, tokenizer, {})
@@ -199,13 +199,13 @@ def test_a_disk_too_full_to_publish(disk, trunk, tmp_path):
     assert not list(disk.glob(".*"))
 
 
-def test_a_console_that_is_gone_is_not_worth_the_run(started, tmp_path):
-    """Its reader leaves while the run trains, as `| tee` does when its disk is full."""
+def test_a_closed_console_does_not_end_the_run(started, tmp_path):
+    """Its reader ends while the run trains, as `| tee` does when its disk is full."""
     read, write = os.pipe()
-    running, said = started(tmp_path / "run", *MORE, out=write), b""
+    running, printed = started(tmp_path / "run", *MORE, out=write), b""
     os.close(write)
-    while b"step 2/" not in said:
-        said += os.read(read, 4096)
+    while b"step 2/" not in printed:
+        printed += os.read(read, 4096)
     os.close(read)
-    assert running.wait(120) == 0
+    assert running.wait(PATIENCE) == 0
     assert launch.rows(tmp_path / "run")[-1]["step"] == STEPS and (tmp_path / "run" / "trunk").exists()

@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
-from forge_common.run import launch_checks as launching
+from forge_common.run import launch_checks
 
 
 def test_all_problems_in_one_message(shared, tmp_path):
@@ -28,7 +28,7 @@ def test_all_problems_in_one_message(shared, tmp_path):
         "stepz",
     )
     printed = shared(tmp_path / "run", *more, fails=True)
-    for said in (
+    for expected in (
         "--steps is 0",
         "multiple of 16",
         "--lr is -1",
@@ -36,29 +36,28 @@ def test_all_problems_in_one_message(shared, tmp_path):
         "--min-lr-ratio",
         "did you mean steps",
     ):
-        assert said in printed
+        assert expected in printed
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
-def test_a_name_that_could_not_be_published_is_refused_at_once(module, tmp_path):
-    """Before hours of training, not after them."""
+def test_a_name_that_cannot_be_published_is_refused_before_training(module, tmp_path):
     printed = module(tmp_path / "run", "--name", "../law", "--licence", "MIT\nnone", "--hang-timeout", -1, fails=True)
-    for said in (
+    for expected in (
         "--name '../law' must be a plain name",
         "--licence 'MIT\\nnone' must be a line",
         "--hang-timeout is -1",
     ):
-        assert said in printed
+        assert expected in printed
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
-def test_an_unknown_flag_is_answered_with_the_nearest(shared, tmp_path):
+def test_for_an_unknown_flag_the_nearest_is_named(shared, tmp_path):
     printed = shared(tmp_path / "run", "--warmup-stepz", 3, fails=True)
     assert "--warmup-steps" in printed and "Traceback" not in printed
 
 
 @pytest.mark.parametrize(
-    ("more", "said"),
+    ("more", "expected"),
     [
         (("--tokenizer", "nothing.json"), "--tokenizer nothing.json"),
         (("--trunk-from", "no/such/place"), "no/such/place"),
@@ -69,9 +68,9 @@ def test_an_unknown_flag_is_answered_with_the_nearest(shared, tmp_path):
         (("--document-separator", ""), "document_separator"),
     ],
 )
-def test_refused_before_the_first_update(more, said, shared, tmp_path):
+def test_refused_before_the_first_update(more, expected, shared, tmp_path):
     printed = shared(tmp_path / "run", *more, fails=True)
-    assert said.replace("_", "-") in printed.replace("_", "-") and "Traceback (most" not in printed
+    assert expected.replace("_", "-") in printed.replace("_", "-") and "Traceback (most" not in printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
@@ -92,7 +91,7 @@ def test_too_long_for_the_trunk(module, tmp_path):
 
 def test_a_dry_run_plans_and_writes_nothing(shared, tmp_path):
     printed = shared(tmp_path / "run", "--dry-run", "--steps", 1000)
-    for said in (
+    for expected in (
         "parameters",
         "4 micro-batch(es) x 16",
         "epochs",
@@ -100,7 +99,7 @@ def test_a_dry_run_plans_and_writes_nothing(shared, tmp_path):
         "s an update (4 timed)",
         "only the token cache was written",
     ):
-        assert said in printed
+        assert expected in printed
     assert not (tmp_path / "run").exists()
 
 
@@ -109,19 +108,19 @@ def test_a_launcher_that_contradicts_is_refused(shared, tmp_path):
     assert "gradient_accumulation_steps to 7" in printed and "make it 4" in printed
 
 
-def test_processes_that_would_train_apart_are_refused(shared, tmp_path):
+def test_processes_that_would_train_separate_models_are_refused(shared, tmp_path):
     printed = shared(tmp_path / "run", "--steps", 2, processes=2, fails=True, ACCELERATE_USE_CPU="false")
     assert "train separate models" in printed
 
 
-def test_fewer_processes_than_were_asked_for_are_refused(shared, tmp_path):
+def test_fewer_processes_than_requested_by_a_flag_are_refused(shared, tmp_path):
     launcher = ("accelerate", "launch", "--cpu", "--num_processes", "2")
     printed = shared(tmp_path / "run", "--steps", 2, launcher=launcher, fails=True)
     assert "asked for 2 processes and started 1" in printed and "torchrun --nproc_per_node 2" in printed
     assert not (tmp_path / "run").exists()
 
 
-def test_fewer_processes_than_a_file_asks_for_are_refused(shared, tmp_path):
+def test_fewer_processes_than_requested_by_a_file_are_refused(shared, tmp_path):
     file = tmp_path / "two.yaml"
     file.write_text("distributed_type: MULTI_CPU\nuse_cpu: true\nnum_processes: 2\nnum_machines: 1\n")
     launcher = (sys.executable, "-m", "accelerate.commands.launch", f"--config-file={file}")
@@ -133,7 +132,7 @@ SCRIPT = ["train_shared.py", "--steps", "2"]
 
 
 @pytest.mark.parametrize(
-    ("command", "asked"),
+    ("command", "requested"),
     [
         (["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "3", *SCRIPT], 3),
         (["python", "/bin/accelerate", "launch", "--num-processes=4", "--quiet", *SCRIPT], 4),
@@ -142,31 +141,31 @@ SCRIPT = ["train_shared.py", "--steps", "2"]
         (["python", "-m", "accelerate.commands.launch", "--config-file=two.json", *SCRIPT], 2),
         (["accelerate", "launch", "--config_file", "two.yaml", "--num_processes", "1", *SCRIPT], 1),
         (["accelerate", "launch", *SCRIPT], 6),  # the launcher's own default file
-        (["accelerate", "launch", "--cpu", *SCRIPT], 0),  # which it then does not read
+        (["accelerate", "launch", "--cpu", *SCRIPT], 0),  # with --cpu the launcher does not read it
         (["accelerate", "launch", "--config_file", "gone.yaml", *SCRIPT], 0),
-        (["accelerate", "launch", "--num_processes", "2", "wrapper.sh"], 0),  # not what started this process
+        (["accelerate", "launch", "--num_processes", "2", "wrapper.sh"], 0),  # another script
         (["torchrun", "--nproc_per_node", "2", *SCRIPT], 0),
         (["make", "num_processes=2"], 0),
         (["bash"], 0),
         ([], 0),
     ],
 )
-def test_what_a_launcher_was_asked_for(command, asked, tmp_path, monkeypatch):
+def test_the_processes_that_a_launcher_was_asked_for(command, requested, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     (tmp_path / "two.yaml").write_text("num_processes: 2\n")
     (tmp_path / "two.json").write_text('{"num_processes": 2}')
     (tmp_path / "accelerate").mkdir()
     (tmp_path / "accelerate" / "default_config.yaml").write_text("num_processes: 6\n")
-    assert launching.processes_requested(command, SCRIPT[1:]) == asked
+    assert launch_checks.processes_requested(command, SCRIPT[1:]) == requested
 
 
-def test_no_launcher_asks_for_nothing():
-    launching.check_processes()
+def test_without_a_launcher_nothing_is_refused():
+    launch_checks.check_processes()
 
 
 def test_fsdp_that_becomes_ddp_is_refused(shared, tmp_path):
-    """On a CPU accelerate makes DDP of it, and says nothing."""
+    """On a CPU accelerate uses DDP instead, without a message."""
     printed = shared(tmp_path, "--steps", 2, fails=True, ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     assert "FSDP was requested" in printed and "Traceback" not in printed
 
@@ -177,21 +176,21 @@ def test_fp16_on_a_cpu_is_refused(shared, tmp_path):
 
 
 def test_bf16_trains(shared, tmp_path):
-    """Mixed precision on a CPU: the weights stay float32, the loss falls, the sums are exact."""
+    """Mixed precision on a CPU: the weights stay float32, and the loss falls."""
     shared(tmp_path / "run", "--steps", 4, "--lr", 0.01, ACCELERATE_MIXED_PRECISION="bf16")
     losses = [row["train/loss"] for row in launch.rows(tmp_path / "run")]
     assert losses[-1] < losses[0]
     assert all(tensor.dtype.itemsize == 4 for tensor in launch.weights(tmp_path / "run", 4).values())
 
 
-def test_settings_are_kept(shared, text, tmp_path):
+def test_settings_are_written(shared, text, tmp_path):
     shared(tmp_path / "run", "--steps", 2)
-    kept = json.loads((tmp_path / "run" / "settings.json").read_text())
-    assert kept["data"] == [str(text)] and kept["steps"] == 2 and kept["sequence_length"] == 64
+    written = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert written["data"] == [str(text)] and written["steps"] == 2 and written["sequence_length"] == 64
 
 
 @pytest.mark.parametrize("script", ["train_shared.py", "train_module.py"])
-def test_wrong_settings_are_told_before_anything_heavy_is_loaded(script, tmp_path):
+def test_wrong_settings_are_reported_before_heavy_imports(script, tmp_path):
     code = f"""
 import runpy, sys
 sys.argv = [{script!r}, "--data", "x", "--output-dir", {str(tmp_path / "run")!r}, "--steps", "0", "--lr", "-1", "--seed", "1"]

@@ -1,4 +1,4 @@
-"""A tracker costs a run ten seconds at most, and never the run: W&B's real client against servers that fail it."""
+"""A tracker delays a run by ten seconds at most and never ends it: W&B's real client against servers that fail."""
 
 import json
 import signal
@@ -15,14 +15,13 @@ import psutil
 import pytest
 import wandb_server
 
-LEAVES = 4  # seconds in which a process without a tracker ends at most, after its last line, on a busy machine
-LIMIT = 10 + LEAVES
+LIMIT = 10 + 30  # seconds: the tracker's limit, and what the end of a process may take on a busy machine
 
 
 class Run:
-    """A run of train_shared.py with --tracker wandb: its lines, each with the second that it came in, until the end.
+    """A run of train_shared.py with --tracker wandb, and its lines with the time of each.
 
-    The end is that of its output: a process left behind, which would keep a pipe open, counts as the run.
+    It ends when its output ends: a process that it leaves behind, which keeps the pipe open, counts as part of it.
     """
 
     def __init__(self, folder: Path, url: str, arguments: tuple[object, ...], script: Path | str, **extra: str):
@@ -53,26 +52,26 @@ class Run:
         return "\n".join(line for _, line in self.lines)
 
     def wait_for(self, what: str | Callable[[], object]) -> None:
-        """Until the run has printed `what`, or `what()` holds."""
-        until = time.monotonic() + 90
+        """Waits until the run has printed `what`, or `what()` holds."""
+        until = time.monotonic() + launch.PATIENCE
         while not (what in self.text if isinstance(what, str) else what()):
             assert self.process.poll() is None and time.monotonic() < until, self.text
             time.sleep(0.02)
 
     def is_tracked(self) -> bool:
-        """Whether wandb.init has come back, as W&B's own log says."""
+        """Whether wandb.init has returned, according to W&B's log."""
         logs = self.folder.glob("wandb/run-*/logs/debug.log")
         return any("returning control to user process" in log.read_text() for log in logs)
 
     def services(self) -> list[psutil.Process]:
-        """W&B's processes of this run, also those that outlived it; they are named the process they serve."""
+        """W&B's processes of this run, also those that outlived it: their command line has its pid."""
         processes = psutil.process_iter(["name", "cmdline"])
         served = (one for one in processes if one.info["name"] == "wandb-core")
         return [one for one in served if str(self.process.pid) in (one.info["cmdline"] or ())]
 
     def end(self, code: int = 0, after: str = "published ") -> str:
-        """What was printed. The run ends with `code`, in time after the line that starts with `after`."""
-        self._reader.join(60)
+        """The output. The run ends with `code`, at most LIMIT seconds after the last line that `after` starts."""
+        self._reader.join(launch.PATIENCE)
         alive = self._reader.is_alive()
         if alive:
             for process in [*self.services(), self.process]:
@@ -90,18 +89,18 @@ class Run:
         return rows == list(range(1, steps + 1)) and (self.folder / "trunk" / "model.safetensors").exists()
 
     def sync(self, command: str) -> set[int]:
-        """The steps that arrive at a server that is well, by the command that the run printed as the mend."""
-        said = self.text.split(f"`{command}")[1].split("`")[0].split()
+        """The steps that a working server receives by the `wandb sync` command that the run printed."""
+        folder = self.text.split(f"`{command}")[1].split("`")[0].split()
         with wandb_server.serve() as server:
             environment = self.environment | {"WANDB_BASE_URL": server.url}
-            client = [sys.executable, "-m", "wandb", *command.split()[1:], *said]
-            subprocess.run(client, env=environment, check=True, capture_output=True, timeout=60)
+            client = [sys.executable, "-m", "wandb", *command.split()[1:], *folder]
+            subprocess.run(client, env=environment, check=True, capture_output=True, timeout=launch.PATIENCE)
             return server.steps
 
 
 @pytest.fixture
 def start(text, cache, tmp_path):
-    """start(url, steps) -> a Run under way."""
+    """start(url, steps) -> a Run that has been started."""
 
     def call(url: str, steps: int, *more: object, script: Path | str = "train_shared.py", **extra: str) -> Run:
         fixed = ("--data", text, "--cache-dir", cache, *launch.SHAPE, *launch.SIZES, "--steps", steps)
@@ -110,7 +109,7 @@ def start(text, cache, tmp_path):
     return call
 
 
-def test_a_server_that_is_well_has_every_row_at_the_end(start):
+def test_a_working_server_has_every_row_at_the_end(start):
     with wandb_server.serve() as server:
         run = start(server.url, 6)
         printed = run.end()
@@ -119,7 +118,7 @@ def test_a_server_that_is_well_has_every_row_at_the_end(start):
     assert (run.folder / "wandb").is_dir()
 
 
-def test_refused_is_recorded_offline_and_sent_later(start):
+def test_after_a_refused_connection_the_run_is_recorded_offline_and_sent_later(start):
     with wandb_server.nobody() as url:
         run = start(url, 6)
         assert f"{url} cannot be used" in run.end()
@@ -128,7 +127,7 @@ def test_refused_is_recorded_offline_and_sent_later(start):
 
 
 @pytest.mark.soak
-def test_dropped_packets_are_recorded_offline(start):
+def test_with_dropped_packets_the_run_is_recorded_offline(start):
     with wandb_server.dropped() as url:
         run = start(url, 4)
         assert "recording offline" in run.end()
@@ -138,25 +137,25 @@ def test_dropped_packets_are_recorded_offline(start):
 @pytest.mark.parametrize(
     "mode", [pytest.param(mode, marks=pytest.mark.soak) for mode in ("denied", "error", "garbage")]
 )
-def test_a_server_that_refuses_is_recorded_offline(mode, start):
+def test_with_a_server_that_refuses_the_run_is_recorded_offline(mode, start):
     with wandb_server.serve(mode) as server:
         run = start(server.url, 4)
         assert "recording offline" in run.end()
     assert run.is_complete(4)
 
 
-def test_a_run_that_fails_is_not_held(start, altered):
-    """It never closes its log, and its end comes while the server lets wandb.init wait."""
+def test_a_failed_run_is_not_delayed(start, altered):
+    """It does not close its log, and it ends while wandb.init waits for the server."""
     script = altered("train_shared.py", edits.BACKWARD, edits.scaled_by('float("inf")'))
     with wandb_server.serve("half") as server:
         run = start(server.url, 9, "--max-bad-updates", 3, script=script)
         assert "It is disabled" in run.end(code=1, after="train_shared.py: error:")
 
 
-def test_a_run_that_was_asked_to_stop_keeps_its_exit_code(start):
-    """A server that fell silent in mid-run: W&B keeps what it could not send.
+def test_a_stopped_run_keeps_its_exit_code(start):
+    """A server that stops to answer during the run: W&B keeps what it could not send.
 
-    And W&B's own telemetry, had somebody wished for it, waits for an answer at the exit, where it knows no limit.
+    WANDB_ERROR_REPORTING: W&B's telemetry waits for an answer when the process exits, without a limit.
     """
     with wandb_server.serve(then="silent") as server:
         run = start(server.url, 5000, "--val-every", 0, WANDB_ERROR_REPORTING="true")
@@ -170,7 +169,7 @@ def test_a_run_that_was_asked_to_stop_keeps_its_exit_code(start):
 
 @pytest.mark.soak
 @pytest.mark.parametrize("then", ["gone", "silent"])
-def test_a_server_that_fails_in_mid_run(then, start):
+def test_a_server_that_fails_during_the_run(then, start):
     with wandb_server.serve(then=then) as server:
         run = start(server.url, 60)
         assert "did not accept everything" in run.end()
@@ -180,7 +179,7 @@ def test_a_server_that_fails_in_mid_run(then, start):
 
 
 @pytest.mark.soak
-def test_wandbs_process_killed_in_mid_run(start):
+def test_wandbs_process_killed_during_the_run(start):
     with wandb_server.serve() as server:
         run = start(server.url, 60)
         run.wait_for(run.is_tracked)
@@ -191,8 +190,8 @@ def test_wandbs_process_killed_in_mid_run(start):
     assert printed.index("It is disabled") < printed.index("step 60/60"), printed
 
 
-def test_wandbs_process_stopped_in_mid_run(start):
-    """The work is done when the run waits for it: a signal then ends nothing, and does not change the exit code."""
+def test_wandbs_process_suspended_during_the_run(start):
+    """The run is finished when it waits for the tracker: a signal then does not change its exit code."""
     with wandb_server.serve() as server:
         run = start(server.url, 30)
         run.wait_for(run.is_tracked)
@@ -206,7 +205,7 @@ def test_wandbs_process_stopped_in_mid_run(start):
 
 
 def test_a_call_that_hangs_disables_the_tracker_during_the_run(start, altered):
-    """W&B's process stopped in the middle of init, which then waits without a limit; reported while the run continues."""
+    """W&B's process is suspended during init, which then waits without a limit; reported while the run continues."""
     line = edits.START_LOG
     script = altered(
         "train_shared.py", line, f"    from forge_common.run import trackers\n\n    trackers.STUCK = 2\n{line}"
@@ -222,7 +221,7 @@ def test_a_call_that_hangs_disables_the_tracker_during_the_run(start, altered):
 
 
 @pytest.mark.soak
-def test_a_server_that_answers_and_then_does_not_start_a_run(start):
+def test_a_server_that_answers_but_does_not_start_a_run(start):
     with wandb_server.serve("half") as server:
         run = start(server.url, 300, "--val-every", 0)
         run.wait_for("published ")
@@ -232,7 +231,7 @@ def test_a_server_that_answers_and_then_does_not_start_a_run(start):
 
 
 def test_wandb_without_an_account_is_offline_and_one_run(shared, tmp_path, altered):
-    """The real W&B client: it says so, records offline, and a resumed run continues under the same id."""
+    """The real W&B client records offline, and a resumed run continues under the same id."""
     folder = tmp_path / "run"
     half = altered("train_shared.py", edits.CHECK_STOP, edits.interrupted_at(3))
     home = tmp_path / "home"
@@ -240,10 +239,10 @@ def test_wandb_without_an_account_is_offline_and_one_run(shared, tmp_path, alter
     more = ("--steps", 6, "--tracker", "wandb")
     printed = shared(folder, *more, script=half, HOME=str(home))
     assert "offline" in printed
-    identity = json.loads((folder / "checkpoints" / "step-00000003" / "progress.json").read_text())["run_id"]
+    run_id = json.loads((folder / "checkpoints" / "step-00000003" / "progress.json").read_text())["run_id"]
     shared(folder, *more, HOME=str(home))
     recorded = sorted(path.name for path in (folder / "wandb").glob("offline-run-*"))
-    assert len(recorded) == 2 and all(name.endswith(f"-{identity}") for name in recorded)
+    assert len(recorded) == 2 and all(name.endswith(f"-{run_id}") for name in recorded)
     assert [row["step"] for row in launch.rows(folder)] == [1, 2, 3, 4, 5, 6]
 
 

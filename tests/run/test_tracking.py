@@ -36,7 +36,7 @@ def test_numbers_agree(run):
         assert 100 < row["memory/peak_mb"] == row["memory/process_peak_mb"] < 4000
     for row in launch.rows(folder, "val/loss"):
         assert row["val/perplexity"] == pytest.approx(math.exp(row["val/loss"]))
-        # bytes as tokens: a byte a token, but for a document's end
+        # the tokens are bytes, except the one at the end of a document
         assert row["val/bits_per_byte"] == pytest.approx(row["val/loss"] / math.log(2), rel=0.01)
 
 
@@ -54,7 +54,7 @@ def test_train_loss_is_the_mean_over_the_interval(run, shared, tmp_path):
 @pytest.mark.parametrize("packing", ["--pack", "--no-pack"])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes, shared, text, tmp_path):
-    """Whatever the processes and the batch: Transformers' own model, a document or the whole stream at a time."""
+    """For one and two processes: Transformers' model on a document, or on the whole stream, at a time."""
     import hashlib
 
     import torch
@@ -86,7 +86,7 @@ def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes,
 
 
 def test_nan_never_reaches_the_weights(shared, tmp_path, altered):
-    """A gradient that is NaN at update 3: not applied, counted; the run goes on and differs from the straight one."""
+    """A gradient that is NaN at update 3 is counted and not applied, and the run continues."""
     script = altered("train_shared.py", edits.BACKWARD, edits.scaled_by('(float("nan") if step == 3 else scale)'))
     folder = tmp_path / "run"
     printed = shared(folder, "--steps", 5, "--save-every", 1, "--keep", 9, script=script)
@@ -96,7 +96,7 @@ def test_nan_never_reaches_the_weights(shared, tmp_path, altered):
     assert [row["train/bad_updates"] for row in launch.rows(folder)] == [0, 0, 1, 1, 1]
 
 
-def test_a_run_that_diverges_stops_and_names_its_documents(shared, text, tmp_path, altered):
+def test_a_diverging_run_ends_and_names_its_documents(shared, text, tmp_path, altered):
     script = altered("train_shared.py", edits.BACKWARD, edits.scaled_by('float("inf")'))
     printed = shared(tmp_path / "run", "--steps", 9, "--max-bad-updates", 3, script=script, fails=True)
     assert "updates 1 to 3" in printed and str(text) in printed and "Traceback" not in printed

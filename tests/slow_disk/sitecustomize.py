@@ -1,6 +1,6 @@
-"""A slow disk, for whoever has this folder on PYTHONPATH: syncing, renaming and deleting take their time.
+"""A slow disk for processes with this folder on PYTHONPATH: each sync, rename and delete takes SLOW_DISK_SECONDS more, twice.
 
-It widens the windows between writing, committing and rotating, in which a kill could hurt.
+This makes it likely that a kill falls between writing, renaming and deleting.
 """
 
 import os
