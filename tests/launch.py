@@ -91,8 +91,8 @@ def fork_server() -> subprocess.Popen:
     return server
 
 
-def run_python(*arguments: object, processes: int = 1, fails: bool = False, **extra: str) -> str:
-    """Runs `python ARGUMENTS` in the repository and returns what it printed (both streams), from a fork (tests/fork_server.py).
+def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd: Path = ROOT, **extra: str) -> str:
+    """Runs `python ARGUMENTS` in the repository, or a copy of it, and returns what it printed (both streams), from a fork (tests/fork_server.py).
 
     processes: ranks, with the variables that torchrun sets. fails: it must end non-zero, else zero.
     """
@@ -103,7 +103,7 @@ def run_python(*arguments: object, processes: int = 1, fails: bool = False, **ex
     assert server.stdin and server.stdout
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as out:
         request = {"argv": [str(argument) for argument in arguments], "environment": environment(**extra)}
-        request |= {"cwd": str(ROOT), "out": out.name, "ranks": processes}
+        request |= {"cwd": str(cwd), "out": out.name, "ranks": processes}
         print(json.dumps(request), file=server.stdin, flush=True)
         pids = json.loads(server.stdout.readline())
         killer = threading.Timer(PATIENCE, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])

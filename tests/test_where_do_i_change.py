@@ -1,26 +1,16 @@
-"""Each row of README's "Where do I change ...?": the change is made in a copy of the repository, and the copy is run.
-
-Importing torch and accelerate takes longer than these runs, so a fork server imports them once and forks every run. This
-file imports nothing of forge_common, since the forked processes import this file before the copy's package.
-"""
+"""Each row of README's "Where do I change ...?": the change is made in a copy of the repository, and the copy is run."""
 
 import json
-import multiprocessing
-import os
 import re
-import runpy
 import shutil
-import sys
 from pathlib import Path
 
 import edits
+import launch
 import pytest
 import torch
 from safetensors.torch import load_file
 
-ROOT = Path(__file__).resolve().parents[1]
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch", "torch._dynamo", "accelerate", "tyro", "tokenizers", "safetensors.torch"])
 TINY = ("--preset", "tiny", "--tokenizer", "bytes")
 SIZES = ("--sequence-length", 32, "--batch-size", 4, "--micro-batch-size", 2, "--steps", 2, "--lr", 0.01)
 SIZES += ("--schedule", "constant", "--warmup-steps", 0, "--val-fraction", 0, "--log-every", 1, "--tracker", "none")
@@ -30,7 +20,7 @@ FILE = re.compile(r"`([\w/]+\.(?:py|yaml))`")
 
 def readme_rows() -> dict[str, str]:
     """The table: change -> what to edit."""
-    section = (ROOT / "README.md").read_text().split("## Where do I change ...?")[1].split("\n## ")[0]
+    section = (launch.ROOT / "README.md").read_text().split("## Where do I change ...?")[1].split("\n## ")[0]
     cells = [line.strip("| ").split(" | ", 1) for line in section.splitlines() if line.startswith("|")]
     return dict(cells[2:])
 
@@ -45,9 +35,9 @@ class Copy:
         self.folder = folder
         self.edited: set[str] = set()
         for name in ("forge_common", "accelerate_configs"):
-            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(launch.ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
         for script in ("train_shared.py", "train_module.py"):
-            shutil.copy(ROOT / script, folder)
+            shutil.copy(launch.ROOT / script, folder)
 
     def write(self, file: str, text: str) -> None:
         self.edited.add(file)
@@ -90,29 +80,9 @@ def test_every_row_has_a_test():
     assert sorted(tested) == sorted(ROWS)
 
 
-def forked(folder: Path, line: list[str], output: Path) -> None:
-    """In a forked process: runs `line` in `folder`, as python would."""
-    file = os.open(output, os.O_WRONLY | os.O_CREAT)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    os.chdir(folder)
-    os.environ |= {"ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(folder)}
-    sys.path.insert(0, str(folder))
-    sys.argv = line
-    if line[0].endswith(".py"):
-        runpy.run_path(line[0], run_name="__main__")
-    else:
-        runpy.run_module(line[0], run_name="__main__", alter_sys=True)
-
-
 def run(folder: Path, *line: object) -> None:
-    """Runs a script or a module (forge_common.NAME) of a repository's copy to its end, which must be without an error."""
-    output = folder.parent / "output"
-    process = SERVER.Process(target=forked, args=(folder, [str(part) for part in line], output))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0, output.read_text()
-    output.unlink()
+    """Runs `python LINE` in a copy of the repository to its end, which must be without an error."""
+    launch.run_python(*line, cwd=folder, ACCELERATE_USE_CPU="true")
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +101,7 @@ def train(data, tmp_path_factory):
 
     def call(folder: Path, script: str, *flags: object, output: Path | None = None) -> Path:
         output = output or tmp_path_factory.mktemp("run")
-        run(folder, script, "--output-dir", output, "--cache-dir", cache, "--data", data, *SIZES, *flags)
+        run(folder, folder / script, "--output-dir", output, "--cache-dir", cache, "--data", data, *SIZES, *flags)
         return output
 
     return call
@@ -214,7 +184,7 @@ def test_a_kind_of_module(copy, train, unchanged, tmp_path):
     module = train(copy.folder, "train_module.py", *on(trunk), "--kind", "scale")
     merged = tmp_path / "merged"
     line = ("--trunk", trunk / "trunk", "--module", module / "module", "--output-dir", merged)
-    run(copy.folder, "forge_common.merge", *line)
+    run(copy.folder, "-m", "forge_common.merge", *line)
     before = weights(trunk)
     after = load_file(merged / "model.safetensors")
     scales = weights(module)
@@ -247,10 +217,10 @@ def test_a_router(copy, unchanged, data, tmp_path):
     _, trunk, module = unchanged
     assembled = tmp_path / "assembled"
     line = ("--trunk", trunk / "trunk", "--modules", module / "module", "--output-dir", assembled)
-    run(copy.folder, "forge_common.assemble", *line, "--router", "trunk")
+    run(copy.folder, "-m", "forge_common.assemble", *line, "--router", "trunk")
     losses = tmp_path / "losses.json"
     line = ("--model", assembled, "--data", f"numbers={data}", "--val-fraction", 1, "--json", losses)
-    run(copy.folder, "forge_common.evaluate", *line, "--cache-dir", tmp_path / "cache")
+    run(copy.folder, "-m", "forge_common.evaluate", *line, "--cache-dir", tmp_path / "cache")
     loss = {row["model"]: row["loss"] for row in json.loads(losses.read_text())["rows"]}
     assert loss["assembled"] == pytest.approx(loss["trunk"], abs=1e-5)
     assert loss["module:numbers"] < loss["trunk"] - 0.01
@@ -326,7 +296,7 @@ def test_an_engine(copy, unchanged, data, tmp_path):
     copy.write("accelerate_configs/cpu_bf16.yaml", text.replace('mixed_precision: "no"', "mixed_precision: bf16"))
     line = ("--output-dir", tmp_path / "run", "--cache-dir", tmp_path / "cache", "--data", data, *TINY, *SIZES)
     config = ("--config_file", "accelerate_configs/cpu_bf16.yaml")
-    run(copy.folder, "accelerate.commands.launch", *config, "train_shared.py", *line)
+    run(copy.folder, "-m", "accelerate.commands.launch", *config, "train_shared.py", *line)
     _, trunk, _ = unchanged
     low, full = column(tmp_path / "run", "train/loss"), column(trunk, "train/loss")
     assert low != full
