@@ -6,7 +6,6 @@
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from forge_common.run.stop import StopRequest
 from forge_common.settings import RunSettings, accumulation_steps, problems, read_settings, run_main
@@ -91,7 +90,7 @@ def main(settings: Settings) -> int:
     # ---- Set up ----
     tracker, tracker_report = choose_tracker(settings.tracker)
     accumulation = accumulation_steps(settings)
-    accelerator: Any = Accelerator(  # Any: its own annotations are unions that no caller can use
+    accelerator = Accelerator(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=accumulation, sync_with_dataloader=False),
         log_with=tracker,
         project_dir=settings.output_dir,
