@@ -142,22 +142,13 @@ def facts(spec: str) -> dict[str, Any]:
     return {"files": [[str(file.absolute()), found.st_size, found.st_mtime_ns] for file, found in stats]}
 
 
-def read(
-    spec: str,
-    *,
-    text_column: str = "text",
-    document_separator: str | None = None,
-    on_bad_text: str = "refuse",
-    on_bad_line: str = "refuse",
-    counts: Counter | None = None,
-) -> Iterator[Document]:
+def read(spec: str, reading: Reading, counts: Counter | None = None) -> Iterator[Document]:
     """Read a source (without its weight) as documents, in a fixed order, in bounded memory.
 
     `counts` receives skipped_empty, skipped_bad_text, replaced_bad_text, skipped_bad_line (documents or rows),
     skipped_empty_file and skipped_bad_file. UserError, with file and line and the mend, for whatever cannot be read.
     """
     counts = Counter() if counts is None else counts
-    reading = Reading(text_column, document_separator, on_bad_text, on_bad_line)
     if spec.startswith("hf:"):
         yield from tables.hub_documents(spec, reading, counts)
     elif spec.startswith("local:"):

@@ -44,13 +44,10 @@ class Corpus(NamedTuple):
 def prepare(
     source: str,
     tokenizer: Tokenizer,
+    reading: Reading,
     *,
     cache_dir: Path,
     val_fraction: float,
-    text_column: str = "text",
-    document_separator: str | None = None,
-    on_bad_text: str = "refuse",
-    on_bad_line: str = "refuse",
     report: Callable[[str], None] = print,
 ) -> Corpus:
     """Tokenize a source (without its weight), or open what was tokenized before.
@@ -59,7 +56,6 @@ def prepare(
     copies of a text are always on the same side. UserError when the source cannot be read, changes meanwhile or holds
     no document, when the tokenizer yields PAD, or when the cache cannot be written.
     """
-    reading = Reading(text_column, document_separator, on_bad_text, on_bad_line)
     if not 0 <= val_fraction <= 1:
         raise UserError(f"--val-fraction is {val_fraction}; it must be between 0 and 1")
     decides = {"format": FORMAT, "source": source, "files": sources.facts(source)}
@@ -103,7 +99,7 @@ def _write(
     writers = {split: SplitWriter(folder, split, dtype, tokenizer) for split in SPLITS}
     began = reported = time.monotonic()
     try:
-        for batch in batches(sources.read(source, **asdict(reading), counts=counts)):
+        for batch in batches(sources.read(source, reading, counts)):
             # Prefix and suffix are put on by the writer, since a long document comes in several pieces.
             encodings = tokenizer.encode_batch([piece.text for piece in batch], continued=True)
             for piece, ids in zip(batch, encodings, strict=True):

@@ -11,7 +11,7 @@ import pytest
 
 from forge_common.data import sources, writer
 from forge_common.data.readers import document, records, text
-from forge_common.data.readers.document import MEMORY_LIMIT, PIECE
+from forge_common.data.readers.document import MEMORY_LIMIT, PIECE, Reading
 from forge_common.data.store import prepare
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.errors import UserError
@@ -23,6 +23,7 @@ import json, re, resource, sys
 from collections import Counter
 import pyarrow.parquet
 from forge_common.data import sources
+from forge_common.data.readers.document import Reading
 from forge_common.errors import UserError
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # for the machine's sake, should the bound not hold
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
@@ -30,7 +31,7 @@ base, counts, message = peak(), Counter(), None
 for policy in ("refuse", "skip"):
     sizes = []
     try:
-        for document in sources.read(sys.argv[1], on_bad_line=policy, counts=counts):
+        for document in sources.read(sys.argv[1], Reading(on_bad_line=policy), counts):
             sizes.append(sum(map(len, document.pieces)))
         break
     except UserError as error:
@@ -166,12 +167,13 @@ def test_rows_that_share_a_long_value_are_all_read(tmp_path, suffix, code):
 SAY = """
 import os, sys
 from forge_common.data import sources
+from forge_common.data.readers.document import Reading
 from forge_common.errors import UserError
 if sys.argv[1] == "as nobody":
     os.setuid(65534)
 for name in sys.argv[2:]:
     try:
-        print(f"{name} -> {len(list(sources.read(name)))} documents")
+        print(f"{name} -> {len(list(sources.read(name, Reading())))} documents")
     except UserError as error:
         print(f"{name} -> {error}")
 """
@@ -216,17 +218,17 @@ def test_a_folder_may_have_a_files_suffix(tmp_path):
     folder = tmp_path / "data.parquet"
     folder.mkdir()
     (folder / "part.jsonl").write_text('{"text": "fine"}\n')
-    assert [found.pieces for found in sources.read(str(folder))] == [("fine",)]
-    assert [found.pieces for found in sources.read(str(tmp_path))] == [("fine",)]
+    assert [found.pieces for found in sources.read(str(folder), Reading())] == [("fine",)]
+    assert [found.pieces for found in sources.read(str(tmp_path), Reading())] == [("fine",)]
 
 
 def test_a_link_to_a_folder_is_not_passed_over(tmp_path):
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "more").symlink_to(tmp_path)
     with pytest.raises(UserError, match="more: a link to a folder is not followed"):
-        list(sources.read(str(tmp_path)))
+        list(sources.read(str(tmp_path), Reading()))
     (tmp_path / "more").rename(tmp_path / ".more")
-    assert len(list(sources.read(str(tmp_path)))) == 1
+    assert len(list(sources.read(str(tmp_path), Reading()))) == 1
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody who may not read")
@@ -252,7 +254,7 @@ def test_a_disk_that_does_not_give_a_file_back_is_named(tmp_path):
     link = tmp_path / "a.jsonl"
     link.symlink_to("/proc/self/mem")
     with pytest.raises(UserError, match=r"a\.jsonl: "):
-        list(sources.read(str(link)))
+        list(sources.read(str(link), Reading()))
 
 
 class Changing(Tokenizer):
@@ -287,7 +289,7 @@ def test_a_file_that_changes_under_the_reading_is_named(tmp_path, monkeypatch, s
     changes.append(lambda: CHANGES[change](folder / f"{2 if second else 1}.{suffix}"))
     tokenizer = Changing(byte_tokenizer().backend, 1, 0)
     with pytest.raises(UserError) as caught:
-        prepare(str(folder), tokenizer, cache_dir=cache, val_fraction=0.0, report=lambda line: None)
+        prepare(str(folder), tokenizer, Reading(), cache_dir=cache, val_fraction=0.0, report=lambda line: None)
     assert not changes and str(folder) in str(caught.value) and "Errno" not in str(caught.value)
     assert list(cache.iterdir()) == []
 
@@ -295,7 +297,7 @@ def test_a_file_that_changes_under_the_reading_is_named(tmp_path, monkeypatch, s
 def test_a_text_that_shrinks_between_two_readings_is_named(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(LINES * 3)
-    (whole,) = sources.read(str(path))
+    (whole,) = sources.read(str(path), Reading())
     os.truncate(path, 2 * PIECE)
     with pytest.raises(UserError, match=r"a\.txt: changed while it was being read"):
         list(whole.pieces)
@@ -307,7 +309,7 @@ def test_a_text_that_shrinks_between_two_readings_is_named(tmp_path):
 def test_a_short_document_of_a_file_that_shrinks_is_not_cut(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"%%".join([LINES[: PIECE * 3 // 4]] * 4))
-    reading = sources.read(str(path), document_separator="%%")
+    reading = sources.read(str(path), Reading(document_separator="%%"))
     assert len(next(reading).pieces[0]) == len(next(reading).pieces[0]) == PIECE * 3 // 4
     os.truncate(path, PIECE * 5 // 4)  # before what the search for the next separator has seen
     with pytest.raises(UserError, match=r"a\.txt: changed while it was being read"):

@@ -46,6 +46,16 @@ class Reading:
             raise UserError("--document-separator is empty; leave the flag out to read one document a file")
 
 
+def reading_of(settings: Any) -> Reading:
+    """The reading settings among a command's settings."""
+    return Reading(
+        text_column=settings.text_column,
+        document_separator=settings.document_separator,
+        on_bad_text=settings.on_bad_text,
+        on_bad_line=settings.on_bad_line,
+    )
+
+
 def opened(path: Path) -> BinaryIO:
     """Open a file for reading bytes. UserError when it cannot be."""
     try:
