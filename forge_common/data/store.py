@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..files.atomic import sync_folder
+from ..files.atomic import rename_if_absent, sync
 from . import sources
 from .readers.document import Reading
 from .tokenizer import Tokenizer
@@ -70,7 +70,8 @@ def prepare(
         _remove_abandoned(Path(cache_dir), fingerprint)
         partial.mkdir(parents=True)
         _write(partial, source, tokenizer, decides, reading, report)
-        _publish(partial, folder)
+        sync(partial)
+        rename_if_absent(partial, folder)
     except OSError as error:
         mend = "mend that, or choose another --cache-dir"
         raise UserError(f"{source}: cannot be tokenized into {cache_dir}: {error}; {mend}") from error
@@ -121,18 +122,6 @@ def _write(
     facts = {**decides, **written, "dtype": dtype, "counters": +counts}
     # ASCII: the name of a file need not be UTF-8.
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give the finished folder its name; whoever was first with the same fingerprint wrote the same."""
-    for path in (partial / "facts.json", partial):
-        sync_folder(path)
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    sync_folder(folder.parent)
 
 
 def _remove_abandoned(cache_dir: Path, fingerprint: str) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 
+import launch
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
@@ -17,7 +18,7 @@ from tokenizers import normalizers, processors
 from forge_common.data.corpora import open_corpora, tokenizer_for
 from forge_common.data.readers.document import PIECE, Reading
 from forge_common.data.store import Windows, in_validation, prepare
-from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
+from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from forge_common.errors import UserError
 from train_shared import Settings
 
@@ -240,6 +241,35 @@ def test_two_processes_at_once_make_one_cache(tmp_path):
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert len(said) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_tokenizer_that_another_process_published_first_is_kept(tmp_path, monkeypatch):
+    """Both train it; the other one publishes it while this one still writes its own."""
+    write(tmp_path / "a.jsonl")
+    settings = Settings(
+        data=(str(tmp_path / "a.jsonl"),), output_dir=tmp_path, tokenizer="train:300", cache_dir=tmp_path
+    )
+    code = (
+        "import sys; from pathlib import Path; from forge_common.data.corpora import tokenizer_for\n"
+        "from train_shared import Settings\n"
+        "data, folder = sys.argv[1:]\n"
+        "settings = Settings(data=(data,), output_dir=Path(folder), tokenizer='train:300', cache_dir=Path(folder))\n"
+        "print(tokenizer_for(settings).digest)"
+    )
+    save, published = Tokenizer.save, []
+
+    def save_after_the_other(tokenizer, folder):
+        command = [sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=launch.ROOT, timeout=60)
+        (folder_of_the_other,) = (tmp_path / "tokenizers").glob("[!.]*")
+        published.append((done.stdout.strip(), folder_of_the_other.stat().st_ino))
+        save(tokenizer, folder)
+
+    monkeypatch.setattr(Tokenizer, "save", save_after_the_other)
+    digest = tokenizer_for(settings).digest
+    (folder,) = (tmp_path / "tokenizers").iterdir()
+    assert published == [(digest, folder.stat().st_ino)]
+    assert load_tokenizer(folder).digest == digest
 
 
 def test_what_a_killed_run_left_is_removed_after_a_day(tmp_path):
