@@ -24,7 +24,9 @@ from forge_common.data.store import prepare
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 
-MEND = re.compile(r"; (mend|pass|write|name|rename|leave|check|split|unpack)\b")
+MEND = re.compile(
+    r"[;.:] (Write|Check|Decompress|The compressed|mend|pass|write|name|rename|leave|check|split|unpack)\b"
+)
 FORMATS = ("txt", "jsonl", "json", "csv", "parquet", "arrow")
 ROWS = ("jsonl", "json", "csv", "parquet", "arrow")
 SKIPPED = ("skipped_empty", "skipped_bad_text", "skipped_bad_line", "skipped_bad_file")

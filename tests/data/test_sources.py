@@ -470,7 +470,7 @@ def test_a_hub_data_set_that_cannot_be_reached_says_what_to_do(monkeypatch):
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
     assert "hf:nobody/nothing:en:test" in run.stdout
-    assert "check the name" in run.stdout
+    assert "Check the name" in run.stdout
 
 
 def test_weights_of_sources(tmp_path, monkeypatch):

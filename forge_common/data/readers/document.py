@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ...errors import UserError
 
@@ -54,14 +53,6 @@ def reading_of(settings: Any) -> Reading:
         on_bad_text=settings.on_bad_text,
         on_bad_line=settings.on_bad_line,
     )
-
-
-def opened(path: Path) -> BinaryIO:
-    """Open a file for reading bytes. UserError when it cannot be."""
-    try:
-        return open(path, "rb", buffering=PIECE)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
 
 
 def bad_text(message: str) -> UserError:
