@@ -5,8 +5,11 @@ import gzip
 import json
 import lzma
 import random
+import re
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import fsspec
 import launch
@@ -215,3 +218,166 @@ def test_a_missing_package_or_protocol_is_named():
 
 
 # ---- The hub, played by a server on this machine ----
+
+OLD, NEW = "1" * 40, "2" * 40  # commits
+
+
+def parquet(texts):
+    sink = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, "more": ["x" * 1000] * len(texts)}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+FILES = {
+    OLD: {"train.jsonl": b'{"text": "old one", "n": 1}\n{"text": "old two", "n": 2}\n'},
+    NEW: {"train.jsonl": b'{"text": "new", "n": 1}\n'},
+}
+TABLES = {OLD: {"train.parquet": parquet(["old one", "old two"])}, NEW: {"train.parquet": parquet(["new"])}}
+
+
+class Hub(ThreadingHTTPServer):
+    """The endpoints of the Hugging Face hub that reading one data set asks for: its commit, its tree and its files."""
+
+    def __init__(self, commits):
+        super().__init__(("127.0.0.1", 0), HubRequest)
+        self.commits, self.head = commits, OLD
+        self.moves_to = None  # the commit that `head` becomes once it has been asked for
+        self.commits_read = set()
+
+
+class HubRequest(BaseHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.do_GET()
+
+    def do_GET(self):
+        hub, (_, *parts) = self.server, self.path.split("?")[0].split("/")
+        match parts:
+            case ["api", "datasets", "org", "tiny"]:
+                self.answer_json(self.dataset_info(hub.head))
+                hub.head, hub.moves_to = hub.moves_to or hub.head, None
+            case ["api", "datasets", "org", "tiny", "revision", commit]:
+                self.answer_json(self.dataset_info(commit))
+            case ["api", "datasets", "org", "tiny", "tree", commit]:
+                files = hub.commits[commit].items()
+                self.answer_json(
+                    [{"type": "file", "path": name, "size": len(data), "oid": name} for name, data in files]
+                )
+            case ["datasets", "org", "tiny", "resolve", commit, name] if name in hub.commits[commit]:
+                hub.commits_read.add(commit)
+                self.answer_file(commit, hub.commits[commit][name])
+            case _:
+                self.answer(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+
+    def dataset_info(self, commit):
+        return {
+            "id": "org/tiny",
+            "sha": commit,
+            "siblings": [{"rfilename": name} for name in self.server.commits[commit]],
+        }
+
+    def answer_json(self, content):
+        self.answer(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
+
+    def answer_file(self, commit, data):
+        headers = {"ETag": f'"{commit}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        if asked is None:
+            return self.answer(200, data, headers)
+        first, last = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+        self.answer(206, data[first : last + 1], headers | {"Content-Range": f"bytes {first}-{last}/{len(data)}"})
+
+    def answer(self, status, data, headers):
+        self.send_response(status)
+        for name, value in (headers | {"Content-Length": str(len(data))}).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(data)
+
+
+PREPARE = """
+import sys
+from pathlib import Path
+from forge_common.data.readers.document import Reading
+from forge_common.data.store import prepare
+from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.errors import UserError
+tokenizer = byte_tokenizer()
+try:
+    corpus = prepare(sys.argv[1], tokenizer, Reading(), cache_dir=Path(sys.argv[2]), val_fraction=0.0, report=lambda _: None)
+    print("ORIGINS", *corpus.train.origins(0, 9))
+    print("TEXT", tokenizer.decode(corpus.train.tokens.tolist()))
+    print("FOLDER", corpus.train.folder.name)
+except UserError as error:
+    print("REFUSED", error)
+"""
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """hub(commits) starts a server; its `prepare` tokenizes a source in a process whose hub it is."""
+    servers = []
+
+    def start(commits):
+        server = Hub(commits)
+        servers.append(server)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+
+        def run(spec, **environment):
+            environment = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}"} | environment
+            environment |= {"HF_HOME": str(tmp_path / "hub"), "HF_TOKEN": ""}
+            done = subprocess.run(
+                [sys.executable, "-c", PREPARE, spec, tmp_path / "cache"],
+                capture_output=True,
+                text=True,
+                cwd=launch.ROOT,
+                env=launch.environment(**environment),
+                timeout=120,
+                check=False,
+            )
+            assert done.returncode == 0, done.stderr[-2000:]
+            lines = (line.partition(" ") for line in done.stdout.splitlines())
+            return {name: value for name, _, value in lines}
+
+        return server, run
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.mark.parametrize("commits", [FILES, TABLES], ids=["jsonl", "parquet"])
+def test_a_new_commit_on_the_hub_is_a_new_fingerprint_and_a_new_text(hub, commits):
+    server, prepared = hub(commits)
+    old = prepared("hf:org/tiny")
+    assert old["ORIGINS"].split() == ["hf:org/tiny:1", "hf:org/tiny:2"]
+    assert old["TEXT"] == "old oneold two" and server.commits_read == {OLD}
+    server.head = NEW
+    new = prepared("hf:org/tiny")
+    assert new["TEXT"] == "new" and new["FOLDER"] != old["FOLDER"] and server.commits_read == {OLD, NEW}
+    server.head = OLD
+    server.commits_read.clear()
+    assert prepared("hf:org/tiny") == old and not server.commits_read  # from the cache
+
+
+def test_a_hub_data_set_that_moves_on_while_it_is_read_is_refused(hub):
+    """Its commit is looked up before, for the reading and after; whatever is read is of one commit."""
+    server, prepared = hub(FILES)
+    server.moves_to = NEW
+    assert "changed while it was being read" in prepared("hf:org/tiny")["REFUSED"]
+    assert server.commits_read == {NEW}
+    assert prepared("hf:org/tiny")["TEXT"] == "new"
+
+
+def test_faults_on_the_hub_say_what_to_do(hub):
+    _, prepared = hub(FILES)
+    for spec in ("hf:org/none", "hf:org/tiny::nosplit", "hf:org/tiny:noconfig"):
+        message = prepared(spec)["REFUSED"]
+        assert message.startswith(f"{spec}: ") and "hf download --repo-type dataset" in message
+    prepared("hf:org/tiny")
+    message = prepared("hf:org/tiny", HF_HUB_OFFLINE="1")["REFUSED"]  # although its tokens are in the cache
+    assert "HF_HUB_OFFLINE" in message and "hf download --repo-type dataset org/tiny" in message

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 from ...errors import UserError
@@ -182,8 +183,11 @@ def _hub_rows(spec: str, column: str) -> Rows:
     try:
         import datasets
 
-        rows = datasets.load_dataset(identity, config, split=split, streaming=True, revision=commit)
+        load = partial(datasets.load_dataset, identity, config, split=split, streaming=True, revision=commit)
+        rows = load()
         if column in (rows.column_names or ()):
+            if rows.info.builder_name == "parquet":  # then the other columns are not even fetched
+                rows = load(columns=[column], batch_size=ROWS)
             rows = rows.select_columns([column])
         for row in rows:
             number += 1
