@@ -134,15 +134,15 @@ def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
 
 def _opened(sources: tuple[str, ...], settings: Settings, tokenizer: Any) -> list[tuple[Any, float]]:
     """(tokens, weight) of each source; weights sum to 1."""
+    from .data.readers.document import reading_of
     from .data.sources import parse
     from .data.store import prepare
 
-    reading = {
-        name: getattr(settings, name) for name in ("text_column", "document_separator", "on_bad_text", "on_bad_line")
-    }
     parsed = [parse(source) for source in sources]
     stores = [
-        prepare(spec, tokenizer, cache_dir=settings.cache_dir.expanduser(), val_fraction=0.0, **reading).train
+        prepare(
+            spec, tokenizer, reading_of(settings), cache_dir=settings.cache_dir.expanduser(), val_fraction=0.0
+        ).train
         for spec, _ in parsed
     ]
     weights = [

@@ -3,8 +3,8 @@
 import hashlib
 import itertools
 import json
-from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ import numpy as np
 from ..errors import UserError
 from ..files.atomic import publish
 from .order import Mixture
+from .readers.document import reading_of
 from .sources import facts, parse, read
 from .store import prepare
 from .tokenizer import Tokenizer, load_tokenizer, resolve
@@ -32,11 +33,6 @@ class Corpora(NamedTuple):
     report: list[str]
 
 
-def _reading(settings: Any) -> dict[str, Any]:
-    names = ("text_column", "document_separator", "on_bad_text", "on_bad_line")
-    return {name: getattr(settings, name) for name in names}
-
-
 def held_out_fraction(settings: Any) -> float:
     """The share of the training sources' documents that is held out: none where there is --val-data."""
     return 0.0 if settings.val_data else settings.val_fraction
@@ -46,24 +42,25 @@ def tokenizer_for(settings: Any) -> Tokenizer:
     """--tokenizer as a Tokenizer. One that is trained is trained once for its sources, and cached."""
     if not settings.tokenizer.startswith("train:"):
         return resolve(settings.tokenizer, iter(()), settings.eos_token)
-    known = [settings.tokenizer, held_out_fraction(settings), _reading(settings)]
+    known = [settings.tokenizer, held_out_fraction(settings), asdict(reading_of(settings))]
     known += [facts(parse(source)[0]) for source in settings.data]
     name = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(settings.cache_dir).expanduser() / "tokenizers" / name
     if folder.is_dir():
         return load_tokenizer(folder)
     tokenizer = resolve(settings.tokenizer, _training_texts(settings), settings.eos_token)
-    publish(folder, tokenizer.save)
+    publish(folder, tokenizer.save, keep_existing=True)
     return tokenizer
 
 
 def _training_texts(settings: Any) -> Iterator[str]:
     """Text that may be trained on, a document from each source in turn, each source up to its part of the sample."""
     share = TOKENIZER_SAMPLE // len(settings.data)
+    reading = reading_of(settings)
 
     def texts(source: str) -> Iterator[str]:
         taken = 0
-        for document in read(parse(source)[0], counts=Counter(), **_reading(settings)):
+        for document in read(parse(source)[0], reading):
             if in_validation(document.digest, held_out_fraction(settings)):
                 continue
             for piece in document.pieces:
@@ -78,7 +75,8 @@ def _training_texts(settings: Any) -> Iterator[str]:
 
 def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: Callable[[str], None]) -> Corpora:
     """Tokenizes what is not in the cache yet, and opens it. Too little text for one update is an error."""
-    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": say, **_reading(settings)}
+    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": say}
+    reading = reading_of(settings)
     parsed = [parse(source) for source in settings.data]
     weights = [weight for _, weight in parsed]
     if any(weights) and not all(weights):
@@ -86,8 +84,10 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: Ca
     if len(set(settings.data)) < len(settings.data):
         raise UserError("--data names a source twice; name it once, with a weight if it should come more often")
     fraction = held_out_fraction(settings)
-    corpora = [prepare(spec, tokenizer, val_fraction=fraction, **options) for spec, _ in parsed]
-    outside = [prepare(parse(source)[0], tokenizer, val_fraction=0.0, **options).train for source in settings.val_data]
+    corpora = [prepare(spec, tokenizer, reading, val_fraction=fraction, **options) for spec, _ in parsed]
+    outside = [
+        prepare(parse(source)[0], tokenizer, reading, val_fraction=0.0, **options).train for source in settings.val_data
+    ]
     T, pack = settings.sequence_length, settings.pack
 
     training = [Windows(corpus.train, T, pack=pack, filler=ignore_index) for corpus in corpora]
@@ -136,10 +136,10 @@ def general_sample(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: 
     """Held-out windows of --general-data, at most --general-tokens of them all together; [] where it is 0."""
     if not settings.general_tokens:
         return []
-    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": say, **_reading(settings)}
+    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": say}
     share = settings.general_tokens // len(settings.general_data)
     stores = [
-        prepare(parse(source)[0], tokenizer, val_fraction=GENERAL_FRACTION, **options).validation
+        prepare(parse(source)[0], tokenizer, reading_of(settings), val_fraction=GENERAL_FRACTION, **options).validation
         for source in settings.general_data
     ]
     opened = [

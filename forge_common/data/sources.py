@@ -14,6 +14,7 @@ from ..errors import UserError
 from . import local
 from .readers import records, tables, text
 from .readers.document import Document, Reading
+from .readers.files import File, filesystem, is_url, suffixes, unreadable
 
 READERS = {
     ".jsonl": records.documents,
@@ -25,7 +26,8 @@ READERS = {
 # Named like text, so taken as text in a folder without a look inside: what is wrong in them is not passed over.
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".py", ".c", ".h", ".cc", ".cpp", ".js"}
 WEIGHTS = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".safetensors", ".gguf", ".ckpt", ".npy", ".npz", ".onnx", ".h5"}
-PACKED = {".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"}
+ARCHIVES = {".zip", ".tar", ".tgz", ".7z"}
+REMOTE_VERSION = ("size", "etag", "mtime", "modified", "created", "generation", "md5", "checksum", "blob_id", "sha")
 
 
 def parse(source: str) -> tuple[str, float | None]:
@@ -43,20 +45,52 @@ def parse(source: str) -> tuple[str, float | None]:
     return match[1], weight
 
 
-def files_of(spec: str) -> list[Path]:
+def files_of(spec: str) -> list[File]:
     """The files of a file, folder (all text and table files below it, hidden ones left out) or glob, sorted.
 
-    UserError when there are none, or when one is named that holds weights or is packed.
+    UserError when there are none, or when one is named that cannot hold text: weights, archives, compressed tables.
     """
-    path = Path(spec).expanduser()
     if not spec.strip():
         raise UserError("a source is empty; name a file, folder, glob, hf:ID or local:NAME")
+    files = _remote_files(spec) if is_url(spec) else _local_files(spec)
+    for file in files:
+        suffix, compression = suffixes(file)
+        if suffix in WEIGHTS:
+            raise UserError(f"{file}: holds weights or pickles, not text, and is not opened; name text files")
+        if suffix in ARCHIVES:
+            raise UserError(f"{file}: an archive of files. Unpack it, and name the files that were in it.")
+        if compression and READERS.get(suffix) is tables.documents:
+            raise UserError(f"{file}: a compressed {suffix} file cannot be read. Decompress it, and name the result.")
+    return files
+
+
+def _remote_files(url: str) -> list[File]:
+    """The file of a URL, or the files of a folder or glob, as fsspec lists them."""
+    system, path = filesystem(url)
+    try:
+        system.invalidate_cache()
+        if not system.exists(path):
+            found = [name for name in system.glob(path) if system.isfile(name)]
+        elif system.info(path)["type"] == "directory":
+            found = [name for name in system.find(path) if _has_text_suffix(name) and "/." not in name]
+        else:
+            return [url]
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{url}: cannot be listed ({reason}). Check the URL, the network and your rights.") from error
+    if not found:
+        raise UserError(f"{url}: no such file, and no text below it or that matches it. Name a file, folder or glob.")
+    return sorted(system.unstrip_protocol(name) for name in found)
+
+
+def _local_files(spec: str) -> list[File]:
+    path = Path(spec).expanduser()
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
         pass  # perhaps a glob
     except (OSError, ValueError) as error:  # no permission, a link to itself, a name too long, a NUL in it
-        raise _unreadable(spec, error) from error
+        raise unreadable(Path(spec), error) from error
     if path.is_dir():
         files = _files_below(path)
         if not files:
@@ -69,16 +103,7 @@ def files_of(spec: str) -> list[Path]:
         raise UserError(f"{spec}: {reason}; name a file, folder, glob, hf:ID or local:NAME")
     for file in files:
         _check_regular(file)
-        if file.suffix.lower() in WEIGHTS:
-            raise UserError(f"{file}: holds weights or pickles, not text, and is not opened; name text files")
-        if file.suffix.lower() in PACKED:
-            raise UserError(f"{file}: is packed; unpack it and name what was inside")
     return files
-
-
-def _unreadable(path: Path | str, error: Exception) -> UserError:
-    reason = getattr(error, "strerror", None) or error
-    return UserError(f"{path}: cannot be read ({reason}); check the path and its permissions")
 
 
 def _check_regular(file: Path) -> None:
@@ -87,14 +112,14 @@ def _check_regular(file: Path) -> None:
         if not stat.S_ISREG(os.stat(file).st_mode):
             raise UserError(f"{file}: not a regular file; name a file, folder, glob, hf:ID or local:NAME")
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
 
 
-def _files_below(folder: Path) -> list[Path]:
+def _files_below(folder: Path) -> list[File]:
     """The files to read below a folder. UserError for what would be left out without a word."""
 
     def refuse(error: OSError) -> None:
-        raise _unreadable(error.filename, error) from error
+        raise unreadable(Path(error.filename), error) from error
 
     files = []
     for here, folders, names in os.walk(folder, onerror=refuse):
@@ -108,57 +133,66 @@ def _files_below(folder: Path) -> list[Path]:
 
 def _is_text(file: Path) -> bool:
     """Whether a file of a folder is one to read: by its suffix, else by its first bytes."""
-    suffix = file.suffix.lower()
-    if suffix in READERS or suffix in TEXT_SUFFIXES:
+    if _has_text_suffix(file):
         _check_regular(file)
         return True
-    if suffix in WEIGHTS or suffix in PACKED or not file.is_file():
+    suffix, compression = suffixes(file)
+    if suffix in WEIGHTS or suffix in ARCHIVES or compression or not file.is_file():
         return False
     try:
         with open(file, "rb") as opened:
             head = opened.read(4096)
         head.decode()
     except OSError as error:
-        raise _unreadable(file, error) from error
+        raise unreadable(file, error) from error
     except UnicodeDecodeError as error:
         # The cut at 4096 may go through a character: only a fault before the last one makes it binary.
         return error.start >= 4093 and b"\0" not in head
     return b"\0" not in head
 
 
-def facts(spec: str) -> dict[str, Any]:
-    """What tells whether a source has changed, without reading it: files with size in bytes and mtime in ns; versions.
+def _is_hub(spec: str) -> bool:
+    return spec.startswith("hf:") and not is_url(spec)
 
-    A hub data set is known by its name alone: a new revision under the same name is not noticed.
+
+def _has_text_suffix(file: File) -> bool:
+    suffix, compression = suffixes(file)
+    return suffix in TEXT_SUFFIXES or (suffix in READERS and not (compression and READERS[suffix] is tables.documents))
+
+
+def facts(spec: str) -> dict[str, Any]:
+    """What changes when a source changes, without reading it.
+
+    Local files: size in bytes and mtime in ns. Remote files: what the server says of size, ETag, time or checksum. hf:ID:
+    the commit. local:NAME: the versions of the packages.
     """
-    if spec.startswith("hf:"):
-        return {"hub": spec}
+    if _is_hub(spec):
+        return {"hub": spec, "commit": tables.hub_commit(spec)}
     if spec.startswith("local:"):
         return {"local": spec, "versions": local.versions(spec.removeprefix("local:"))}
+    return {"files": [_version(file) for file in files_of(spec)]}
+
+
+def _version(file: File) -> list[Any]:
     try:
-        stats = [(file, file.stat()) for file in files_of(spec)]
-    except OSError as error:
-        raise _unreadable(error.filename, error) from error
-    return {"files": [[str(file.absolute()), found.st_size, found.st_mtime_ns] for file, found in stats]}
+        if isinstance(file, Path):
+            stat = file.stat()
+            return [str(file.absolute()), stat.st_size, stat.st_mtime_ns]
+        system, path = filesystem(file)
+        info = system.info(path)
+    except Exception as error:
+        raise unreadable(file, error) from error
+    return [file, {key: str(info[key]) for key in sorted(info) if any(part in key.lower() for part in REMOTE_VERSION)}]
 
 
-def read(
-    spec: str,
-    *,
-    text_column: str = "text",
-    document_separator: str | None = None,
-    on_bad_text: str = "refuse",
-    on_bad_line: str = "refuse",
-    counts: Counter | None = None,
-) -> Iterator[Document]:
+def read(spec: str, reading: Reading, counts: Counter | None = None) -> Iterator[Document]:
     """Read a source (without its weight) as documents, in a fixed order, in bounded memory.
 
     `counts` receives skipped_empty, skipped_bad_text, replaced_bad_text, skipped_bad_line (documents or rows),
     skipped_empty_file and skipped_bad_file. UserError, with file and line and the mend, for whatever cannot be read.
     """
     counts = Counter() if counts is None else counts
-    reading = Reading(text_column, document_separator, on_bad_text, on_bad_line)
-    if spec.startswith("hf:"):
+    if _is_hub(spec):
         yield from tables.hub_documents(spec, reading, counts)
     elif spec.startswith("local:"):
         yield from local.documents(spec.removeprefix("local:"))
@@ -166,11 +200,11 @@ def read(
         files = files_of(spec)
         for file in files:
             try:
-                if file.stat().st_size:
-                    yield from READERS.get(file.suffix.lower(), text.documents)(file, reading, counts)
+                if not isinstance(file, Path) or file.stat().st_size:
+                    yield from READERS.get(suffixes(file)[0], text.documents)(file, reading, counts)
                 elif len(files) == 1:
                     raise UserError(f"{file}: the file is empty; name one that holds text")
                 else:
                     counts["skipped_empty_file"] += 1
             except OSError as error:  # it vanished, or its disk does not give it back
-                raise _unreadable(file, error) from error
+                raise unreadable(file, error) from error

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import UserError
-from ..files.atomic import sync_folder
+from ..files.atomic import rename_if_absent, sync
 from . import sources
 from .readers.document import Reading
 from .tokenizer import Tokenizer
@@ -44,13 +44,10 @@ class Corpus(NamedTuple):
 def prepare(
     source: str,
     tokenizer: Tokenizer,
+    reading: Reading,
     *,
     cache_dir: Path,
     val_fraction: float,
-    text_column: str = "text",
-    document_separator: str | None = None,
-    on_bad_text: str = "refuse",
-    on_bad_line: str = "refuse",
     report: Callable[[str], None] = print,
 ) -> Corpus:
     """Tokenize a source (without its weight), or open what was tokenized before.
@@ -59,7 +56,6 @@ def prepare(
     copies of a text are always on the same side. UserError when the source cannot be read, changes meanwhile or holds
     no document, when the tokenizer yields PAD, or when the cache cannot be written.
     """
-    reading = Reading(text_column, document_separator, on_bad_text, on_bad_line)
     if not 0 <= val_fraction <= 1:
         raise UserError(f"--val-fraction is {val_fraction}; it must be between 0 and 1")
     decides = {"format": FORMAT, "source": source, "files": sources.facts(source)}
@@ -74,7 +70,8 @@ def prepare(
         _remove_abandoned(Path(cache_dir), fingerprint)
         partial.mkdir(parents=True)
         _write(partial, source, tokenizer, decides, reading, report)
-        _publish(partial, folder)
+        sync(partial)
+        rename_if_absent(partial, folder)
     except OSError as error:
         mend = "mend that, or choose another --cache-dir"
         raise UserError(f"{source}: cannot be tokenized into {cache_dir}: {error}; {mend}") from error
@@ -103,7 +100,7 @@ def _write(
     writers = {split: SplitWriter(folder, split, dtype, tokenizer) for split in SPLITS}
     began = reported = time.monotonic()
     try:
-        for batch in batches(sources.read(source, **asdict(reading), counts=counts)):
+        for batch in batches(sources.read(source, reading, counts)):
             # Prefix and suffix are put on by the writer, since a long document comes in several pieces.
             encodings = tokenizer.encode_batch([piece.text for piece in batch], continued=True)
             for piece, ids in zip(batch, encodings, strict=True):
@@ -125,18 +122,6 @@ def _write(
     facts = {**decides, **written, "dtype": dtype, "counters": +counts}
     # ASCII: the name of a file need not be UTF-8.
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-
-
-def _publish(partial: Path, folder: Path) -> None:
-    """Give the finished folder its name; whoever was first with the same fingerprint wrote the same."""
-    for path in (partial / "facts.json", partial):
-        sync_folder(path)
-    try:
-        os.rename(partial, folder)
-    except OSError:
-        if not folder.is_dir():
-            raise
-    sync_folder(folder.parent)
 
 
 def _remove_abandoned(cache_dir: Path, fingerprint: str) -> None:

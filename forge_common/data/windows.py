@@ -26,9 +26,6 @@ class Tokens:
         self.tokens = _mapped(folder / f"{split}.tokens", facts["dtype"], facts[split]["tokens"])
         self.offsets = _mapped(folder / f"{split}.offsets", "<u8", self.documents + 1)
 
-    def __reduce__(self):
-        return Tokens, (self.folder, self.split)  # a memory map would pickle as the whole corpus
-
     def origins(self, first: int, last: int) -> list[str]:
         """Origins of documents first..last-1; reads the file of origins up to there."""
         with open(
@@ -58,7 +55,7 @@ class Windows:
         if sequence_length < 1:
             raise UserError(f"--sequence-length is {sequence_length}; it must be at least 1")
         self.tokens, self.sequence_length = tokens, sequence_length
-        self.pack, self.filler, self.tail = pack, filler, tail
+        self.pack, self.filler = pack, filler
         total = len(tokens.tokens)
         if pack:
             possible = max(total - 1, 0)
@@ -70,10 +67,6 @@ class Windows:
             self._length = int(self._firsts[-1])
             self.labels = total - tokens.documents
             self.dropped = 0
-
-    def __reduce__(self):
-        # A memory map pickles as the whole corpus; a worker process opens the files itself.
-        return _reopen, (self.tokens, self.sequence_length, self.pack, self.filler, self.tail)
 
     def __len__(self) -> int:
         return self._length
@@ -129,10 +122,6 @@ class Windows:
             start += (index - int(self._firsts[document])) * self.sequence_length
             stop = int(self.tokens.offsets[document + 1])
         return start, min(start + self.sequence_length + 1, stop)
-
-
-def _reopen(tokens: Tokens, sequence_length: int, pack: bool, filler: int, tail: bool) -> Windows:
-    return Windows(tokens, sequence_length, pack=pack, filler=filler, tail=tail)
 
 
 def _first_windows(tokens: Tokens, sequence_length: int) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.readers.document import reading_of
 from ..data.sources import parse
 from ..data.store import prepare
 from ..data.windows import Windows
@@ -48,9 +49,13 @@ def columns(
 
 def held_out(source: str, tokenizer: Any, settings: Any, fraction: float) -> list[Any]:
     """The stores whose documents are scored."""
-    reading = {k: getattr(settings, k) for k in ("text_column", "document_separator", "on_bad_text", "on_bad_line")}
-    place = settings.cache_dir.expanduser()
-    corpus = prepare(parse(source)[0], tokenizer, cache_dir=place, val_fraction=min(fraction, 0.999999), **reading)
+    corpus = prepare(
+        parse(source)[0],
+        tokenizer,
+        reading_of(settings),
+        cache_dir=settings.cache_dir.expanduser(),
+        val_fraction=min(fraction, 0.999999),
+    )
     return [corpus.validation] if fraction < 1 else [corpus.validation, corpus.train]
 
 

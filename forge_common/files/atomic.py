@@ -66,9 +66,10 @@ def _finite(text: str) -> float:
     return value
 
 
-def publish(folder: Path, write: Callable[[Path], None]) -> None:
+def publish(folder: Path, write: Callable[[Path], None], *, keep_existing: bool = False) -> None:
     """Fills a folder beside `folder` by `write`, syncs it, and only then gives it the name; an older one is replaced.
 
+    keep_existing: an older one is kept instead, where every process writes the same content.
     UserError where the disk is full or cannot be written; nothing is left behind then.
     """
     aside, old = folder.with_name(f".tmp-{folder.name}-{os.getpid()}"), folder.with_name(f".old-{folder.name}")
@@ -85,12 +86,26 @@ def publish(folder: Path, write: Callable[[Path], None]) -> None:
         if isinstance(reason, OSError):
             raise UserError(f"{folder} cannot be written ({reason.strerror}). Name another place.") from reason
         raise
+    if keep_existing:
+        rename_if_absent(aside, folder)
+        return
     if folder.exists():
         shutil.rmtree(old, ignore_errors=True)
         folder.rename(old)
     aside.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def rename_if_absent(partial: Path, folder: Path) -> None:
+    """Gives a synced folder its name. If another process gave the name to the same content first, theirs is kept."""
+    try:
+        partial.rename(folder)
+    except OSError:
+        if not folder.is_dir():
+            raise
+        shutil.rmtree(partial, ignore_errors=True)
+    sync_folder(folder.parent)
 
 
 def sync(folder: Path) -> None:

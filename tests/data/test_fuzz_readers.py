@@ -19,11 +19,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from forge_common.data import sources
+from forge_common.data.readers.document import Reading
 from forge_common.data.store import prepare
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 
-MEND = re.compile(r"; (mend|pass|write|name|rename|leave|check|split|unpack)\b")
+MEND = re.compile(
+    r"[;.:] (Write|Check|Decompress|The compressed|mend|pass|write|name|rename|leave|check|split|unpack)\b"
+)
 FORMATS = ("txt", "jsonl", "json", "csv", "parquet", "arrow")
 ROWS = ("jsonl", "json", "csv", "parquet", "arrow")
 SKIPPED = ("skipped_empty", "skipped_bad_text", "skipped_bad_line", "skipped_bad_file")
@@ -251,7 +254,7 @@ def check(message, path):
 def read(path, counts=None, **how) -> list[str]:
     """The texts of a file; each document is as it promises to be."""
     found = []
-    for document in sources.read(str(path), counts=Counter() if counts is None else counts, **how):
+    for document in sources.read(str(path), Reading(**how), counts):
         value = "".join(document.pieces)
         assert value == "".join(document.pieces) and value.strip()
         assert document.digest == hashlib.sha256(value.encode()).digest()
@@ -418,7 +421,12 @@ def test_the_cache_is_whole_or_absent(place, suffix, tmp_path):
         before = set(cache.glob("*"))
         try:
             corpus = prepare(
-                str(path), tokenizer, cache_dir=cache, val_fraction=0.3, report=lambda line: line.encode(), **how
+                str(path),
+                tokenizer,
+                Reading(**how),
+                cache_dir=cache,
+                val_fraction=0.3,
+                report=lambda line: line.encode(),
             )
         except UserError as error:
             check(str(error), path)

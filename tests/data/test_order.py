@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from forge_common.data.order import BLOCK, Mixture, permute, rows_of, updates
+from forge_common.data.readers.document import Reading
 from forge_common.data.store import Windows, prepare
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
@@ -210,6 +211,7 @@ def test_over_real_windows_every_token_is_learned_once_an_epoch(tmp_path):
     corpus = prepare(
         str(tmp_path / "a.jsonl"),
         byte_tokenizer(),
+        Reading(),
         cache_dir=tmp_path / "cache",
         val_fraction=0.0,
         report=lambda line: None,

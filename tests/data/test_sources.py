@@ -15,15 +15,15 @@ import pytest
 
 from forge_common.data import local, sources
 from forge_common.data.readers import records
-from forge_common.data.readers.document import PIECE
+from forge_common.data.readers.document import PIECE, Reading
 from forge_common.errors import UserError
 
 TEXTS = ["one\ntwo\n", "  zwei — Übung\r\n", "三つ 🙂", 'quotes " and, commas\n\nand lines', "NA", "007", "\\u0041 \\n"]
 
 
-def read(spec, **settings):
+def read(spec, counts=None, **settings):
     """[(origin below the folder, text)] of a source."""
-    documents = sources.read(str(spec), **settings)
+    documents = sources.read(str(spec), Reading(**settings), counts)
     return [(document.origin, "".join(document.pieces)) for document in documents]
 
 
@@ -82,7 +82,7 @@ WRITERS = [
 def test_each_format_gives_back_the_texts(tmp_path, suffix, write):
     path = tmp_path / f"a.{suffix}"
     write(path)
-    found = list(sources.read(str(path)))
+    found = list(sources.read(str(path), Reading()))
     assert ["".join(document.pieces) for document in found] == TEXTS
     assert [document.digest for document in found] == [hashlib.sha256(text.encode()).digest() for text in TEXTS]
     assert len({document.origin for document in found}) == len(TEXTS)
@@ -156,7 +156,7 @@ def test_a_long_document_comes_in_pieces_that_join_to_it(tmp_path, line):
     text = line * (3 * PIECE // len(line.encode()) + 1)
     path = tmp_path / "a.txt"
     path.write_text(text)
-    (document,) = sources.read(str(path))
+    (document,) = sources.read(str(path), Reading())
     for _ in range(2):  # it can be read again
         pieces = list(document.pieces)
         assert "".join(pieces) == text
@@ -177,8 +177,9 @@ def test_a_gigabyte_in_one_line_needs_little_memory(tmp_path):
             file.write(block)
     code = (
         "import sys, resource; from forge_common.data import sources\n"
+        "from forge_common.data.readers.document import Reading\n"
         "base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "size = sum(len(p) for d in sources.read(sys.argv[1]) for p in d.pieces)\n"
+        "size = sum(len(p) for d in sources.read(sys.argv[1], Reading()) for p in d.pieces)\n"
         "print(size, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)"
     )
     out = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=True).stdout
@@ -306,7 +307,7 @@ def test_a_long_row_comes_in_pieces(tmp_path):
     text = "a line of it\n" * (3 * PIECE // 13)
     path = tmp_path / "a.json"
     path.write_text(json.dumps([{"text": text}, {"text": "next"}]))
-    long, short = sources.read(str(path))
+    long, short = sources.read(str(path), Reading())
     assert "".join(long.pieces) == text
     assert len(long.pieces) > 1
     assert short.pieces == ("next",)
@@ -463,12 +464,13 @@ def test_settings_that_do_not_exist_are_refused(tmp_path):
 def test_a_hub_data_set_that_cannot_be_reached_says_what_to_do(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = (
-        "from forge_common.data import sources\nfrom forge_common.errors import UserError\n"
-        "try: next(sources.read('hf:nobody/nothing:en:test'))\nexcept UserError as error: print(error)"
+        "from forge_common.data import sources\nfrom forge_common.data.readers.document import Reading\n"
+        "from forge_common.errors import UserError\n"
+        "try: next(sources.read('hf:nobody/nothing:en:test', Reading()))\nexcept UserError as error: print(error)"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=50)
     assert "hf:nobody/nothing:en:test" in run.stdout
-    assert "check the name" in run.stdout
+    assert "Check the name" in run.stdout
 
 
 def test_weights_of_sources(tmp_path, monkeypatch):
@@ -498,7 +500,7 @@ def test_local_corpora_are_large_disjoint_and_always_the_same():
     if shutil.which("perl") and any(True for _ in local.documents("perl")):
         corpora["perl"] = 1e5  # a distribution may keep most of it in a package of its own
     for name, least in corpora.items():
-        documents = list(sources.read(f"local:{name}"))
+        documents = list(sources.read(f"local:{name}", Reading()))
         found = [document.digest for document in documents]
         size = sum(len(piece) for document in documents for piece in document.pieces)
         assert least <= size <= local.CAP

@@ -4,21 +4,21 @@ import hashlib
 import itertools
 import json
 import os
-import pickle
 import random
 import subprocess
 import sys
 import time
 
+import launch
 import numpy as np
 import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import normalizers, processors
 
-from forge_common.data.corpora import open_corpora
-from forge_common.data.readers.document import PIECE
+from forge_common.data.corpora import open_corpora, tokenizer_for
+from forge_common.data.readers.document import PIECE, Reading
 from forge_common.data.store import Windows, in_validation, prepare
-from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
+from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
 from forge_common.errors import UserError
 from train_shared import Settings
 
@@ -47,10 +47,10 @@ def with_bos(end_too=False):
     return Tokenizer(backend, eos_token_id=1, pad_token_id=0)
 
 
-def make(path, cache, tokenizer=None, val_fraction=0.2, **settings):
+def make(path, cache, tokenizer=None, val_fraction=0.2, report=lambda line: None, **settings):
     tokenizer = tokenizer or byte_tokenizer()
-    settings.setdefault("report", lambda line: None)
-    return prepare(str(path), tokenizer, cache_dir=cache, val_fraction=val_fraction, **settings)
+    reading = Reading(**settings)
+    return prepare(str(path), tokenizer, reading, cache_dir=cache, val_fraction=val_fraction, report=report)
 
 
 def documents_of(tokens):
@@ -142,6 +142,27 @@ def test_a_hit_reads_nothing_and_a_change_is_noticed(tmp_path):
     assert not list(cache.glob(".tmp*"))
 
 
+def test_the_fingerprint_is_the_hash_of_what_decides_the_tokens(tmp_path):
+    """Another version that hashes other JSON would tokenize every corpus again."""
+    path, cache = tmp_path / "a.jsonl", tmp_path / "cache"
+    path.write_text('{"body": "some text"}\n')
+    os.utime(path, ns=(1, 1_700_000_000_000_000_123))
+    files = {"files": [[str(path), 22, 1_700_000_000_000_000_123]]}
+    reading = {"text_column": "body", "document_separator": "|", "on_bad_text": "skip", "on_bad_line": "skip"}
+    corpus = make(path, cache, val_fraction=0.25, **reading)
+    digest = byte_tokenizer().digest
+    hashed = {"format": 1, "source": str(path), "files": files, "tokenizer": digest, "val_fraction": 0.25}
+    hashed["reading"] = reading
+    assert corpus.train.folder.name == hashlib.sha256(json.dumps(hashed, sort_keys=True).encode()).hexdigest()
+
+    settings = Settings(
+        data=(f"{path}@2",), output_dir=tmp_path, tokenizer="train:258", cache_dir=cache, val_fraction=0.25, **reading
+    )
+    tokenizer_for(settings)
+    hashed = json.dumps(["train:258", 0.25, reading, files], sort_keys=True)
+    assert os.listdir(cache / "tokenizers") == [hashlib.sha256(hashed.encode()).hexdigest()[:32]]
+
+
 @pytest.mark.parametrize("damage", ["halve", "remove", "facts"])
 def test_a_damaged_cache_is_made_anew(tmp_path, damage):
     write(tmp_path / "a.jsonl")
@@ -210,7 +231,8 @@ def test_two_processes_at_once_make_one_cache(tmp_path):
     code = (
         "import sys; from pathlib import Path; from forge_common.data.store import prepare\n"
         "from forge_common.data.tokenizer import byte_tokenizer\n"
-        "c = prepare(sys.argv[1], byte_tokenizer(), cache_dir=Path(sys.argv[2]), val_fraction=0.1)\n"
+        "from forge_common.data.readers.document import Reading\n"
+        "c = prepare(sys.argv[1], byte_tokenizer(), Reading(), cache_dir=Path(sys.argv[2]), val_fraction=0.1)\n"
         "print(c.train.digest, len(c.train.tokens))"
     )
     command = [sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path / "cache"]
@@ -219,6 +241,35 @@ def test_two_processes_at_once_make_one_cache(tmp_path):
     assert [run.returncode for run in runs] == [0, 0, 0]
     assert len(said) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_a_tokenizer_that_another_process_published_first_is_kept(tmp_path, monkeypatch):
+    """Both train it; the other one publishes it while this one still writes its own."""
+    write(tmp_path / "a.jsonl")
+    settings = Settings(
+        data=(str(tmp_path / "a.jsonl"),), output_dir=tmp_path, tokenizer="train:300", cache_dir=tmp_path
+    )
+    code = (
+        "import sys; from pathlib import Path; from forge_common.data.corpora import tokenizer_for\n"
+        "from train_shared import Settings\n"
+        "data, folder = sys.argv[1:]\n"
+        "settings = Settings(data=(data,), output_dir=Path(folder), tokenizer='train:300', cache_dir=Path(folder))\n"
+        "print(tokenizer_for(settings).digest)"
+    )
+    save, published = Tokenizer.save, []
+
+    def save_after_the_other(tokenizer, folder):
+        command = [sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=launch.ROOT, timeout=60)
+        (folder_of_the_other,) = (tmp_path / "tokenizers").glob("[!.]*")
+        published.append((done.stdout.strip(), folder_of_the_other.stat().st_ino))
+        save(tokenizer, folder)
+
+    monkeypatch.setattr(Tokenizer, "save", save_after_the_other)
+    digest = tokenizer_for(settings).digest
+    (folder,) = (tmp_path / "tokenizers").iterdir()
+    assert published == [(digest, folder.stat().st_ino)]
+    assert load_tokenizer(folder).digest == digest
 
 
 def test_what_a_killed_run_left_is_removed_after_a_day(tmp_path):
@@ -339,15 +390,6 @@ def test_windows_of_little_or_nothing(tmp_path, pack):
             windows[index]
     with pytest.raises(UserError, match="--sequence-length"):
         Windows(corpus.train, 0, pack=pack, filler=0)
-
-
-@pytest.mark.parametrize("pack", [True, False])
-def test_windows_go_to_another_process_as_a_name_not_as_a_copy(corpus, pack):
-    windows = Windows(corpus.train, 16, pack=pack, filler=FILLER, tail=pack)
-    data = pickle.dumps(windows)
-    assert len(data) < 2000
-    copy = pickle.loads(data)
-    assert all((a == b).all() for a, b in zip(windows, copy, strict=True))
 
 
 def test_the_index_of_documents_is_written_once_and_repaired(tmp_path):

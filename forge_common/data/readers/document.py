@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 from ...errors import UserError
 
@@ -46,12 +45,14 @@ class Reading:
             raise UserError("--document-separator is empty; leave the flag out to read one document a file")
 
 
-def opened(path: Path) -> BinaryIO:
-    """Open a file for reading bytes. UserError when it cannot be."""
-    try:
-        return open(path, "rb", buffering=PIECE)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); check the path and its permissions") from error
+def reading_of(settings: Any) -> Reading:
+    """The reading settings among a command's settings."""
+    return Reading(
+        text_column=settings.text_column,
+        document_separator=settings.document_separator,
+        on_bad_text=settings.on_bad_text,
+        on_bad_line=settings.on_bad_line,
+    )
 
 
 def bad_text(message: str) -> UserError:

@@ -7,11 +7,11 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 from ...errors import UserError
-from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line, bad_text, from_rows, opened
+from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line, bad_text, from_rows
+from .files import File, opened, suffixes
 
 SPACE = " \t\r\n"  # what JSON takes for white space; str.strip alone would take much more
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of such bytes
@@ -19,13 +19,13 @@ NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
-def documents(path: Path, reading: Reading, counts: Counter) -> Iterator[Document]:
+def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Document]:
     """Read a .jsonl, .json or .csv file. Origin: path:line, where the record begins (from 1)."""
-    rows = {".jsonl": _json_lines, ".json": _json_array, ".csv": _csv_rows}[path.suffix.lower()]
+    rows = {".jsonl": _json_lines, ".json": _json_array, ".csv": _csv_rows}[suffixes(path)[0]]
     return from_rows(rows(path, reading, counts), reading, counts)
 
 
-def _lines(path: Path, reading: Reading, counts: Counter) -> Iterator[tuple[int, str]]:
+def _lines(path: File, reading: Reading, counts: Counter) -> Iterator[tuple[int, str]]:
     """(number, line with its end). What is not UTF-8 comes as lone surrogates, for from_text to replace or skip."""
     with opened(path) as file:
         number = 0
@@ -60,7 +60,7 @@ def _reason(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else getattr(error, "msg", str(error))
 
 
-def _json_lines(path: Path, reading: Reading, counts: Counter) -> Rows:
+def _json_lines(path: File, reading: Reading, counts: Counter) -> Rows:
     decoder = _decoder(reading)
     for number, line in _lines(path, reading, counts):
         record = line.strip(SPACE)
@@ -82,7 +82,7 @@ def _json_lines(path: Path, reading: Reading, counts: Counter) -> Rows:
 class _Json:
     """The text of a JSON file, a block at a time; `line` is that of the next character."""
 
-    def __init__(self, path: Path, reading: Reading):
+    def __init__(self, path: File, reading: Reading):
         self.blocks, self.decoder = _characters(path, reading), _decoder(reading)
         self.buffer, self.at, self.line = "", 0, 1
 
@@ -146,7 +146,7 @@ class _Json:
         self.line, self.at = self.line + self.buffer.count("\n", self.at, end), end
 
 
-def _json_array(path: Path, reading: Reading, counts: Counter) -> Rows:
+def _json_array(path: File, reading: Reading, counts: Counter) -> Rows:
     """An array of objects (or objects one after the other), never holding much more than one of them.
 
     After broken JSON nothing can be told apart any more: skipping gives up the rest of the file, counted once.
@@ -164,7 +164,7 @@ def _json_array(path: Path, reading: Reading, counts: Counter) -> Rows:
         bad_line(f"{path}:{text.line}: broken or cut off JSON: {_reason(error)}", reading, counts)
 
 
-def _characters(path: Path, reading: Reading) -> Iterator[str]:
+def _characters(path: File, reading: Reading) -> Iterator[str]:
     """A file's text in blocks; what is not UTF-8 is treated as in _lines."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     line, column, block = 1, 0, b"more"
@@ -179,7 +179,7 @@ def _characters(path: Path, reading: Reading) -> Iterator[str]:
             yield text
 
 
-def _check(text: str, path: Path, line: int, column: int, reading: Reading) -> None:
+def _check(text: str, path: File, line: int, column: int, reading: Reading) -> None:
     """UserError for a byte that is not UTF-8, unless a policy allows it; `column`: bytes before text in its line."""
     bad = NOT_UTF8.search(text) if reading.on_bad_text == "refuse" and not text.isascii() else None
     if bad:
@@ -189,7 +189,7 @@ def _check(text: str, path: Path, line: int, column: int, reading: Reading) -> N
         raise bad_text(f"{where}: byte 0x{ord(bad[0]) - 0xDC00:02x} is not UTF-8")
 
 
-def _csv_rows(path: Path, reading: Reading, counts: Counter) -> Rows:
+def _csv_rows(path: File, reading: Reading, counts: Counter) -> Rows:
     """Every cell is text, so that 'NA' and '007' stay what they are. The first row names the columns.
 
     After a record that is too long (a quote that nothing closes) skipping gives up the rest of the file, counted once:

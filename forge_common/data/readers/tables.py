@@ -2,35 +2,34 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 from ...errors import UserError
-from .blocks import Block, messages, row_groups
-from .document import MEMORY_LIMIT, PIECE, RECORD_LIMIT, Document, Reading, bad_line, from_rows, opened
+from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line, from_rows
+from .files import File, opened, suffixes
 
 ROWS = 256  # rows decoded at once, at most
-BLOCK_LIMIT = MEMORY_LIMIT // 4  # bytes of a page or message: it is there compressed, decoded and, a part of it, copied
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 Batches = Iterator[tuple[Any, int, Any]]  # (schema, number of rows, the column of texts: None where it holds no text)
 
 
-def documents(path: Path, reading: Reading, counts: Counter) -> Iterator[Document]:
+def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Document]:
     """Read a .parquet or .arrow file. Origin: 'path:row N', from 1."""
     return from_rows(_file_rows(path, reading, counts), reading, counts)
 
 
 def hub_documents(spec: str, reading: Reading, counts: Counter) -> Iterator[Document]:
     """Stream hf:ID[:CONFIG[:SPLIT]]; the split is 'train' where none is named. Origin: hf:ID:row, from 1."""
-    return from_rows(_hub_rows(spec), reading, counts)
+    return from_rows(_hub_rows(spec, reading.text_column), reading, counts)
 
 
-def _file_rows(path: Path, reading: Reading, counts: Counter) -> Rows:
+def _file_rows(path: File, reading: Reading, counts: Counter) -> Rows:
     import pyarrow
 
     number, column = 0, reading.text_column
-    batches = _parquet_batches if path.suffix.lower() == ".parquet" else _arrow_batches
+    batches = _parquet_batches if suffixes(path)[0] == ".parquet" else _arrow_batches
     try:
         for schema, rows, values in batches(path, column):
             if column not in schema.names:
@@ -55,58 +54,46 @@ def _file_rows(path: Path, reading: Reading, counts: Counter) -> Rows:
         raise
     except (pyarrow.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        message = f"{path}: broken, cut off or too large after row {number}: {reason}"
+        message = f"{path}: broken or cut off after row {number}: {reason}"
         if reading.on_bad_line == "refuse":
-            mend = "write the file anew, in small row groups and pages or batches, or pass --on-bad-line skip"
-            raise UserError(f"{message}; {mend}") from error
+            raise UserError(f"{message}. Write the file again, or pass --on-bad-line skip.") from error
         counts["skipped_bad_file"] += 1
 
 
-def _largest(blocks: Iterator[Block], row: int) -> tuple[int, int]:
-    """(bytes of the largest block once decoded, the row after them); ValueError where one is too large."""
-    largest = 0
-    for block in blocks:
-        size = max(block.stored, block.decoded)
-        if size > BLOCK_LIMIT:
-            which = f"rows {row + 1} to {row + block.rows} are" if block.rows else f"the dictionary of row {row + 1} is"
-            raise ValueError(f"{which} one block of {size >> 20} MiB, {BLOCK_LIMIT >> 20} MiB are the most")
-        largest, row = max(largest, block.decoded), row + block.rows
-    return largest, row
+def _parquet_batches(path: File, column: str) -> Batches:
+    """A row group at a time, in batches that are small where its rows are large.
 
-
-def _parquet_batches(path: Path, column: str) -> Batches:
-    """A row group at a time, in batches that are small where its pages are large: a row holds a page at most."""
+    By pyarrow and not by `datasets`, which decodes all texts of a row group at once.
+    """
     import pyarrow.parquet
 
     # Without a buffer pyarrow would read a row group's whole column at once.
     how = {"buffer_size": PIECE, "pre_buffer": False, "page_checksum_verification": True}
-    with opened(path) as raw, pyarrow.parquet.ParquetFile(path, **how) as file:
+    with opened(path) as source, pyarrow.parquet.ParquetFile(source, **how) as file:
         schema, metadata = file.schema_arrow, file.metadata
         if not _has_text(schema, column):
             if column not in schema.names or metadata.num_rows:
                 yield schema, metadata.num_rows, None
             return
-        first = 0
-        for group, found in enumerate(row_groups(raw, column)):
-            largest, first = _largest(found, first)
-            rows = min(max(RECORD_LIMIT // max(largest, 1), 1), ROWS)
-            for batch in file.iter_batches(batch_size=rows, row_groups=[group], columns=[column]):
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            size_of_row = group.total_byte_size // max(group.num_rows, 1)
+            rows = min(max(RECORD_LIMIT // max(size_of_row, 1), 1), ROWS)
+            for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=[column]):
                 yield schema, len(batch), batch.column(0)
 
 
-def _arrow_batches(path: Path, column: str) -> Batches:
+def _arrow_batches(path: File, column: str) -> Batches:
     """Arrow's stream format (what `datasets` writes) or its file format (Feather), told apart by the first bytes."""
     import pyarrow
 
-    with opened(path) as raw, pyarrow.OSFile(str(path)) as source:
+    with opened(path) as source:
         is_file = source.read(6) == b"ARROW1"
-        source.seek(0)
         open_ = pyarrow.ipc.open_file if is_file else pyarrow.ipc.open_stream
+        source.seek(0)
         schema = open_(source).schema
         source.seek(0)
         fields = [schema.names.index(column)] if column in schema.names else []
-        raw.seek(8 if is_file else 0)  # a file is its magic bytes, a stream and an index of it
-        _largest(messages(raw, BLOCK_LIMIT), 0)
         reader = open_(source, options=pyarrow.ipc.IpcReadOptions(included_fields=fields))
         has_text = _has_text(schema, column)
         if column not in schema.names:
@@ -162,18 +149,52 @@ def _decoded(value: Any) -> str:
     return str(value, "utf-8", "surrogateescape")
 
 
-def _hub_rows(spec: str) -> Rows:
-    identity, config, split = [*spec.removeprefix("hf:").split(":"), None, None][:3]
+def _parts(spec: str) -> tuple[str, str | None, str]:
+    """The repository, configuration and split of hf:ID[:CONFIG[:SPLIT]]."""
+    identity, config, split = [*spec.removeprefix("hf:").split(":"), "", ""][:3]
     if not identity or spec.count(":") > 3:
-        raise UserError(f"{spec}: not of the form hf:ID[:CONFIG[:SPLIT]]")
+        raise UserError(f"{spec}: not of the form hf:ID[:CONFIG[:SPLIT]]. Write it like hf:ORG/NAME:en:train.")
+    return identity, config or None, split or "train"
+
+
+def hub_commit(spec: str) -> str:
+    """The commit that the repository of hf:ID is at now. UserError where the hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    identity, _, _ = _parts(spec)
+    try:
+        commit = HfApi().dataset_info(identity).sha
+        if commit is None:
+            raise ValueError("the hub names no commit")
+        return commit
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{spec}: its commit cannot be looked up on the Hugging Face hub ({reason}). Check the name, the network and "
+            f"HF_HUB_OFFLINE, or download it (hf download --repo-type dataset {identity} --local-dir DIR) and pass DIR."
+        ) from error
+
+
+def _hub_rows(spec: str, column: str) -> Rows:
+    """The rows at the repository's present commit; `datasets` holds as much of a file as it reads at once."""
+    identity, config, split = _parts(spec)
+    commit = hub_commit(spec)
     number = 0
     try:
         import datasets
 
-        for row in datasets.load_dataset(identity, config or None, split=split or "train", streaming=True):
+        load = partial(datasets.load_dataset, identity, config, split=split, streaming=True, revision=commit)
+        rows = load()
+        if column in (rows.column_names or ()):
+            if rows.info.builder_name == "parquet":  # then the other columns are not even fetched
+                rows = load(columns=[column], batch_size=ROWS)
+            rows = rows.select_columns([column])
+        for row in rows:
             number += 1
             yield f"hf:{identity}:{number}", row
-    except Exception as error:  # the library and the network below it raise dozens of kinds, none of them common
+    except Exception as error:  # the library and the network below it raise dozens of types that have nothing in common
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        mend = "check the name, the configuration, the split and the network, or download it and pass the files"
-        raise UserError(f"{spec}: cannot be read after row {number}: {reason}; {mend}") from error
+        raise UserError(
+            f"{spec}: cannot be read after row {number} ({reason}). Check the configuration, the split and the network, or "
+            f"download it (hf download --repo-type dataset {identity} --local-dir DIR) and pass the files."
+        ) from error

@@ -4,28 +4,35 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ...errors import UserError
-from .document import PIECE, Document, Reading, bad_text, from_text, opened
+from .document import PIECE, Document, Reading, bad_text, from_text
+from .files import File, decompressed_copy, opened, suffixes
 
 BOM = b"\xef\xbb\xbf"
 
 
-def documents(path: Path, reading: Reading, counts: Counter) -> Iterator[Document]:
+def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Document]:
     """Read a text file. Origin: the path, or path:line where a separator makes several documents of one file.
 
     Line ends are kept as they are; a UTF-8 byte order mark is not part of the text. UserError for what is not UTF-8
     text, as path:line:byte (both counted from 1, the byte within its line), unless on_bad_text says otherwise.
+
+    Seeking is needed, so that a long document need not be held in memory: a compressed or remote file is first copied,
+    decompressed, to a temporary file, which is deleted with the last of its documents.
     """
     separator = None if reading.document_separator is None else reading.document_separator.encode()
+    local = isinstance(path, Path) and not suffixes(path)[1]
+    copy = None if local else decompressed_copy(path)
+    place = Path(copy.name if copy else path)
     line, read_to = 1, 0
     # Two handles: the search for the next separator runs up to a piece ahead of the reading.
-    with opened(path) as search, opened(path) as file:
+    with opened(place) as search, opened(place) as file:
         for start, end in _spans(search, separator):
             line += _newlines(file, read_to, start)
             origin = f"{path}:{line}" if separator else str(path)
-            pieces = _Pieces(path, start, end, line, replace=reading.on_bad_text == "replace")
+            pieces = _Pieces(path, place, copy, start, end, line, replace=reading.on_bad_text == "replace")
             read_to = start
             try:
                 document = pieces.document(origin, file, reading, counts)
@@ -45,8 +52,9 @@ class _BadText(ValueError):
 class _Pieces:
     """The text of bytes start..end of a file, read anew each time it is iterated over."""
 
-    def __init__(self, path: Path, start: int, end: int, line: int, replace: bool):
-        self.path, self.start, self.end, self.line, self.replace = path, start, end, line, replace
+    def __init__(self, path: File, place: Path, copy: Any, start: int, end: int, line: int, replace: bool):
+        self.path, self.place, self.start, self.end, self.line, self.replace = path, place, start, end, line, replace
+        self.copy = copy  # a temporary file, which must not be deleted before this
         self.digest: bytes | None = None
         self.replaced = False
 
@@ -73,7 +81,7 @@ class _Pieces:
 
     def __iter__(self) -> Iterator[str]:
         digest, line, column = hashlib.sha256(), self.line, 0
-        with opened(self.path) as file:
+        with opened(self.place) as file:
             file.seek(self.start)
             for data in _blocks(file, self.end - self.start):
                 text = self._decode(data, line, column)
