@@ -5,7 +5,6 @@
 Nothing is trained. The folder holds copies of all parts, each verified; the order of --modules plays no part.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,6 +45,7 @@ def main(settings: Settings) -> int:
     from safetensors.torch import save_file
 
     from .artifacts.artifact import MODULE_FILES, TRUNK_FILES, find, plug, read_module, read_statistics, read_trunk
+    from .artifacts.card import model_card
     from .artifacts.metadata import FORMAT_VERSION
     from .files.atomic import publish, write_json
     from .files.tensors import digest, weight_files
@@ -108,7 +108,7 @@ def main(settings: Settings) -> int:
             save_file(background, aside / "statistics.safetensors")
             described["statistics_digest"] = digest(background)
         write_json(aside / "assembled.json", described)
-        (aside / "README.md").write_text(_card(described), encoding="utf-8")
+        (aside / "README.md").write_text(model_card("assembled model", described), encoding="utf-8")
 
     publish(settings.output_dir, write)
     told = "the trunk's own" if not settings.trunk_data and background else "from --trunk-data"
@@ -193,11 +193,6 @@ def _calibrated(settings, trunk, tokenizer, facts, folders, background, describe
                 best, lowest = best | {name: value}, reached
     print(f"calibrated  on {sum(map(len, windows)):,} tokens: {start:.4f} -> {lowest:.4f} nats a token; {best}")
     return best
-
-
-def _card(described: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {json.dumps(value, ensure_ascii=False)} |" for name, value in described.items())
-    return f"---\ntags: [forge]\n---\n\n# assembled model\n\n| fact | value |\n| --- | --- |\n{rows}\n"
 
 
 if __name__ == "__main__":

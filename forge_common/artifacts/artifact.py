@@ -24,9 +24,9 @@ from ..model.config import ModelConfig
 from ..model.modules import put_in
 from ..model.trunk import Trunk
 from ..routing.statistics import BIGRAM_BUCKETS, moment_shapes
+from .card import model_card
 from .metadata import FORMAT_VERSION, plug, read_passport
 
-LONG = ("shapes", "tensor_digests")  # facts that are not for the card
 TRUNK_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TRUNK_FILES += ("special_tokens_map.json", "forge.json", "statistics.safetensors", "README.md")
 MODULE_FILES = ("module.json", "module.safetensors", "statistics.safetensors", "README.md")
@@ -56,7 +56,7 @@ def write_trunk(
         write_json(aside / "config.json", config.to_hf())
         tokenizer.save(aside)
         write_json(aside / "forge.json", facts)
-        (aside / "README.md").write_text(_card("trunk", facts), encoding="utf-8")
+        (aside / "README.md").write_text(model_card("trunk", facts), encoding="utf-8")
 
     publish(folder, write)
     return own
@@ -76,19 +76,10 @@ def write_module(folder: Path, tensors: Tensors, facts: dict[str, Any], statisti
         save_file(statistics, aside / "statistics.safetensors")
         save_file(stored, aside / "module.safetensors", metadata={"format": "pt"})
         write_json(aside / "module.json", facts)
-        (aside / "README.md").write_text(_card(f"module {facts['name']}", facts), encoding="utf-8")
+        (aside / "README.md").write_text(model_card(f"module {facts['name']}", facts), encoding="utf-8")
 
     publish(folder, write)
     return own
-
-
-def _card(title: str, facts: dict[str, Any]) -> str:
-    """A model card: the facts, readable."""
-    rows = "\n".join(
-        f"| {name} | {json.dumps(value, ensure_ascii=False)} |" for name, value in facts.items() if name not in LONG
-    )
-    licence = f"license: {facts['licence']}\n" if facts.get("licence") else ""
-    return f"---\ntags: [forge]\n{licence}---\n\n# {title}\n\n| fact | value |\n| --- | --- |\n{rows}\n"
 
 
 def find(place: str) -> Path:
