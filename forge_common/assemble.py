@@ -46,7 +46,7 @@ def main(settings: Settings) -> int:
 
     from .artifacts.artifact import MODULE_FILES, TRUNK_FILES, find, plug, read_module, read_statistics, read_trunk
     from .artifacts.card import model_card
-    from .artifacts.metadata import FORMAT_VERSION
+    from .artifacts.metadata import FORMAT_VERSION, leave_out, smallest_held_out_share
     from .files.atomic import publish, write_json
     from .files.tensors import digest, weight_files
     from .routing.mixture import with_module
@@ -73,10 +73,7 @@ def main(settings: Settings) -> int:
         if settings.router in ("context", "ridge") and read_statistics(folder, passport, trunk.config) is None:
             raise UserError(f"{folder} brings no statistics.safetensors: --router {settings.router} needs it")
         found[name] = (folder, passport)
-    unknown = [name for name in settings.without if name not in found]
-    if unknown:
-        raise UserError(f"--without {unknown[0]}: no such module; there are {', '.join(sorted(found))}")
-    names = sorted(found.keys() - set(settings.without))
+    names = leave_out(sorted(found), settings.without, "--modules")
     if not names:
         raise UserError("no module is left to assemble; name some by --modules")
     folders = {name: found[name][0] for name in names}
@@ -92,7 +89,7 @@ def main(settings: Settings) -> int:
         "tuning": asdict(Tuning()),
         "modules": names,
         "digests": {"trunk": facts["digest"], **{name: found[name][1]["digest"] for name in names}},
-        "val_fraction": _held_out([facts, *(found[name][1] for name in names)]),
+        "val_fraction": smallest_held_out_share([facts, *(found[name][1] for name in names)]),
     }
     if settings.calibrate:
         described["tuning"] = _calibrated(settings, trunk, tokenizer, facts, folders, background, described)
@@ -117,11 +114,6 @@ def main(settings: Settings) -> int:
     print(f"statistics  of the trunk: {told}")
     print(f"assembled   {settings.output_dir}: the trunk and {', '.join(names)}; router {settings.router}")
     return 0
-
-
-def _held_out(passports: list[dict[str, Any]]) -> float:
-    """The share of documents by hash that no part was trained on; 0 where none of them held any out."""
-    return min((facts["val_fraction"] for facts in passports if facts.get("val_fraction")), default=0.0)
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:

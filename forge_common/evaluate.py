@@ -77,6 +77,7 @@ def models(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
     """(the row's name, model, tokenizer) of all that is compared, one after the other."""
     from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembled
+    from .artifacts.metadata import leave_out
 
     if not is_assembled(settings.model):
         if settings.without or settings.top_k is not None:
@@ -88,9 +89,7 @@ def models(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
     if settings.module:
         raise UserError("--module is for a trunk; an assembled model brings its own")
     whole, tokenizer, _ = read_assembled(settings.model, top_k=settings.top_k)
-    unknown = [name for name in settings.without if name not in whole.names[1:]]
-    if unknown:
-        raise UserError(f"--without {unknown[0]}: no such module; {settings.model} holds {', '.join(whole.names[1:])}")
+    leave_out(whole.names[1:], settings.without, settings.model)
     if settings.parts:
         for name, candidate in zip(whole.names, whole.candidates, strict=True):
             yield name if name == "trunk" else f"module:{name}", candidate, tokenizer
@@ -103,16 +102,17 @@ def held_out(settings: Settings) -> float:
     """The share of documents that every part's run held out by hash; 1 where none held out any."""
     from .artifacts.artifact import find
     from .artifacts.assembled import is_assembled
-    from .artifacts.metadata import read_passport
+    from .artifacts.metadata import read_passport, smallest_held_out_share
 
     if settings.val_fraction is not None:
         return settings.val_fraction
     if is_assembled(settings.model):
-        return read_passport(Path(settings.model) / "assembled.json").get("val_fraction") or 1.0
-    passport = find(settings.model) / "forge.json"
-    stated = [read_passport(passport).get("val_fraction")] if passport.exists() else []
-    stated += [read_passport(folder / "module.json").get("val_fraction") for folder in settings.module]
-    return min((fraction for fraction in stated if fraction), default=1.0)
+        files = [Path(settings.model) / "assembled.json"]
+    else:
+        trunk_file = find(settings.model) / "forge.json"  # not there in a Transformers checkpoint of another maker
+        files = [trunk_file] if trunk_file.exists() else []
+        files += [folder / "module.json" for folder in settings.module]
+    return smallest_held_out_share(map(read_passport, files)) or 1.0
 
 
 def score(model: Any, column: Any, settings: Settings, device: Any) -> dict[str, Any]:

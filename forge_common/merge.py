@@ -19,6 +19,7 @@ class Settings:
 
 def main(settings: Settings) -> int:
     from .artifacts.artifact import read_model, write_trunk
+    from .artifacts.metadata import smallest_held_out_share
     from .model.modules import fold
 
     if settings.output_dir.exists():
@@ -26,8 +27,8 @@ def main(settings: Settings) -> int:
     trunk, tokenizer, facts, passport = read_model(settings.trunk, settings.module)
     fold(trunk)
     origin = {"merged_from": {"trunk": facts["digest"], "module": passport["digest"], "name": passport["name"]}}
-    fractions = [value for value in (facts.get("val_fraction"), passport.get("val_fraction")) if value]
-    origin |= {"kind": "trunk", "val_fraction": min(fractions, default=0.0), "licence": passport.get("licence")}
+    held_out = smallest_held_out_share([facts, passport])
+    origin |= {"kind": "trunk", "val_fraction": held_out, "licence": passport.get("licence")}
     digest = write_trunk(settings.output_dir, trunk.state_dict(), trunk.config, tokenizer, origin)
     print(f"published   {settings.output_dir} (digest {digest[:12]})")
     return 0

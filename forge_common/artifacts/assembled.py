@@ -16,6 +16,7 @@ from ..model.trunk import Trunk
 from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ROUTERS, ContextRouter, LearnedRouter, RidgeRouter, Tuning, UniformRouter
 from .artifact import Tensors, plug, read_module, read_passport, read_statistics, read_trunk
+from .metadata import leave_out
 
 
 def is_assembled(place: str) -> bool:
@@ -32,16 +33,13 @@ def read_assembled(
     """
     folder = Path(place)
     facts = read_passport(folder / "assembled.json")
-    names = facts["modules"]
-    unknown = [name for name in without if name not in names]
-    if unknown:
-        raise UserError(f"--without {unknown[0]}: no such module; {folder} holds {', '.join(names)}")
+    names = leave_out(facts["modules"], without, folder)
     kept = facts["top_k"] if top_k is None else top_k
     if kept < 0:
         raise UserError(f"--top-k {kept}: say how many candidates serve a token, 0 for all")
     trunk, tokenizer, trunk_facts = read_trunk(str(folder / "trunk"))
     modules = closed(folder / "modules")
-    parts = read_parts(trunk, trunk_facts, [modules / name for name in names if name not in without])
+    parts = read_parts(trunk, trunk_facts, [modules / name for name in names])
     _check_digests(folder, facts, {"trunk": trunk_facts["digest"], **parts.digests})
     stated = "statistics_digest" in facts or (folder / "statistics.safetensors").exists()
     whose = (folder, facts) if stated else (folder / "trunk", trunk_facts)

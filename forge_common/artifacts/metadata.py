@@ -6,6 +6,7 @@ and counts, and the share of documents that it held out.
 
 import dataclasses
 import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def read_passport(path: Path) -> dict[str, Any]:
         )
     checked(facts, path, *KNOWN[path.name])
     return {name: value for name, value in facts.items() if value is not None}  # null is as if it were not there
+
+
+def smallest_held_out_share(parts: Iterable[dict[str, Any]]) -> float:
+    """The share of the documents, by hash, that none of these trunks and modules was trained on; 0 if none held out any."""
+    return min((metadata["val_fraction"] for metadata in parts if metadata.get("val_fraction")), default=0.0)
+
+
+def leave_out(names: Sequence[str], without: Sequence[str], place: Any) -> list[str]:
+    """The modules `names` of `place` but for those of --without, each of which must be one of them."""
+    unknown = [name for name in without if name not in names]
+    if unknown:
+        raise UserError(f"--without {unknown[0]}: no such module. Choose among those of {place}: {', '.join(names)}.")
+    return [name for name in names if name not in without]
 
 
 def plug(passport: dict[str, Any]) -> dict[str, Any]:
