@@ -28,6 +28,8 @@ class Ensemble:
     filter: its own evidence is not heard.
     """
 
+    names, weights = ("ensemble",), None  # its gates are not reported
+
     def __init__(self, models: list[Trunk], router: ContextRouter):
         self.models, self.config = models, models[0].config
         self.router = copy.copy(router)
@@ -68,6 +70,8 @@ class Told:
 
     choice: for each domain's number, the candidate that is to speak; labels [windows, T + 1], windows in turn.
     """
+
+    names, weights = ("labels",), None  # its gates are not reported
 
     def __init__(self, mixture: Mixture, choice: list[int], labels: torch.Tensor):
         self.mixture, self.config = mixture, mixture.config

@@ -11,11 +11,14 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
 from .files.atomic import write_json, write_text
 from .settings import read_settings, run_main
+
+if TYPE_CHECKING:  # torch is imported after the settings are checked
+    from .model.protocol import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -115,13 +118,13 @@ def held_out(settings: Settings) -> float:
     return smallest_held_out_share(map(read_passport, files)) or 1.0
 
 
-def score(model: Any, column: Any, settings: Settings, device: Any) -> dict[str, Any]:
+def score(model: "LanguageModel", column: Any, settings: Settings, device: Any) -> dict[str, Any]:
     """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte."""
     import torch
 
     nats: dict[Any, float] = {}
     counts: dict[Any, int] = {}
-    shares = 0.0
+    gates = torch.zeros(len(model.names), dtype=torch.float64, device=device)
     for start in range(0, len(column.pieces), settings.batch_size):
         batch = column.pieces[start : start + settings.batch_size]
         longest = max(piece.scored for piece in batch) + 1
@@ -131,9 +134,9 @@ def score(model: Any, column: Any, settings: Settings, device: Any) -> dict[str,
         for piece, value in zip(batch, found.double().sum(1).tolist(), strict=True):
             nats[piece.document] = nats.get(piece.document, 0.0) + value
             counts[piece.document] = counts.get(piece.document, 0) + piece.scored
-        if hasattr(model, "names"):
+        if model.weights is not None:
             real = torch.arange(longest - 1, device=device) < torch.tensor([[p.scored] for p in batch], device=device)
-            shares = shares + model.weights[real].double().sum(0)
+            gates += model.weights[real].double().sum(0)
     total, tokens_scored = sum(nats.values()), sum(counts.values())
     loss = total / tokens_scored
     spread = math.fsum((nats[d] - loss * counts[d]) ** 2 for d in nats)  # of a ratio estimate over documents
@@ -142,8 +145,8 @@ def score(model: Any, column: Any, settings: Settings, device: Any) -> dict[str,
     per_byte = total / math.log(2) / column.bytes if column.bytes else None
     result = {"loss": loss, "stderr": error, "tokens": tokens_scored, "documents": documents}
     result |= {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": per_byte}
-    if hasattr(model, "names"):
-        result["shares"] = dict(zip(model.names, (shares / tokens_scored).tolist(), strict=True))
+    if model.weights is not None:
+        result["shares"] = dict(zip(model.names, (gates / tokens_scored).tolist(), strict=True))
     return result
 
 
