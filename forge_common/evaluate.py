@@ -103,7 +103,7 @@ def models(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
 
 def held_out(settings: Settings) -> float:
     """The share of documents that every part's run held out by hash; 1 where none held out any."""
-    from .artifacts.artifact import find
+    from .artifacts.artifact import local_folder
     from .artifacts.assembled import is_assembled
     from .artifacts.metadata import read_passport, smallest_held_out_share
 
@@ -112,7 +112,9 @@ def held_out(settings: Settings) -> float:
     if is_assembled(settings.model):
         files = [Path(settings.model) / "assembled.json"]
     else:
-        trunk_file = find(settings.model) / "forge.json"  # not there in a Transformers checkpoint of another maker
+        trunk_file = (
+            local_folder(settings.model) / "forge.json"
+        )  # not there in a Transformers checkpoint of another maker
         files = [trunk_file] if trunk_file.exists() else []
         files += [folder / "module.json" for folder in settings.module]
     return smallest_held_out_share(map(read_passport, files)) or 1.0

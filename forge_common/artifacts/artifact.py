@@ -82,7 +82,7 @@ def write_module(folder: Path, tensors: Tensors, facts: dict[str, Any], statisti
     return own
 
 
-def find(place: str) -> Path:
+def local_folder(place: str) -> Path:
     """A folder on this machine for a path or a hub id; a hub id is fetched (safetensors, JSON and tokenizer only)."""
     folder = Path(place)
     if folder.is_dir():
@@ -104,7 +104,7 @@ def read_trunk(place: str, eos_token: str | None = None) -> tuple[Trunk, Tokeniz
     A folder with a forge.json is verified against it: weights, configuration, tokenizer. Another Transformers checkpoint
     is taken as it is, and its digest computed.
     """
-    folder = closed(find(place))
+    folder = closed(local_folder(place))
     weights = weight_files(folder)
     raw = read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder, eos_token)
@@ -178,12 +178,17 @@ def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path) -> Trunk:
     return trunk
 
 
-def read_module(folder: Path, trunk_facts: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """A module's tensors and passport, verified against its own digest and against the trunk's."""
+def read_module_metadata(folder: Path) -> dict[str, Any]:
+    """module.json of a module's folder."""
     if not folder.is_dir():
         hint = " Pickles are not opened." if folder.suffix in PICKLES else ""
         raise UserError(f"{folder} is not a module's folder.{hint} Name the folder with module.json in it.")
-    facts = read_passport(folder / "module.json")
+    return read_passport(folder / "module.json")
+
+
+def read_module(folder: Path, trunk_facts: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
+    """A module's tensors and passport, verified against its own digest and against the trunk's."""
+    facts = read_module_metadata(folder)
     for name, ours in (("trunk_digest", "digest"), ("tokenizer_digest", "tokenizer_digest")):
         if facts.get(name) != trunk_facts[ours]:
             raise UserError(

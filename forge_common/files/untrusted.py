@@ -131,3 +131,12 @@ def naming(place: Any) -> Iterator[None]:
         yield
     except UserError as reason:
         raise UserError(f"{place}: {reason}") from None
+
+
+@contextmanager
+def naming_source(source: Path, copy: Path) -> Iterator[None]:
+    """Names the source, which the user can fix, in a refusal about a copy of it."""
+    try:
+        yield
+    except UserError as reason:
+        raise UserError(str(reason).replace(str(copy), str(source))) from None

@@ -20,7 +20,13 @@ from .statistics import bigram_bucket, decode, projection
 
 BACKOFF = 200.0  # occurrences of a token that weigh as much as its pairs' fallback on single tokens
 RIDGE = 1e-2  # of the mean of the diagonal, added to it
-ROUTERS = ("context", "learned", "ridge", "uniform")
+CALIBRATED = {  # router -> which of its numbers (Tuning) `assemble --calibrate` fits
+    "context": ("temperature", "trunk_share"),
+    "learned": ("trunk_share",),
+    "ridge": ("sharpness", "trunk_share"),
+    "uniform": ("trunk_share",),
+}
+ROUTERS = tuple(CALIBRATED)
 Tensors = dict[str, torch.Tensor]
 
 

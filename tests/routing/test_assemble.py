@@ -1,5 +1,6 @@
 """Modules that were trained apart, assembled: order plays no part, nothing looks ahead, what is left out is gone."""
 
+import hashlib
 import json
 import math
 import shutil
@@ -9,6 +10,7 @@ import sys
 import launch
 import numpy as np
 import pytest
+import specimens
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -288,6 +290,31 @@ def test_calibration_never_makes_it_worse(trunk, parts, domain, text, cache, tmp
     before, after = (float(x) for x in printed.split("tokens: ")[1].split(" nats")[0].split(" -> "))
     assert after <= before
     assert json.loads((tmp_path / "tuned" / "assembled.json").read_text())["tuning"].keys()
+
+
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_each_part_is_verified_once(calibrate, text, tmp_path, monkeypatch):
+    """The SHA-256 of each trunk, module and statistics is computed once."""
+    specimens.build(tmp_path)
+    computed = []
+
+    class Recorder:
+        def __init__(self, content: bytes = b""):
+            self.sha256 = sha256(content)
+            self.update, self.digest = self.sha256.update, self.sha256.digest
+
+        def hexdigest(self) -> str:
+            computed.append(self.sha256.hexdigest())
+            return computed[-1]
+
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", Recorder)
+    how = {"calibrate": (str(text),), "calibrate_tokens": 100, "cache_dir": tmp_path / "cache"} if calibrate else {}
+    modules = (tmp_path / "one", tmp_path / "two")
+    assert assemble.main(assemble.Settings(str(tmp_path / "trunk"), modules, tmp_path / "new", **how)) == 0
+    for path in (tmp_path / "trunk" / "forge.json", *(folder / "module.json" for folder in modules)):
+        metadata = json.loads(path.read_text())
+        assert computed.count(metadata["digest"]) == computed.count(metadata["statistics_digest"]) == 1
 
 
 def test_refusals(trunk, parts, whole, shared, tmp_path):
