@@ -15,31 +15,52 @@ from .files.atomic import lack_of_room
 from .files.untrusted import closed, naming_source
 from .settings import read_settings, run_main
 
-STATISTICS_TOKENS = 1_000_000  # of --trunk-data
+STATISTICS_TOKENS = 1_000_000  # tokens of --trunk-data that are counted at most
 
 
 @dataclass(frozen=True)
 class Settings:
-    trunk: str  # folder or hub id
-    modules: tuple[Path, ...]  # folders of modules of this trunk
-    output_dir: Path  # a new folder
-    without: tuple[str, ...] = ()  # names among --modules to leave out
-    router: Literal["context", "learned", "ridge", "uniform"] = "context"
-    top_k: int = 0  # candidates that serve a token; 0: all, softly; 1: the cost of one module
-    trunk_data: tuple[str, ...] = ()  # text like the trunk's, for the statistics of a trunk that brings none
-    calibrate: tuple[str, ...] = ()  # a little text of all domains, unlabelled: fits the router's handful of numbers
-    calibrate_tokens: int = 16_384  # of it, all sources together
+    trunk: str
+    """Trunk: folder or hub id."""
+    modules: tuple[Path, ...]
+    """Folders of modules of this trunk."""
+    output_dir: Path
+    """New folder for the assembled model."""
+    without: tuple[str, ...] = ()
+    """Names of modules in --modules to leave out."""
+
+    # -- router --
+    router: str = "context"
+    """Router: a name in ROUTERS of forge_common/routing/routers.py (context, learned, ridge, uniform)."""
+    top_k: int = 0
+    """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module."""
+    trunk_data: tuple[str, ...] = ()
+    """Sources of text like the trunk's, for the statistics of a trunk that has none."""
+    calibrate: tuple[str, ...] = ()
+    """Sources of a little text of all domains, without labels, to fit the router's numbers on."""
+    calibrate_tokens: int = 16_384
+    """Tokens of --calibrate at most, all sources together."""
+
+    # -- reading --
     text_column: str = "text"
+    """Column or key of the text in jsonl, json, csv, parquet, arrow and hub data."""
     document_separator: str | None = None
+    """Text that separates the documents of a text file. None: a file is one document."""
     on_bad_text: Literal["refuse", "replace", "skip"] = "refuse"
+    """What to do with bytes that are not UTF-8."""
     on_bad_line: Literal["refuse", "skip"] = "refuse"
+    """What to do with rows that cannot be read."""
     cache_dir: Path = Path("~/.cache/forge")
+    """Folder for tokens, which later commands use again."""
 
 
 def main(settings: Settings) -> int:
     from .artifacts.artifact import local_folder
     from .files.atomic import publish
+    from .routing.routers import ROUTERS
 
+    if settings.router not in ROUTERS:
+        raise UserError(f"--router {settings.router} is not a router. Choose one of {', '.join(ROUTERS)}.")
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
     if settings.top_k < 0 or settings.calibrate_tokens < 2:

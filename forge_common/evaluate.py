@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import UserError
 from .files.atomic import write_json, write_text
@@ -23,25 +23,52 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
 
 @dataclass(frozen=True)
 class Settings:
-    model: str  # a trunk (folder or hub id), or an assembled model
-    data: tuple[str, ...]  # NAME=SOURCE, each a column of the table
-    module: tuple[Path, ...] = ()  # modules of this trunk; each is merged into it alone and becomes a row
-    without: tuple[str, ...] = ()  # of an assembled model: each named module is left out in a row of its own
-    parts: bool = True  # of an assembled model: rows for the trunk and for each module as well
-    top_k: int | None = None  # candidates that serve a token, over what the model was assembled with; 0: all
-    router_memory: int = 128  # tokens of the same document before a window that the router may hear
-    spliced: int = 0  # add a column: texts that change their domain every so many tokens
-    json: Path | None = None  # write the rows there as well
-    svg: Path | None = None  # draw them there
-    val_fraction: float | None = None  # score documents whose hash is below it; none: as the runs held out; 1: all
-    max_tokens: int = 0  # at most so many tokens a source; 0: all
-    sequence_length: int | None = None  # tokens a window; none: the model's context, at most 2,048
-    batch_size: int = 16  # windows at once
+    model: str
+    """Trunk (folder or hub id) or assembled model."""
+    data: tuple[str, ...]
+    """NAME=SOURCE; each is a column of the table."""
+    module: tuple[Path, ...] = ()
+    """Folders of modules of this trunk. Each is merged into it alone and is a row of the table."""
+    without: tuple[str, ...] = ()
+    """Names of modules of an assembled model. Each is left out in a row of its own."""
+    parts: bool = True
+    """Add rows for the trunk and for each module of an assembled model."""
+
+    # -- routing --
+    top_k: int | None = None
+    """Candidates (the trunk and the modules) that serve a token; 0: all. None: as the model was assembled."""
+    router_memory: int = 128
+    """Tokens of the document before a window that the router reads."""
+    spliced: int = 0
+    """Tokens after which the domain changes in the texts of an additional column; 0: no such column."""
+
+    # -- scoring --
+    val_fraction: float | None = None
+    """Share of the documents, by the hash of their content, that is scored; 1: all. None: what the runs held out."""
+    max_tokens: int = 0
+    """Tokens of a source that are scored at most; 0: all."""
+    sequence_length: int | None = None
+    """Tokens in a window. None: the model's context, at most 2,048."""
+    batch_size: int = 16
+    """Windows that are scored at once."""
+
+    # -- results --
+    json: Path | None = None
+    """File to write the rows to."""
+    svg: Path | None = None
+    """File to draw the rows to."""
+
+    # -- reading --
     text_column: str = "text"
+    """Column or key of the text in jsonl, json, csv, parquet, arrow and hub data."""
     document_separator: str | None = None
-    on_bad_text: str = "refuse"
-    on_bad_line: str = "refuse"
+    """Text that separates the documents of a text file. None: a file is one document."""
+    on_bad_text: Literal["refuse", "replace", "skip"] = "refuse"
+    """What to do with bytes that are not UTF-8."""
+    on_bad_line: Literal["refuse", "skip"] = "refuse"
+    """What to do with rows that cannot be read."""
     cache_dir: Path = Path("~/.cache/forge")
+    """Folder for tokens, which later commands use again."""
 
 
 def main(settings: Settings) -> int:

@@ -15,16 +15,28 @@ from .settings import read_settings, run_main
 
 @dataclass(frozen=True)
 class Settings:
-    model: str  # a trunk (folder or hub id), or an assembled model
+    model: str
+    """Trunk (folder or hub id) or assembled model."""
     prompt: str
-    module: Path | None = None  # merged into the trunk before it speaks
-    without: tuple[str, ...] = ()  # modules of an assembled model to leave out
-    top_k: int | None = None  # candidates that serve a token, over what the model was assembled with; 0: all
-    show_routing: bool = False  # say below the text who spoke: a line for each stretch of one voice
+    """Text to continue."""
+    module: Path | None = None
+    """Folder of a module, which is merged into the trunk."""
+    without: tuple[str, ...] = ()
+    """Names of modules of an assembled model to leave out."""
+    top_k: int | None = None
+    """Candidates (the trunk and the modules) that serve a token; 0: all. None: as the model was assembled."""
+    show_routing: bool = False
+    """Print the gate weights below the text: a line for each stretch of tokens with the same heaviest candidate."""
+
+    # -- sampling --
     max_new_tokens: int = 200
-    temperature: float = 0.8  # 0: always the likeliest token
-    top_p: float = 0.95  # draw from the likeliest tokens that hold this much of the probability
+    """Tokens to generate at most."""
+    temperature: float = 0.8
+    """Temperature of the distribution that tokens are drawn from; 0: always the likeliest token."""
+    top_p: float = 0.95
+    """Share of the probability: tokens are drawn from the likeliest ones that hold it together."""
     seed: int = 42
+    """Seed of the random numbers."""
 
 
 def main(settings: Settings) -> int:

@@ -12,9 +12,12 @@ from .settings import read_settings, run_main
 
 @dataclass(frozen=True)
 class Settings:
-    trunk: str  # folder or hub id
-    module: Path  # a module of this trunk
-    output_dir: Path  # a new folder, which AutoModelForCausalLM loads
+    trunk: str
+    """Trunk: folder or hub id."""
+    module: Path
+    """Folder of a module of this trunk."""
+    output_dir: Path
+    """New folder, which AutoModelForCausalLM loads."""
 
 
 def main(settings: Settings) -> int:

@@ -328,6 +328,7 @@ def test_refusals(trunk, parts, whole, shared, tmp_path):
     assert "both called cpp" in refused(parts["cpp"], parts["cpp"])
     assert "needs modules of --kind expert" in refused(parts["cpp"], router="learned")
     assert "no such module" in refused(parts["cpp"], without=("law",))
+    assert "Choose one of context, learned, ridge, uniform" in refused(parts["cpp"], router="magic")
     assert "--top-k" in refused(parts["cpp"], top_k=-1)
     assert "--calibrate-tokens" in refused(parts["cpp"], calibrate=("x",), calibrate_tokens=0)
     with pytest.raises(UserError, match="--top-k -1"):
