@@ -1,5 +1,6 @@
 """Modules that were trained apart, assembled: order plays no part, nothing looks ahead, what is left out is gone."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -10,7 +11,7 @@ import sys
 import launch
 import numpy as np
 import pytest
-import specimens
+import small_artifacts
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -18,9 +19,10 @@ from forge_common import assemble
 from forge_common.artifacts import artifact, assembled
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
+from forge_common.files.tensors import digest
 from forge_common.model.config import ModelConfig
 from forge_common.model.modules import put_in
-from forge_common.model.trunk import Trunk
+from forge_common.model.trunk import Trunk, rotary
 from forge_common.routing import statistics
 
 KINDS = {"cpp": "ffn+head", "code": "narrow+head", "low": "lora+head"}
@@ -141,14 +143,13 @@ def test_the_gates_and_the_mixture_are_the_recipes(whole):
     nats = model.nats(tokens)
     for row, inputs in enumerate(tokens[:, :-1].tolist()):
         gates = torch.from_numpy(reference_gates(model, inputs)).float()
-        x = model.candidates[0].model.embed_tokens(tokens[row : row + 1, :-1])
         decoder = model.candidates[0].model
-        rope = __import__("forge_common.model.trunk", fromlist=["rotary"]).rotary(
-            model.config, torch.arange(len(inputs))
-        )
-        mask = decoder._mask(tokens[row : row + 1, :-1], 0)
+        x = decoder.embed_tokens(tokens[row : row + 1, :-1])
+        rope = rotary(model.config, torch.arange(len(inputs)))
+        documents = (torch.tensor([-1, *inputs[:-1]]) == model.config.eos_token_id).cumsum(0)
+        mask = torch.ones(len(inputs), len(inputs), dtype=torch.bool).tril() & (documents[:, None] == documents)
         for index, layer in enumerate(decoder.layers):
-            x = x + layer.self_attn(layer.input_layernorm(x), rope, mask, None, index)
+            x = x + layer.self_attn(layer.input_layernorm(x), rope, mask[None, None], None, index)
             normed = layer.post_attention_layernorm(x)
             given = [one.model.layers[index].feed(normed, None, None)[0] for one in model.candidates]
             x = x + sum(gates[None, :, e, None] * y for e, y in enumerate(given))
@@ -171,7 +172,7 @@ def test_all_candidates_of_top_k_are_the_soft_mixture_of_the_gates(whole):
     soft.top_k = 4
     all_of_them = soft.nats(tokens)
     soft.top_k = 0
-    soft.router.tuning = __import__("dataclasses").replace(soft.router.tuning, own=0.0)
+    soft.router.tuning = dataclasses.replace(soft.router.tuning, own=0.0)
     torch.testing.assert_close(all_of_them, soft.nats(tokens), rtol=0, atol=1e-5)
 
 
@@ -295,7 +296,7 @@ def test_calibration_never_makes_it_worse(trunk, parts, domain, text, cache, tmp
 @pytest.mark.parametrize("calibrate", [False, True])
 def test_each_part_is_verified_once(calibrate, text, tmp_path, monkeypatch):
     """The SHA-256 of each trunk, module and statistics is computed once."""
-    specimens.build(tmp_path)
+    small_artifacts.build(tmp_path)
     computed = []
 
     class Recorder:
@@ -351,7 +352,7 @@ def test_refusals(trunk, parts, whole, shared, tmp_path):
         tensors[key] = tensors[key][:-1].contiguous()
         save_file(tensors, copy / f"{name}.safetensors")
         facts = json.loads((copy / "module.json").read_text())
-        facts[{"module": "digest", "statistics": "statistics_digest"}[name]] = artifact.digest(tensors)
+        facts[{"module": "digest", "statistics": "statistics_digest"}[name]] = digest(tensors)
         (copy / "module.json").write_text(json.dumps(facts))
         assert reason in refused(copy)
     assert not (tmp_path / "never").exists()
