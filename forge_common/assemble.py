@@ -1,8 +1,8 @@
-"""Modules that were trained apart, and their trunk -> one model that routes by itself.
+"""Assembles a trunk and modules that were trained separately into one model, which routes every token by itself.
 
     python -m forge_common.assemble --trunk runs/trunk/trunk --modules runs/law/module runs/code/module --output-dir runs/all
 
-Nothing is trained. The folder holds copies of all parts, each verified; the order of --modules plays no part.
+Nothing is trained. The new folder holds verified copies of all parts. The order of --modules does not matter.
 """
 
 import shutil
@@ -182,7 +182,7 @@ def _opened(sources: tuple[str, ...], settings: Settings, tokenizer: Any) -> lis
 
 
 def _statistics(settings: Settings, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """The statistics of --trunk-data, as train_shared.py would have gathered them."""
+    """The statistics of --trunk-data, as train_shared.py would count them."""
     from .routing import statistics
 
     sample = statistics.sample(_opened(settings.trunk_data, settings, tokenizer), STATISTICS_TOKENS)

@@ -1,4 +1,4 @@
-"""A trunk with one module merged into it, as a Transformers checkpoint.
+"""Merges a module into its trunk and writes a Transformers checkpoint.
 
 python -m forge_common.merge --trunk DIR --module DIR --output-dir DIR
 """
@@ -26,13 +26,17 @@ def main(settings: Settings) -> int:
     from .model.modules import fold
 
     if settings.output_dir.exists():
-        raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
-    trunk, tokenizer, facts, passport = read_model(settings.trunk, settings.module)
+        raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
+    trunk, tokenizer, trunk_metadata, module = read_model(settings.trunk, settings.module)
+    assert module is not None
     fold(trunk)
-    origin = {"merged_from": {"trunk": facts["digest"], "module": passport["digest"], "name": passport["name"]}}
-    held_out = smallest_held_out_share([facts, passport])
-    origin |= {"kind": "trunk", "val_fraction": held_out, "licence": passport.get("licence")}
-    digest = write_trunk(settings.output_dir, trunk.state_dict(), trunk.config, tokenizer, origin)
+    metadata = {
+        "merged_from": {"trunk": trunk_metadata["digest"], "module": module["digest"], "name": module["name"]},
+        "kind": "trunk",
+        "val_fraction": smallest_held_out_share([trunk_metadata, module]),
+        "licence": module.get("licence"),
+    }
+    digest = write_trunk(settings.output_dir, trunk.state_dict(), trunk.config, tokenizer, metadata)
     print(f"published   {settings.output_dir} (digest {digest[:12]})")
     return 0
 

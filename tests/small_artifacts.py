@@ -80,7 +80,7 @@ def load(folder: Path) -> Any:
     if (folder / "module.json").exists() or (folder / "module.safetensors").exists():
         model, _, _, metadata = artifact.read_model(str(folder.parent / "trunk"), folder)
         statistics_read = artifact.read_statistics(folder, metadata, model.config)
-        return [model.state_dict(), statistics_read, artifact.plug(metadata), metadata["name"]], model
+        return [model.state_dict(), statistics_read, artifact.module_arguments(metadata), metadata["name"]], model
     trunk, tokenizer, metadata = artifact.read_trunk(str(folder))
     statistics_read = artifact.read_statistics(folder, metadata, trunk.config)
     return [trunk.state_dict(), statistics_read, dataclasses.asdict(trunk.config), tokenizer.digest], trunk

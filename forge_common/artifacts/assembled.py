@@ -15,7 +15,7 @@ from ..files.untrusted import closed, naming
 from ..model.trunk import Trunk
 from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ROUTERS, ContextRouter, LearnedRouter, RidgeRouter, Tuning, UniformRouter
-from .artifact import Tensors, plug, read_module, read_passport, read_statistics, read_trunk
+from .artifact import Tensors, module_arguments, read_metadata, read_module, read_statistics, read_trunk
 from .metadata import leave_out
 
 
@@ -44,7 +44,7 @@ def read_assembled(
     without: modules to leave out; they are not read. top_k: instead of the one in assembled.json.
     """
     folder = Path(place)
-    metadata = read_passport(folder / "assembled.json")
+    metadata = read_metadata(folder / "assembled.json")
     names = leave_out(metadata["modules"], without, folder)
     top_k = metadata["top_k"] if top_k is None else top_k
     if top_k < 0:
@@ -82,7 +82,7 @@ def read_part(trunk: Trunk, trunk_metadata: dict[str, Any], folder: Path) -> Par
     """The module in a folder, verified against the trunk."""
     tensors, metadata = read_module(folder, trunk_metadata)
     with naming(folder):
-        model = with_module(trunk, tensors, **plug(metadata))
+        model = with_module(trunk, tensors, **module_arguments(metadata))
     return Part(metadata, model, read_statistics(folder, metadata, trunk.config))
 
 

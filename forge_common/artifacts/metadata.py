@@ -1,7 +1,7 @@
-"""What forge.json, module.json and assembled.json say, and of which kind each of it must be.
+"""The metadata in forge.json, module.json and assembled.json, and the types and ranges of its fields.
 
-What no digest covers is the maker's word, and nothing here depends on its truth: a module's name, sources, licence, losses
-and counts, and the share of documents that it held out.
+No digest covers a module's name, sources, licence, losses and counts, and the share of documents that it held out. They
+are claims of whoever published it.
 """
 
 import dataclasses
@@ -12,7 +12,21 @@ from typing import Any
 
 from ..errors import UserError
 from ..files.atomic import read_json
-from ..files.untrusted import ANY, DIGEST, LINE, PLAIN, checked, closed, dict_of, list_of, number, one_of, shown, whole
+from ..files.untrusted import (
+    ANY,
+    DIGEST,
+    LINE,
+    PLAIN,
+    Field,
+    checked,
+    closed,
+    dict_of,
+    list_of,
+    number,
+    one_of,
+    shown,
+    whole,
+)
 from ..model.modules import KINDS
 from ..routing.routers import ROUTERS, Tuning
 
@@ -27,19 +41,19 @@ def _ascending(layers: Any) -> bool:
 
 
 def _is_tuning(numbers: Any) -> bool:
-    """All of a router's numbers and no others: a default in place of one would be another router."""
+    """All numbers of a router and no others: with a default instead of one it would be another router."""
     known = {field.name for field in dataclasses.fields(Tuning)}
     return dict_of(number(0, 1e9))[1](numbers) and numbers.keys() == known
 
 
-COMMON = {
+COMMON: dict[str, Field] = {
     "licence": LINE,
     "val_fraction": number(0, 1),
     "steps": COUNT,
     "tokens_seen": COUNT,
     "bad_updates": COUNT,
     "validation_loss": number(0, 1e9),
-    "sources": list_of(("a text", lambda text: isinstance(text, str))),
+    "sources": list_of(("a string", lambda text: isinstance(text, str))),
     "data": dict_of(ANY),
     "losses": dict_of(ANY),
     "statistics": dict_of(ANY),
@@ -58,29 +72,32 @@ MODULE = COMMON | {
 ASSEMBLED = COMMON | {
     "router": one_of(*ROUTERS),
     "top_k": COUNT,
-    "tuning": ("the router's numbers, all of them", _is_tuning),
-    "modules": (f"names of folders and none outside of it, {list_of(PLAIN)[0]}", list_of(PLAIN)[1]),
+    "tuning": ("all numbers of the router", _is_tuning),
+    "modules": (
+        f"names of folders, none of them outside of the assembled model: {list_of(PLAIN)[0]}",
+        list_of(PLAIN)[1],
+    ),
     "digests": dict_of(DIGEST),
 }
-KNOWN = {  # the file: its fields, and which of them must be there
+FILES = {  # name -> (its fields, the required ones)
     "forge.json": (TRUNK, ("digest", "tokenizer_digest")),
     "module.json": (MODULE, ("name", "kind", "layers", "digest", "trunk_digest", "tokenizer_digest")),
     "assembled.json": (ASSEMBLED, ("router", "top_k", "tuning", "modules", "digests")),
 }
 
 
-def read_passport(path: Path) -> dict[str, Any]:
-    """A forge.json, module.json or assembled.json in which every field that is known is of its kind."""
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The content of forge.json, module.json or assembled.json, in which every known field is valid."""
     closed(path.parent)
-    facts = read_json(path)
-    version = facts.get("format_version")
+    metadata = read_json(path)
+    version = metadata.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
             f"{path}: format version {shown(version)}, this program reads {FORMAT_VERSION}. "
-            "Use the version of forge that it was made with, or make it again."
+            "Use the version of forge that made it, or make it again."
         )
-    checked(facts, path, *KNOWN[path.name])
-    return {name: value for name, value in facts.items() if value is not None}  # null is as if it were not there
+    checked(metadata, path, *FILES[path.name])
+    return {name: value for name, value in metadata.items() if value is not None}  # null is like absent
 
 
 def smallest_held_out_share(parts: Iterable[dict[str, Any]]) -> float:
@@ -96,8 +113,11 @@ def leave_out(names: Sequence[str], without: Sequence[str], place: Any) -> list[
     return [name for name in names if name not in without]
 
 
-def plug(passport: dict[str, Any]) -> dict[str, Any]:
-    """What modules.plug_in is told of a module, from its passport: kind, layers, width, rank."""
-    return {key: passport[key] for key in ("kind", "layers")} | {
-        key: passport.get(key) or 0 for key in ("width", "rank")
+def module_arguments(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of modules.plug_in for a module: kind, layers, width, rank."""
+    return {
+        "kind": metadata["kind"],
+        "layers": metadata["layers"],
+        "width": metadata.get("width") or 0,
+        "rank": metadata.get("rank") or 0,
     }

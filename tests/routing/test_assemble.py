@@ -232,7 +232,7 @@ def test_one_learned_row_is_the_module_as_it_was_trained(trunk, parts, tmp_path)
     model, tokenizer = read(folder)
     tensors, passport = artifact.read_module(parts["expert_cpp"], artifact.read_trunk(str(trunk))[2])
     alone, _, _ = artifact.read_trunk(str(trunk))
-    put_in(alone, tensors, **artifact.plug(passport))
+    put_in(alone, tensors, **artifact.module_arguments(passport))
     torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-5)
 
 
@@ -252,7 +252,7 @@ def test_ridge_tells_what_least_squares_tells(trunk, parts, domain, text, tmp_pa
     assert torch.isfinite(nats).all() and model.weights.sum(-1).allclose(torch.ones(3, 64), atol=1e-5)
 
 
-def test_evaluate_tells_all_rows_and_a_receipt(whole, trunk, domain, text, cache, tmp_path):
+def test_evaluate_prints_all_rows_and_the_effect_of_leaving_one_out(whole, trunk, domain, text, cache, tmp_path):
     data = ("--data", f"cpp={domain}", f"code={text}", "--cache-dir", cache, "--val-fraction", 0.3)
     more = ("--without", "cpp", "--spliced", 16, "--json", tmp_path / "rows.json", "--svg", tmp_path / "rows.svg")
     printed = call("evaluate", "--model", whole, *data, *more)
@@ -260,7 +260,7 @@ def test_evaluate_tells_all_rows_and_a_receipt(whole, trunk, domain, text, cache
     models = ["trunk", "module:code", "module:cpp", "module:low", "assembled", "without:cpp"]
     assert list(dict.fromkeys(model for model, _ in found)) == models
     assert list(dict.fromkeys(domain for _, domain in found)) == ["cpp", "code", "spliced"]
-    assert f"receipt     without cpp: cpp {found['assembled', 'cpp']['loss']:.4f} -> " in printed
+    assert f"left out    cpp: cpp {found['assembled', 'cpp']['loss']:.4f} -> " in printed
     assert found["assembled", "cpp"]["loss"] < found["trunk", "cpp"]["loss"]  # it has heard of C++
     for place in ("cpp", "code", "spliced"):
         assert sum(found["assembled", place]["shares"].values()) == pytest.approx(1, abs=1e-5)

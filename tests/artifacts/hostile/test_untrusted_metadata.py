@@ -190,7 +190,7 @@ def test_statistics_of_an_assembled_model_match_their_digest(root):
 def test_evaluate_checks_the_metadata_that_it_reads_first(root):
     edit(root / "one" / "module.json", val_fraction="0.5")
     settings = evaluate.Settings(str(root / "trunk"), ("a=b",), module=(root / "one",))
-    assert "val_fraction" in refused(evaluate.held_out, settings)
+    assert "val_fraction" in refused(evaluate.held_out_share, settings)
 
 
 # ---- Names ----
