@@ -125,7 +125,7 @@ def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], te
         if settings.calibrate:  # needs all modules in memory at once; otherwise one is enough
             parts.append(part)
         del part
-    metadata = {
+    metadata: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "router": settings.router,
         "top_k": settings.top_k,
@@ -140,11 +140,10 @@ def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], te
     if settings.trunk_data:
         background = _statistics(settings, tokenizer, trunk.config.vocab_size)
         save_file(background, temp_dir / "statistics.safetensors")
+        metadata["statistics_digest"] = digest(background)
         origin = "from --trunk-data"
     if settings.calibrate:
         metadata["tuning"] = _calibrated(settings, trunk, tokenizer, parts, background, metadata)
-    if settings.trunk_data:
-        metadata["statistics_digest"] = digest(background)
     write_json(temp_dir / "assembled.json", metadata)
     (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
     print(f"statistics  of the trunk: {origin}")

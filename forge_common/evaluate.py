@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from .errors import UserError
 from .files.atomic import write_json, write_text
@@ -127,7 +127,7 @@ def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenize
     leave_out(assembled.names[1:], settings.without, settings.model)
     if settings.parts:
         for name, candidate in zip(assembled.names, assembled.candidates, strict=True):
-            yield name if name == "trunk" else f"module:{name}", candidate, tokenizer
+            yield name if name == "trunk" else f"module:{name}", cast("Trunk", candidate), tokenizer
     yield "assembled", assembled, tokenizer
     for name in settings.without:
         yield f"without:{name}", read_assembled(settings.model, without=(name,), top_k=settings.top_k)[0], tokenizer

@@ -94,7 +94,7 @@ class RunSettings:
 
 
 def read_settings(
-    kind: type[Settings], description: str, check: Callable[[Any], list[str]] = lambda settings: []
+    kind: type[Settings], description: str | None, check: Callable[[Any], list[str]] = lambda settings: []
 ) -> Settings:
     """The command line as `kind`, a frozen dataclass; ends the process (code 2) with every problem that `check` returns."""
     import tyro

@@ -57,14 +57,14 @@ def build(folder: Path, router: str = "context") -> Path:
     artifact.write_trunk(
         folder / "trunk", trunk.state_dict(), CONFIG, tokenizer, {"val_fraction": 0.1}, counts(0, moments=False)
     )
-    _, _, metadata = artifact.read_trunk(str(folder / "trunk"))
+    _, _, trunk_metadata = artifact.read_trunk(str(folder / "trunk"))
+    digests = {"trunk_digest": trunk_metadata["digest"], "tokenizer_digest": trunk_metadata["tokenizer_digest"]}
     for number, (name, sizes) in enumerate(MODULES.items()):
         plain = Trunk(CONFIG)
         names = plug_in(plain, sizes["kind"], [1], width=sizes["width"], rank=sizes["rank"])
         tensors = {key: torch.randn_like(plain.state_dict()[key]) * 0.1 for key in names}
         metadata = {"name": name, "layers": [1], "val_fraction": 0.1, "licence": "mit", "steps": 3, "tokens_seen": 9}
-        metadata |= sizes | {key: metadata[key.removeprefix("trunk_")] for key in ("trunk_digest", "tokenizer_digest")}
-        artifact.write_module(folder / name, tensors, metadata, counts(1 + number))
+        artifact.write_module(folder / name, tensors, metadata | sizes | digests, counts(1 + number))
     modules = tuple(folder / name for name in MODULES)
     assemble.main(assemble.Settings(str(folder / "trunk"), modules, folder / "assembled", router=router))
     return folder
@@ -79,11 +79,12 @@ def load(folder: Path) -> Any:
         return [model.state_dict(), dataclasses.asdict(model.config), tokenizer.digest, router, described], model
     if (folder / "module.json").exists() or (folder / "module.safetensors").exists():
         model, _, _, metadata = artifact.read_model(str(folder.parent / "trunk"), folder)
-        statistics_read = artifact.read_statistics(folder, metadata, model.config)
-        return [model.state_dict(), statistics_read, artifact.module_arguments(metadata), metadata["name"]], model
+        assert metadata is not None
+        counts_read = artifact.read_statistics(folder, metadata, model.config)
+        return [model.state_dict(), counts_read, artifact.module_arguments(metadata), metadata["name"]], model
     trunk, tokenizer, metadata = artifact.read_trunk(str(folder))
-    statistics_read = artifact.read_statistics(folder, metadata, trunk.config)
-    return [trunk.state_dict(), statistics_read, dataclasses.asdict(trunk.config), tokenizer.digest], trunk
+    counts_read = artifact.read_statistics(folder, metadata, trunk.config)
+    return [trunk.state_dict(), counts_read, dataclasses.asdict(trunk.config), tokenizer.digest], trunk
 
 
 def same(one: Any, other: Any) -> bool:

@@ -46,12 +46,11 @@ def read_assembled(
     folder = Path(place)
     metadata = read_metadata(folder / "assembled.json")
     names = leave_out(metadata["modules"], without, folder)
-    top_k = metadata["top_k"] if top_k is None else top_k
-    if top_k < 0:
+    if top_k is not None and top_k < 0:
         raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
     trunk, tokenizer, trunk_metadata = read_trunk(str(folder / "trunk"))
-    modules = closed(folder / "modules")
-    parts = read_parts(trunk, trunk_metadata, [modules / name for name in names])
+    modules_dir = closed(folder / "modules")
+    parts = read_parts(trunk, trunk_metadata, [modules_dir / name for name in names])
     digests = {part.name: part.metadata["digest"] for part in parts}
     _check_digests(folder, metadata, {"trunk": trunk_metadata["digest"], **digests})
     if "statistics_digest" in metadata or (folder / "statistics.safetensors").exists():
@@ -60,7 +59,8 @@ def read_assembled(
         background = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
     with naming(folder):
         router = route(trunk, background, parts, metadata)
-    return Mixture(trunk, {part.name: part.model for part in parts}, router, top_k=top_k), tokenizer, metadata
+    modules = {part.name: part.model for part in parts}
+    return Mixture(trunk, modules, router, top_k=metadata["top_k"] if top_k is None else top_k), tokenizer, metadata
 
 
 def _check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
@@ -118,7 +118,7 @@ def check_router(router: str, part: Part, place: Any) -> None:
 
 def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata: dict[str, Any]) -> Any:
     """The router of an assembled.json, solved for these parts. background: the trunk's statistics."""
-    router = metadata.get("router")
+    router = metadata["router"]
     try:
         tuning = Tuning(**metadata["tuning"])
     except (TypeError, ValueError) as reason:
@@ -133,9 +133,9 @@ def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata:
         check_router(router, part, f"module {part.name}")
     statistics = [part.statistics for part in parts if part.statistics is not None]
     if router == "context":
-        return ContextRouter(
-            [background or _average(statistics), *statistics], prior, trunk.config.eos_token_id, tuning
-        )
+        assert trunk.config.eos_token_id is not None  # read_trunk takes it from the tokenizer
+        background = background or _average(statistics)
+        return ContextRouter([background, *statistics], prior, trunk.config.eos_token_id, tuning)
     if router == "learned":
         rows = [[getattr(layer.addition, "row", None) for layer in part.model.model.layers] for part in parts]
         return LearnedRouter(rows, prior)
