@@ -8,18 +8,18 @@ Nothing is trained. The new folder holds verified copies of all parts. The order
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .errors import UserError
 from .files.atomic import lack_of_room
 from .files.untrusted import closed, naming_source
-from .settings import read_settings, run_main
+from .settings import ReadingSettings, read_settings, run_main
 
 STATISTICS_TOKENS = 1_000_000  # tokens of --trunk-data that are counted at most
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ReadingSettings):
     trunk: str
     """Trunk: folder or hub id."""
     modules: tuple[Path, ...]
@@ -40,18 +40,6 @@ class Settings:
     """Sources of a little text of all domains, without labels, to fit the router's numbers on."""
     calibrate_tokens: int = 16_384
     """Tokens of --calibrate at most, all sources together."""
-
-    # -- reading --
-    text_column: str = "text"
-    """Column or key of the text in jsonl, json, csv, parquet, arrow and hub data."""
-    document_separator: str | None = None
-    """Text that separates the documents of a text file. None: a file is one document."""
-    on_bad_text: Literal["refuse", "replace", "skip"] = "refuse"
-    """What to do with bytes that are not UTF-8."""
-    on_bad_line: Literal["refuse", "skip"] = "refuse"
-    """What to do with rows that cannot be read."""
-    cache_dir: Path = Path("~/.cache/forge")
-    """Folder for tokens, which later commands use again."""
 
 
 def main(settings: Settings) -> int:

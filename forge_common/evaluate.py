@@ -9,11 +9,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import UserError
 from .files.atomic import write_json, write_text
-from .settings import read_settings, run_main
+from .settings import ReadingSettings, read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .data.tokenizer import Tokenizer
@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(ReadingSettings):
     model: str
     """Trunk (folder or hub id) or assembled model."""
     data: tuple[str, ...]
@@ -59,18 +59,6 @@ class Settings:
     """File to write the rows to."""
     svg: Path | None = None
     """File to draw the rows to."""
-
-    # -- reading --
-    text_column: str = "text"
-    """Column or key of the text in jsonl, json, csv, parquet, arrow and hub data."""
-    document_separator: str | None = None
-    """Text that separates the documents of a text file. None: a file is one document."""
-    on_bad_text: Literal["refuse", "replace", "skip"] = "refuse"
-    """What to do with bytes that are not UTF-8."""
-    on_bad_line: Literal["refuse", "skip"] = "refuse"
-    """What to do with rows that cannot be read."""
-    cache_dir: Path = Path("~/.cache/forge")
-    """Folder for tokens, which later commands use again."""
 
 
 def main(settings: Settings) -> int:
