@@ -12,7 +12,7 @@ from typing import Any
 
 from .errors import UserError
 from .files.atomic import lack_of_room
-from .files.untrusted import closed, naming_source
+from .files.untrusted import naming_source, without_links
 from .settings import ReadingSettings, read_settings, run_main
 
 STATISTICS_TOKENS = 1_000_000  # tokens of --trunk-data that are counted at most
@@ -139,7 +139,7 @@ def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], te
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
     """Copies those of the files that exist; refuses links, and files for which there is no room."""
-    closed(source)
+    without_links(source)
     files = [source / name for name in names if (source / name).is_file()]
     target.mkdir(parents=True)
     size = sum(path.stat().st_size for path in files)

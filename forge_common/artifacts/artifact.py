@@ -19,7 +19,7 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UserError
 from ..files.atomic import publish, read_json, write_json
 from ..files.tensors import PICKLES, Tensors, digest, digests, read_tensors, verify, weight_files
-from ..files.untrusted import PLAIN, closed, is_plain, naming, shown
+from ..files.untrusted import PLAIN, is_plain, naming, quoted, without_links
 from ..model.config import ModelConfig
 from ..model.modules import put_in
 from ..model.trunk import Trunk
@@ -70,7 +70,7 @@ def write_trunk(
 def write_module(folder: Path, tensors: Tensors, metadata: dict[str, Any], statistics: Tensors) -> str:
     """Publishes a module: its tensors, its metadata, the statistics for routers; returns its digest."""
     if not is_plain(metadata["name"]):
-        raise UserError(f"a module cannot be called {shown(metadata['name'])}. Its name must be {PLAIN[0]}.")
+        raise UserError(f"a module cannot be called {quoted(metadata['name'])}. Its name must be {PLAIN[0]}.")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     module_digest = digest(stored)
     metadata = {
@@ -116,7 +116,7 @@ def read_trunk(place: str, eos_token: str | None = None) -> tuple[Trunk, Tokeniz
     Weights, configuration and tokenizer are verified against forge.json. Without that file it is a Transformers checkpoint:
     the metadata are then only the digests, which are computed.
     """
-    folder = closed(local_folder(place))
+    folder = without_links(local_folder(place))
     weights = weight_files(folder)
     raw = read_json(folder / "config.json")
     tokenizer = load_tokenizer(folder, eos_token)
@@ -217,7 +217,7 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
     for name in sorted(actual.keys() | expected.keys()):
         if actual.get(name) != expected.get(name):
             raise UserError(
-                f"{path}: {shown(name)} has the shape {actual.get(name)}, module.json says {expected.get(name)}. "
+                f"{path}: {quoted(name)} has the shape {actual.get(name)}, module.json says {expected.get(name)}. "
                 "Fetch the module again."
             )
     return tensors, metadata
@@ -240,7 +240,7 @@ def read_statistics(folder: Path, metadata: dict[str, Any], config: ModelConfig)
     shapes = moment_shapes(config.num_hidden_layers, config.hidden_size)
     if moments and moments != {name: (torch.float16, shape) for name, shape in shapes.items()}:
         raise UserError(
-            f"{path} has the moments {shown(moments)}; those of this trunk have the shapes {shapes} in float16. "
+            f"{path} has the moments {quoted(moments)}; those of this trunk have the shapes {shapes} in float16. "
             "Make the artifact again with this version."
         )
     return statistics

@@ -11,7 +11,7 @@ import torch
 
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..files.untrusted import closed, naming
+from ..files.untrusted import naming, without_links
 from ..model.trunk import Trunk
 from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ROUTERS, ContextRouter, LearnedRouter, RidgeRouter, Tuning, UniformRouter
@@ -49,7 +49,7 @@ def read_assembled(
     if top_k is not None and top_k < 0:
         raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
     trunk, tokenizer, trunk_metadata = read_trunk(str(folder / "trunk"))
-    modules_dir = closed(folder / "modules")
+    modules_dir = without_links(folder / "modules")
     parts = read_parts(trunk, trunk_metadata, [modules_dir / name for name in names])
     digests = {part.name: part.metadata["digest"] for part in parts}
     _check_digests(folder, metadata, {"trunk": trunk_metadata["digest"], **digests})

@@ -19,19 +19,19 @@ from ..files.untrusted import (
     PLAIN,
     Field,
     checked,
-    closed,
     dict_of,
+    integer,
     list_of,
     number,
     one_of,
-    shown,
-    whole,
+    quoted,
+    without_links,
 )
 from ..model.modules import KINDS
 from ..routing.routers import ROUTERS, Tuning
 
 FORMAT_VERSION = 1
-COUNT = whole(0, 1 << 62)
+COUNT = integer(0, 1 << 62)
 
 
 def _ascending(layers: Any) -> bool:
@@ -67,7 +67,7 @@ MODULE = COMMON | {
     "layers": ("a list of different layers in ascending order", _ascending),
     "shapes": dict_of(list_of(COUNT)),
     "trunk_digest": DIGEST,
-    **dict.fromkeys(("width", "rank"), whole(0, 1 << 20)),
+    **dict.fromkeys(("width", "rank"), integer(0, 1 << 20)),
 }
 ASSEMBLED = COMMON | {
     "router": one_of(*ROUTERS),
@@ -88,12 +88,12 @@ FILES = {  # name -> (its fields, the required ones)
 
 def read_metadata(path: Path) -> dict[str, Any]:
     """The content of forge.json, module.json or assembled.json, in which every known field is valid."""
-    closed(path.parent)
+    without_links(path.parent)
     metadata = read_json(path)
     version = metadata.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {shown(version)}, this program reads {FORMAT_VERSION}. "
+            f"{path}: format version {quoted(version)}, this program reads {FORMAT_VERSION}. "
             "Use the version of forge that made it, or make it again."
         )
     checked(metadata, path, *FILES[path.name])

@@ -9,7 +9,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from .atomic import read_json
-from .untrusted import shown
+from .untrusted import quoted
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 HEADER_BYTES = 4 << 20  # at most; enough for the names and shapes of about 30,000 tensors
@@ -40,7 +40,7 @@ def verify(place: Path, tensors: Tensors, metadata: dict[str, Any], key: str, fi
         return
     known = metadata.get("tensor_digests", {})
     changed = [name for name, value in digests(tensors).items() if known.get(name, value) != value]
-    differing = f" {shown(changed[0])} differs ({len(changed)} in all)." if changed else ""
+    differing = f" {quoted(changed[0])} differs ({len(changed)} in all)." if changed else ""
     raise UserError(
         f"{place}: the digest is {actual}, but {file_name} says {expected}.{differing} The files were changed or damaged "
         "since they were published. Fetch or export the artifact again."
@@ -58,7 +58,7 @@ def read_tensors(path: Path, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor
         raise UserError(f"{path} cannot be read as safetensors ({first_line}). Fetch or export it again.") from None
     for name, tensor in tensors.items():
         if not name.isprintable() or len(name) > 256:
-            raise UserError(f"{path}: a tensor is called {shown(name)}. Do not use this artifact.")
+            raise UserError(f"{path}: a tensor is called {quoted(name)}. Do not use this artifact.")
         if tensor.dtype not in dtypes:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
             raise UserError(
@@ -102,7 +102,7 @@ def weight_files(folder: Path) -> list[Path]:
         outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if outside:
             raise UserError(
-                f"{folder}: the index names {shown(outside[0])}, which is not a safetensors file of the folder. "
+                f"{folder}: the index names {quoted(outside[0])}, which is not a safetensors file of the folder. "
                 "Do not use this artifact."
             )
         return [folder / name for name in names]

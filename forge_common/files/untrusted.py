@@ -25,13 +25,13 @@ def is_plain(name: Any) -> bool:
     return name[-1] != "." and not DEVICE.fullmatch(name) and name.lower() != "trunk"  # the name of the other candidate
 
 
-def shown(value: Any) -> str:
+def quoted(value: Any) -> str:
     """An untrusted value for a message: escaped, at most 200 characters."""
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def closed(folder: Path) -> Path:
+def without_links(folder: Path) -> Path:
     """Returns `folder` if there is no link and no special file in it, so that nothing outside of it is read or copied.
 
     The links of the hub's cache are allowed: snapshots/REVISION/... -> blobs/DIGEST of the same repository.
@@ -85,11 +85,11 @@ def checked(
     for name, (description, is_valid) in fields.items():
         value = content.get(name)
         if value is not None and not is_valid(value):
-            raise UserError(f"{place}: {name} is {shown(value)}; it must be {description}. Fetch or export it again.")
+            raise UserError(f"{place}: {name} is {quoted(value)}; it must be {description}. Fetch or export it again.")
     return content
 
 
-def whole(least: int, most: int) -> Field:
+def integer(least: int, most: int) -> Field:
     """An integer in these bounds; true and 1.0 are not integers."""
     return f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most
 
