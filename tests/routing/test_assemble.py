@@ -42,13 +42,13 @@ def call(command: str, *arguments: object, fails: bool = False) -> str:
 def module_dirs(module, text, domain, tmp_path_factory):
     """Folders of modules by name: three kinds, trained on two texts, and two of kind expert."""
     folder = tmp_path_factory.mktemp("modules")
-    found = {}
+    dirs = {}
     for name, kind in {**KINDS, "expert_cpp": "expert", "expert_code": "expert"}.items():
         source = domain if "cpp" in name else text
         flags = ("--name", name, "--data", source, "--kind", kind, "--rank", 4, "--width", 12, "--steps", 12)
         module(folder / name, *flags, "--lr", 0.02)
-        found[name] = folder / name / "module"
-    return found
+        dirs[name] = folder / name / "module"
+    return dirs
 
 
 @pytest.fixture(scope="module")
@@ -108,25 +108,25 @@ def test_token_by_token_with_a_cache_equals_one_pass(assembled_dir, top_k):
     model, tokenizer = read(assembled_dir, top_k=top_k)
     tokens = ids(tokenizer)
     expected = model.nats(tokens)
-    cache, found = [], []
+    cache, nats = [], []
     first = model.next_logits(tokens[:, :7], cache)
     assert torch.allclose(first.logsumexp(-1), torch.zeros(3), atol=1e-5)  # probabilities sum to 1
-    found.append(-first.gather(1, tokens[:, 7:8]))
+    nats.append(-first.gather(1, tokens[:, 7:8]))
     for t in range(7, 64):
-        found.append(-model.next_logits(tokens[:, t : t + 1], cache).gather(1, tokens[:, t + 1 : t + 2]))
-    torch.testing.assert_close(torch.cat(found, dim=1), expected[:, 6:], rtol=0, atol=2e-5)
+        nats.append(-model.next_logits(tokens[:, t : t + 1], cache).gather(1, tokens[:, t + 1 : t + 2]))
+    torch.testing.assert_close(torch.cat(nats, dim=1), expected[:, 6:], rtol=0, atol=2e-5)
 
 
 def least_of(unigrams, bigrams, previous: int, token: int) -> float:
     return min(bigrams[statistics.bigram_bucket(previous, token)], unigrams[previous], unigrams[token])
 
 
-def reference_gates(model, tokens: list[int], own: np.ndarray | None = None) -> np.ndarray:
-    """The router's filter, one token and one candidate at a time, in float64. own [T, E]: log p of the heads, if used."""
+def reference_gates(model, tokens: list[int], log_p_heads: np.ndarray | None = None) -> np.ndarray:
+    """The router's filter, one token and one candidate at a time, in float64. log_p_heads [T, E]: of the labels, if used."""
     router, tuning = model.router, model.router.tuning
     prior = router.prior.double().numpy()
     tables = [[table[e].double().numpy() for table in (router.unigrams, router.bigrams)] for e in range(len(prior))]
-    gates, found = prior.copy(), []
+    gates, rows = prior.copy(), []
     previous = router.eos
     for t, token in enumerate(tokens):
         weights = []
@@ -135,13 +135,13 @@ def reference_gates(model, tokens: list[int], own: np.ndarray | None = None) -> 
             pair = least_of(unigrams, bigrams, previous, token)
             p = (pair + 200 * p) / (unigrams[previous] + 200)
             weights.append(tuning.temperature * math.log(p))
-        if own is not None:
-            weights = [weight + tuning.own * own[t, e] for e, weight in enumerate(weights)]
+        if log_p_heads is not None:
+            weights = [weight + tuning.own * log_p_heads[t, e] for e, weight in enumerate(weights)]
         gates = (gates * (1 - tuning.switch) + tuning.switch * prior) * np.exp(weights)
         gates = prior.copy() if token == router.eos else gates / gates.sum()
-        found.append(gates)
+        rows.append(gates)
         previous = token
-    return np.array(found)
+    return np.array(rows)
 
 
 def test_the_gates_and_the_mixture_equal_a_reference(assembled_dir):
@@ -159,13 +159,13 @@ def test_the_gates_and_the_mixture_equal_a_reference(assembled_dir):
         for index, layer in enumerate(decoder.layers):
             x = x + layer.self_attn(layer.input_layernorm(x), rope, mask[None, None], None, index)
             normed = layer.post_attention_layernorm(x)
-            given = [one.model.layers[index].feed(normed, None, None)[0] for one in model.candidates]
-            x = x + sum(gates[None, :, e, None] * y for e, y in enumerate(given))
+            outputs = [one.model.layers[index].feed(normed, None, None)[0] for one in model.candidates]
+            x = x + sum(gates[None, :, e, None] * y for e, y in enumerate(outputs))
         hidden = decoder.norm(x)[0]
         log_p = torch.stack([(hidden @ one.head.T).log_softmax(-1) for one in model.candidates], dim=-1)
         label = log_p.gather(1, tokens[row, 1:, None, None].expand(-1, 1, log_p.shape[-1])).squeeze(1).double()
-        own = torch.cat((torch.zeros_like(label[:1]), label[:-1])).detach().numpy()
-        weights = torch.from_numpy(reference_gates(model, inputs, own))
+        before = torch.cat((torch.zeros_like(label[:1]), label[:-1])).detach().numpy()
+        weights = torch.from_numpy(reference_gates(model, inputs, before))
         expected = -torch.logsumexp(weights.log() + label, dim=-1)
         torch.testing.assert_close(nats[row].double(), expected, rtol=0, atol=2e-4)
         torch.testing.assert_close(model.weights[row].double(), weights, rtol=0, atol=2e-4)
@@ -202,8 +202,8 @@ def test_without_a_module_it_equals_a_model_assembled_without_it(assembled_dir, 
         "--output-dir",
         tmp_path / "two",
     )
-    given = (*(module_dirs[name] for name in KINDS), "--without", "cpp")
-    call("assemble", "--trunk", trunk, "--modules", *given, "--output-dir", tmp_path / "left")
+    flags = (*(module_dirs[name] for name in KINDS), "--without", "cpp")
+    call("assemble", "--trunk", trunk, "--modules", *flags, "--output-dir", tmp_path / "left")
     (one, tokenizer), (two, _), (left, _) = (
         read(assembled_dir, without=("cpp",)),
         read(tmp_path / "two"),
@@ -258,12 +258,12 @@ def test_ridge_solves_the_least_squares_problem(trunk, module_dirs, domain, text
     modules = (module_dirs["expert_cpp"], module_dirs["expert_code"])
     call("assemble", "--trunk", trunk, "--modules", *modules, "--router", "ridge", "--output-dir", folder)
     model, tokenizer = read(folder)
-    own = [
+    moments = [
         load_file(path / "statistics.safetensors") for path in (module_dirs["expert_code"], module_dirs["expert_cpp"])
     ]
     for layer, weights in enumerate(model.router.weights.double()):
-        second = sum(one["second"][layer].double() for one in own) / 2
-        right = torch.stack([one["first"][layer].double() / 2 for one in own], dim=-1)
+        second = sum(one["second"][layer].double() for one in moments) / 2
+        right = torch.stack([one["first"][layer].double() / 2 for one in moments], dim=-1)
         eye = 1e-2 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
         torch.testing.assert_close((second + eye) @ weights, right, rtol=1e-3, atol=1e-4)
     nats = model.nats(ids(tokenizer))
@@ -276,16 +276,18 @@ def test_evaluate_prints_all_rows_and_the_effect_of_leaving_one_out(
     data = ("--data", f"cpp={domain}", f"code={text}", "--cache-dir", cache, "--val-fraction", 0.3)
     more = ("--without", "cpp", "--spliced", 16, "--json", tmp_path / "rows.json", "--svg", tmp_path / "rows.svg")
     printed = call("evaluate", "--model", assembled_dir, *data, *more)
-    found = {(row["model"], row["domain"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    rows_by_key = {
+        (row["model"], row["domain"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]
+    }
     models = ["trunk", "module:code", "module:cpp", "module:low", "assembled", "without:cpp"]
-    assert list(dict.fromkeys(model for model, _ in found)) == models
-    assert list(dict.fromkeys(domain for _, domain in found)) == ["cpp", "code", "spliced"]
-    assert f"left out    cpp: cpp {found['assembled', 'cpp']['loss']:.4f} -> " in printed
-    assert found["assembled", "cpp"]["loss"] < found["trunk", "cpp"]["loss"]  # it was trained on C++
+    assert list(dict.fromkeys(model for model, _ in rows_by_key)) == models
+    assert list(dict.fromkeys(domain for _, domain in rows_by_key)) == ["cpp", "code", "spliced"]
+    assert f"left out    cpp: cpp {rows_by_key['assembled', 'cpp']['loss']:.4f} -> " in printed
+    assert rows_by_key["assembled", "cpp"]["loss"] < rows_by_key["trunk", "cpp"]["loss"]  # it was trained on C++
     for place in ("cpp", "code", "spliced"):
-        assert sum(found["assembled", place]["shares"].values()) == pytest.approx(1, abs=1e-5)
-    assert found["assembled", "cpp"]["shares"]["cpp"] > found["assembled", "code"]["shares"]["cpp"]
-    assert "cpp" not in found["without:cpp", "cpp"]["shares"]
+        assert sum(rows_by_key["assembled", place]["shares"].values()) == pytest.approx(1, abs=1e-5)
+    assert rows_by_key["assembled", "cpp"]["shares"]["cpp"] > rows_by_key["assembled", "code"]["shares"]["cpp"]
+    assert "cpp" not in rows_by_key["without:cpp", "cpp"]["shares"]
     call(
         "evaluate",
         "--model",
@@ -298,7 +300,7 @@ def test_evaluate_prints_all_rows_and_the_effect_of_leaving_one_out(
     )
     plain = {(row["model"], row["domain"]): row for row in json.loads((tmp_path / "plain.json").read_text())["rows"]}
     for key, row in plain.items():  # each candidate has the loss that it has outside of the mixture
-        assert row["loss"] == pytest.approx(found[key]["loss"], abs=1e-6)
+        assert row["loss"] == pytest.approx(rows_by_key[key]["loss"], abs=1e-6)
     assert (tmp_path / "rows.svg").read_text().count("<circle") == 3 * 6 + 6
 
 
