@@ -56,7 +56,7 @@ compare: $(READY)
 soak: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/campaign.py --kills 200 --output-dir runs/soak
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m soak
-	OMP_NUM_THREADS=1 FORGE_FUZZ=20 $(BIN)/python -m pytest -n 2 --dist loadfile tests/data/test_fuzz_readers.py tests/artifacts/test_fuzz_artifacts.py
+	OMP_NUM_THREADS=1 FORGE_FUZZ=20 $(BIN)/python -m pytest -n 2 --dist loadfile tests/data/test_fuzz_readers.py tests/artifacts/hostile/test_fuzz_artifacts.py
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

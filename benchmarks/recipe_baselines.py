@@ -28,6 +28,8 @@ class Ensemble:
     filter; the evidence of its counts is not used.
     """
 
+    names, weights = ("ensemble",), None  # its gates are not reported
+
     def __init__(self, models: list[Trunk], router: ContextRouter):
         self.models, self.config = models, models[0].config
         self.router = copy.copy(router)
@@ -68,6 +70,8 @@ class TrueLabels:
 
     choice: for each domain's number, its candidate; labels [windows, T + 1], in the order of the windows.
     """
+
+    names, weights = ("labels",), None  # its gates are not reported
 
     def __init__(self, mixture: Mixture, choice: list[int], labels: torch.Tensor):
         self.mixture, self.config = mixture, mixture.config

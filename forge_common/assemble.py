@@ -1,135 +1,152 @@
-"""Modules that were trained apart, and their trunk -> one model that routes by itself.
+"""Assembles a trunk and modules that were trained separately into one model, which routes every token by itself.
 
     python -m forge_common.assemble --trunk runs/trunk/trunk --modules runs/law/module runs/code/module --output-dir runs/all
 
-Nothing is trained. The folder holds copies of all parts, each verified; the order of --modules plays no part.
+Nothing is trained. The new folder holds verified copies of all parts. The order of --modules does not matter.
 """
 
-import json
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from .errors import UserError
-from .files.untrusted import naming
-from .settings import read_settings, run_main
+from .files.atomic import lack_of_room
+from .files.untrusted import naming_source, without_links
+from .settings import ReadingSettings, read_settings, run_main
 
-STATISTICS_TOKENS = 1_000_000  # of --trunk-data
-CALIBRATED = {  # which of a router's numbers --calibrate fits
-    "context": ("temperature", "trunk_share"),
-    "learned": ("trunk_share",),
-    "ridge": ("sharpness", "trunk_share"),
-    "uniform": ("trunk_share",),
-}
+STATISTICS_TOKENS = 1_000_000  # tokens of --trunk-data that are counted at most
 
 
 @dataclass(frozen=True)
-class Settings:
-    trunk: str  # folder or hub id
-    modules: tuple[Path, ...]  # folders of modules of this trunk
-    output_dir: Path  # a new folder
-    without: tuple[str, ...] = ()  # names among --modules to leave out
-    router: Literal["context", "learned", "ridge", "uniform"] = "context"
-    top_k: int = 0  # candidates that serve a token; 0: all, softly; 1: the cost of one module
-    trunk_data: tuple[str, ...] = ()  # text like the trunk's, for the statistics of a trunk that brings none
-    calibrate: tuple[str, ...] = ()  # a little text of all domains, unlabelled: fits the router's handful of numbers
-    calibrate_tokens: int = 16_384  # of it, all sources together
-    text_column: str = "text"
-    document_separator: str | None = None
-    on_bad_text: Literal["refuse", "replace", "skip"] = "refuse"
-    on_bad_line: Literal["refuse", "skip"] = "refuse"
-    cache_dir: Path = Path("~/.cache/forge")
+class Settings(ReadingSettings):
+    trunk: str
+    """Trunk: folder or hub id."""
+    modules: tuple[Path, ...]
+    """Folders of modules of this trunk."""
+    output_dir: Path
+    """New folder for the assembled model."""
+    without: tuple[str, ...] = ()
+    """Names of modules in --modules to leave out."""
+
+    # -- router --
+    router: str = "context"
+    """Router: a name in ROUTERS of forge_common/routing/routers.py (context, learned, ridge, uniform)."""
+    top_k: int = 0
+    """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module."""
+    trunk_data: tuple[str, ...] = ()
+    """Sources of text like the trunk's, for the statistics of a trunk that has none."""
+    calibrate: tuple[str, ...] = ()
+    """Sources of a little text of all domains, without labels, to fit the router's numbers on."""
+    calibrate_tokens: int = 16_384
+    """Tokens of --calibrate at most, all sources together."""
 
 
 def main(settings: Settings) -> int:
+    from .artifacts.artifact import local_folder
+    from .files.atomic import publish
+    from .routing.routers import ROUTERS
+
+    if settings.router not in ROUTERS:
+        raise UserError(f"--router {settings.router} is not a router. Choose one of {', '.join(ROUTERS)}.")
+    if settings.output_dir.exists():
+        raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
+    if settings.top_k < 0 or settings.calibrate_tokens < 2:
+        raise UserError(
+            f"--top-k is {settings.top_k}, --calibrate-tokens is {settings.calibrate_tokens}. "
+            "The first must be 0 (all) or more, the second at least 2."
+        )
+    trunk_dir = local_folder(settings.trunk)
+    module_dirs = _module_dirs(settings)
+    publish(settings.output_dir, lambda temp_dir: _write(settings, trunk_dir, module_dirs, temp_dir))
+    print(f"assembled   {settings.output_dir}: the trunk and {', '.join(module_dirs)}; router {settings.router}")
+    return 0
+
+
+def _module_dirs(settings: Settings) -> dict[str, Path]:
+    """The modules' folders by name, sorted, without those of --without."""
+    from .artifacts.artifact import read_module_metadata
+    from .artifacts.metadata import leave_out
+
+    module_dirs: dict[str, Path] = {}
+    for folder in settings.modules:
+        name = read_module_metadata(folder)["name"]
+        for other, other_dir in module_dirs.items():
+            if other.lower() == name.lower():  # one folder on a file system that ignores case
+                raise UserError(
+                    f"{folder} and {other_dir} are both called {name}. Train one of them under another name."
+                )
+        module_dirs[name] = folder
+    names = leave_out(sorted(module_dirs), settings.without, "--modules")
+    if not names:
+        raise UserError("no module is left to assemble. Name one in --modules that is not in --without.")
+    return {name: module_dirs[name] for name in names}
+
+
+def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], temp_dir: Path) -> None:
+    """Copies the trunk and the modules to `temp_dir`, verifies the copies, and adds assembled.json and the card."""
     from safetensors.torch import save_file
 
-    from .artifacts.artifact import MODULE_FILES, TRUNK_FILES, find, plug, read_module, read_statistics, read_trunk
-    from .artifacts.metadata import FORMAT_VERSION
-    from .files.atomic import publish, write_json
+    from .artifacts.artifact import MODULE_FILES, TRUNK_FILES, read_statistics, read_trunk
+    from .artifacts.assembled import check_router, read_part
+    from .artifacts.card import model_card
+    from .artifacts.metadata import FORMAT_VERSION, smallest_held_out_share
+    from .files.atomic import write_json
     from .files.tensors import digest, weight_files
-    from .routing.mixture import with_module
     from .routing.routers import Tuning
 
-    if settings.output_dir.exists():
-        raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
-    if settings.top_k < 0 or settings.calibrate_tokens < 2:
-        raise UserError("--top-k must be 0 (all) or more, --calibrate-tokens at least 2")
-    source = find(settings.trunk)
-    trunk, tokenizer, facts = read_trunk(settings.trunk)
-    found: dict[str, tuple[Path, dict[str, Any]]] = {}
-    for folder in settings.modules:
-        tensors, passport = read_module(folder, facts)  # one at a time: refused with the reason, and let go again
-        with naming(folder):
-            with_module(trunk, tensors, **plug(passport))
-        del tensors
-        name = passport["name"]
-        for other, (taken, _) in found.items():
-            if other.lower() == name.lower():  # a disk may take A and a for one
-                raise UserError(f"{folder} and {taken} are both called {name}; train one of them under another name")
-        if settings.router == "learned" and passport["kind"] != "expert":
-            raise UserError(f"{folder} is of kind {passport['kind']}: --router learned needs modules of --kind expert")
-        if settings.router in ("context", "ridge") and read_statistics(folder, passport, trunk.config) is None:
-            raise UserError(f"{folder} brings no statistics.safetensors: --router {settings.router} needs it")
-        found[name] = (folder, passport)
-    unknown = [name for name in settings.without if name not in found]
-    if unknown:
-        raise UserError(f"--without {unknown[0]}: no such module; there are {', '.join(sorted(found))}")
-    names = sorted(found.keys() - set(settings.without))
-    if not names:
-        raise UserError("no module is left to assemble; name some by --modules")
-    folders = {name: found[name][0] for name in names}
-    background = (
-        _statistics(settings, tokenizer, trunk.config.vocab_size)
-        if settings.trunk_data
-        else read_statistics(source, facts, trunk.config)
-    )
-    described = {
+    copy = temp_dir / "trunk"
+    index = "model.safetensors.index.json"
+    _copy(trunk_dir, copy, (*TRUNK_FILES, index, *(path.name for path in weight_files(trunk_dir))))
+    with naming_source(trunk_dir, copy):
+        trunk, tokenizer, trunk_metadata = read_trunk(str(copy))
+        background = read_statistics(copy, trunk_metadata, trunk.config)
+    parts = []
+    module_metadata = []
+    for name, module_dir in module_dirs.items():
+        copy = temp_dir / "modules" / name
+        _copy(module_dir, copy, MODULE_FILES)
+        with naming_source(module_dir, copy):
+            part = read_part(trunk, trunk_metadata, copy)
+            check_router(settings.router, part, copy)
+        module_metadata.append(part.metadata)
+        if settings.calibrate:  # needs all modules in memory at once; otherwise one is enough
+            parts.append(part)
+        del part
+    metadata: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
         "router": settings.router,
         "top_k": settings.top_k,
         "tuning": asdict(Tuning()),
-        "modules": names,
-        "digests": {"trunk": facts["digest"], **{name: found[name][1]["digest"] for name in names}},
-        "val_fraction": _held_out([facts, *(found[name][1] for name in names)]),
+        "modules": list(module_dirs),
+        "digests": {"trunk": trunk_metadata["digest"], **{each["name"]: each["digest"] for each in module_metadata}},
+        "val_fraction": smallest_held_out_share([trunk_metadata, *module_metadata]),
     }
+    origin = (
+        "the trunk's own" if background else "none: the mean of the modules' is used (--trunk-data would be better)"
+    )
+    if settings.trunk_data:
+        background = _statistics(settings, tokenizer, trunk.config.vocab_size)
+        save_file(background, temp_dir / "statistics.safetensors")
+        metadata["statistics_digest"] = digest(background)
+        origin = "from --trunk-data"
     if settings.calibrate:
-        described["tuning"] = _calibrated(settings, trunk, tokenizer, facts, folders, background, described)
-    del trunk
-
-    def write(aside: Path) -> None:
-        index = "model.safetensors.index.json"
-        _copy(source, aside / "trunk", (*TRUNK_FILES, index, *(path.name for path in weight_files(source))))
-        for name, folder in folders.items():
-            _copy(folder, aside / "modules" / name, MODULE_FILES)
-            read_module(aside / "modules" / name, facts)
-        if settings.trunk_data:
-            save_file(background, aside / "statistics.safetensors")
-            described["statistics_digest"] = digest(background)
-        write_json(aside / "assembled.json", described)
-        (aside / "README.md").write_text(_card(described), encoding="utf-8")
-
-    publish(settings.output_dir, write)
-    told = "the trunk's own" if not settings.trunk_data and background else "from --trunk-data"
-    if background is None:
-        told = "none: the mean of the modules' stands in (--trunk-data would be better)"
-    print(f"statistics  of the trunk: {told}")
-    print(f"assembled   {settings.output_dir}: the trunk and {', '.join(names)}; router {settings.router}")
-    return 0
-
-
-def _held_out(passports: list[dict[str, Any]]) -> float:
-    """The share of documents by hash that no part was trained on; 0 where none of them held any out."""
-    return min((facts["val_fraction"] for facts in passports if facts.get("val_fraction")), default=0.0)
+        metadata["tuning"] = _calibrated(settings, trunk, tokenizer, parts, background, metadata)
+    write_json(temp_dir / "assembled.json", metadata)
+    (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
+    print(f"statistics  of the trunk: {origin}")
 
 
 def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Those of the files that are there; nothing else that lies beside them, and nothing from elsewhere."""
+    """Copies those of the files that exist; refuses links, and files for which there is no room."""
+    without_links(source)
+    files = [source / name for name in names if (source / name).is_file()]
     target.mkdir(parents=True)
-    for name in names:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    size = sum(path.stat().st_size for path in files)
+    if size > shutil.disk_usage(target).free:
+        raise UserError(f"{source} cannot be copied: {lack_of_room(target, size)}")
+    for path in files:
+        shutil.copyfile(path, target / path.name)
 
 
 def _opened(sources: tuple[str, ...], settings: Settings, tokenizer: Any) -> list[tuple[Any, float]]:
@@ -152,7 +169,7 @@ def _opened(sources: tuple[str, ...], settings: Settings, tokenizer: Any) -> lis
 
 
 def _statistics(settings: Settings, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """The statistics of --trunk-data, as train_shared.py would have gathered them."""
+    """The statistics of --trunk-data, as train_shared.py would count them."""
     from .routing import statistics
 
     sample = statistics.sample(_opened(settings.trunk_data, settings, tokenizer), STATISTICS_TOKENS)
@@ -160,44 +177,40 @@ def _statistics(settings: Settings, tokenizer: Any, vocab_size: int) -> dict[str
     return counts
 
 
-def _calibrated(settings, trunk, tokenizer, facts, folders, background, described) -> dict[str, float]:
+def _calibrated(settings, trunk, tokenizer, parts, background, metadata) -> dict[str, float]:
     """The router's numbers that fit --calibrate best: each halved and doubled in turn, as long as the loss falls."""
     import torch
 
-    from .artifacts.assembled import read_parts, route
+    from .artifacts.assembled import route
     from .routing.mixture import Mixture
+    from .routing.routers import CALIBRATED
     from .routing.statistics import sample
 
     length = min(trunk.config.max_position_embeddings, 512)
-    drawn = sample(_opened(settings.calibrate, settings, tokenizer), settings.calibrate_tokens)
+    documents = sample(_opened(settings.calibrate, settings, tokenizer), settings.calibrate_tokens)
     windows = [
-        document[start : start + length + 1] for document in drawn for start in range(0, len(document) - 1, length)
+        document[start : start + length + 1] for document in documents for start in range(0, len(document) - 1, length)
     ]
-    parts = read_parts(trunk, facts, list(folders.values()))
-    model = Mixture(trunk, parts.models, None, top_k=settings.top_k)
+    model = Mixture(trunk, {part.name: part.model for part in parts}, None, top_k=settings.top_k)
 
-    def loss(tuning: dict[str, float]) -> float:
-        model.router = route(trunk, background, parts, described | {"tuning": tuning})
+    def loss_of(tuning: dict[str, float]) -> float:
+        model.router = route(trunk, background, parts, metadata | {"tuning": tuning})
         nats = sum(float(model.nats(torch.from_numpy(window)[None]).sum()) for window in windows)
         return nats / sum(len(window) - 1 for window in windows)
 
-    best = described["tuning"]
-    start = lowest = loss(best)
+    best = metadata["tuning"]
+    initial_loss = best_loss = loss_of(best)
     for name in CALIBRATED[settings.router]:
         for factor in (0.5, 2.0):
             while True:
-                value = best[name] * factor
-                reached = loss(best | {name: value})
-                if reached >= lowest - 1e-4:
+                tuning = best | {name: best[name] * factor}
+                loss = loss_of(tuning)
+                if loss >= best_loss - 1e-4:
                     break
-                best, lowest = best | {name: value}, reached
-    print(f"calibrated  on {sum(map(len, windows)):,} tokens: {start:.4f} -> {lowest:.4f} nats a token; {best}")
+                best, best_loss = tuning, loss
+    tokens = sum(map(len, windows))
+    print(f"calibrated  on {tokens:,} tokens: {initial_loss:.4f} -> {best_loss:.4f} nats per token; {best}")
     return best
-
-
-def _card(described: dict[str, Any]) -> str:
-    rows = "\n".join(f"| {name} | {json.dumps(value, ensure_ascii=False)} |" for name, value in described.items())
-    return f"---\ntags: [forge]\n---\n\n# assembled model\n\n| fact | value |\n| --- | --- |\n{rows}\n"
 
 
 if __name__ == "__main__":

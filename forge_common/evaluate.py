@@ -1,71 +1,94 @@
 """Losses of a model on named texts: python -m forge_common.evaluate --model DIR [--module DIR...] --data NAME=SOURCE...
 
---model is a trunk, or what `assemble` wrote; then the trunk, each module, the whole and the whole without single modules
-are rows of the table. Each document stands alone (cut into windows of the context where it is longer), so that a loss
-does not depend on its neighbours and its standard error over documents can be stated.
-
-B batch, T time, E candidates (the trunk and the modules)
+--model is a trunk or an assembled model. Of an assembled model the rows of the table are the trunk, each module, all of them
+together, and all without each module of --without. Each document is scored by itself, cut into windows where it is longer
+than the context, so that a loss does not depend on other documents and has a standard error over the documents.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import UserError
 from .files.atomic import write_json, write_text
-from .settings import read_settings, run_main
+from .settings import ReadingSettings, read_settings, run_main
+
+if TYPE_CHECKING:  # torch is imported after the settings are checked
+    from .data.tokenizer import Tokenizer
+    from .evaluation.columns import Column
+    from .model.protocol import LanguageModel
+    from .model.trunk import Trunk
+    from .routing.mixture import Mixture
 
 
 @dataclass(frozen=True)
-class Settings:
-    model: str  # a trunk (folder or hub id), or an assembled model
-    data: tuple[str, ...]  # NAME=SOURCE, each a column of the table
-    module: tuple[Path, ...] = ()  # modules of this trunk; each is merged into it alone and becomes a row
-    without: tuple[str, ...] = ()  # of an assembled model: each named module is left out in a row of its own
-    parts: bool = True  # of an assembled model: rows for the trunk and for each module as well
-    top_k: int | None = None  # candidates that serve a token, over what the model was assembled with; 0: all
-    router_memory: int = 128  # tokens of the same document before a window that the router may hear
-    spliced: int = 0  # add a column: texts that change their domain every so many tokens
-    json: Path | None = None  # write the rows there as well
-    svg: Path | None = None  # draw them there
-    val_fraction: float | None = None  # score documents whose hash is below it; none: as the runs held out; 1: all
-    max_tokens: int = 0  # at most so many tokens a source; 0: all
-    sequence_length: int | None = None  # tokens a window; none: the model's context, at most 2,048
-    batch_size: int = 16  # windows at once
-    text_column: str = "text"
-    document_separator: str | None = None
-    on_bad_text: str = "refuse"
-    on_bad_line: str = "refuse"
-    cache_dir: Path = Path("~/.cache/forge")
+class Settings(ReadingSettings):
+    model: str
+    """Trunk (folder or hub id) or assembled model."""
+    data: tuple[str, ...]
+    """NAME=SOURCE; each is a column of the table."""
+    module: tuple[Path, ...] = ()
+    """Folders of modules of this trunk. Each is merged into it alone and is a row of the table."""
+    without: tuple[str, ...] = ()
+    """Names of modules of an assembled model. Each is left out in a row of its own."""
+    parts: bool = True
+    """Add rows for the trunk and for each module of an assembled model."""
+
+    # -- routing --
+    top_k: int | None = None
+    """Candidates (the trunk and the modules) that serve a token; 0: all. None: as the model was assembled."""
+    router_memory: int = 128
+    """Tokens of the document before a window that the router reads."""
+    spliced: int = 0
+    """Tokens after which the domain changes in the texts of an additional column; 0: no such column."""
+
+    # -- scoring --
+    val_fraction: float | None = None
+    """Share of the documents, by the hash of their content, that is scored; 1: all. None: what the runs held out."""
+    max_tokens: int = 0
+    """Tokens of a source that are scored at most; 0: all."""
+    sequence_length: int | None = None
+    """Tokens in a window. None: the model's context, at most 2,048."""
+    batch_size: int = 16
+    """Windows that are scored at once."""
+
+    # -- results --
+    json: Path | None = None
+    """File to write the rows to."""
+    svg: Path | None = None
+    """File to draw the rows to."""
 
 
 def main(settings: Settings) -> int:
     import torch
 
     from .evaluation.chart import draw
-    from .evaluation.columns import columns as read_columns
+    from .evaluation.columns import read_columns
 
-    named = [text.partition("=") for text in settings.data]
-    for text, (name, equals, source) in zip(settings.data, named, strict=True):
-        if not (name and equals and source):
-            raise UserError(f"--data {text}: say NAME=SOURCE, such as law=law/*.txt")
+    sources = {}
+    for text in settings.data:
+        name, _, source = text.partition("=")
+        if not (name and source):
+            raise UserError(f"--data {text} is not NAME=SOURCE. Give a name and a source, such as law=law/*.txt.")
+        sources[name] = source
     if settings.spliced < 0 or settings.router_memory < 0:
-        raise UserError("--spliced and --router-memory must be 0 or more")
+        raise UserError(
+            f"--spliced is {settings.spliced}, --router-memory is {settings.router_memory}. Give 0 or more tokens."
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    fraction = held_out(settings)
-    print(
-        f"scoring     {'all documents' if fraction == 1 else f'documents held out by hash (the first {fraction:.2%})'}"
-    )
-    rows, columns = [], None
-    for label, model, tokenizer in models(settings):  # what cannot be compared is refused before any text is read
-        columns = columns or read_columns(named, tokenizer, model.config, settings, fraction)
-        model = model.to(device).eval()
-        for domain, pieces in columns.items():
-            rows.append({"model": label, "domain": domain, **score(model, pieces, settings, device)})
+    share = held_out_share(settings)
+    print(f"scoring     {'all documents' if share == 1 else f'documents held out by hash (the first {share:.2%})'}")
+    rows = []
+    columns = None
+    for label, model, tokenizer in models(settings):
+        columns = columns or read_columns(sources, tokenizer, model.config, settings, share)
+        model.to(device).eval()
+        for domain, column in columns.items():
+            rows.append({"model": label, "domain": domain, **score(model, column, settings, device)})
     print(table(rows))
-    print(receipt(rows), end="")
+    print(removals(rows), end="")
     if settings.json:
         write_json(settings.json, {"rows": rows})
     if settings.svg:
@@ -73,83 +96,90 @@ def main(settings: Settings) -> int:
     return 0
 
 
-def models(settings: Settings) -> Iterator[tuple[str, Any, Any]]:
-    """(the row's name, model, tokenizer) of all that is compared, one after the other."""
+def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenizer]]":
+    """(name of the row, model, tokenizer) of the models that are compared, one after the other."""
     from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembled
+    from .artifacts.metadata import leave_out
 
     if not is_assembled(settings.model):
         if settings.without or settings.top_k is not None:
-            raise UserError(f"{settings.model} is not an assembled model: --without and --top-k say nothing of it")
+            raise UserError(f"{settings.model} is not an assembled model. Leave out --without and --top-k.")
         for folder in (None, *settings.module):
-            model, tokenizer, _, passport = read_model(settings.model, folder)
-            yield f"module:{passport['name']}" if passport else "trunk", model, tokenizer
+            model, tokenizer, _, metadata = read_model(settings.model, folder)
+            yield f"module:{metadata['name']}" if metadata else "trunk", model, tokenizer
         return
     if settings.module:
-        raise UserError("--module is for a trunk; an assembled model brings its own")
-    whole, tokenizer, _ = read_assembled(settings.model, top_k=settings.top_k)
-    unknown = [name for name in settings.without if name not in whole.names[1:]]
-    if unknown:
-        raise UserError(f"--without {unknown[0]}: no such module; {settings.model} holds {', '.join(whole.names[1:])}")
+        raise UserError(f"{settings.model} is an assembled model, which has its modules. Leave out --module.")
+    assembled, tokenizer, _ = read_assembled(settings.model, top_k=settings.top_k)
+    leave_out(assembled.names[1:], settings.without, settings.model)
     if settings.parts:
-        for name, candidate in zip(whole.names, whole.candidates, strict=True):
-            yield name if name == "trunk" else f"module:{name}", candidate, tokenizer
-    yield "assembled", whole, tokenizer
+        for name, candidate in zip(assembled.names, assembled.candidates, strict=True):
+            yield name if name == "trunk" else f"module:{name}", cast("Trunk", candidate), tokenizer
+    yield "assembled", assembled, tokenizer
     for name in settings.without:
         yield f"without:{name}", read_assembled(settings.model, without=(name,), top_k=settings.top_k)[0], tokenizer
 
 
-def held_out(settings: Settings) -> float:
-    """The share of documents that every part's run held out by hash; 1 where none held out any."""
-    from .artifacts.artifact import find
+def held_out_share(settings: Settings) -> float:
+    """The share of the documents to score: those that the runs of all parts held out; 1 if none held out any."""
+    from .artifacts.artifact import local_folder
     from .artifacts.assembled import is_assembled
-    from .artifacts.metadata import read_passport
+    from .artifacts.metadata import read_metadata, smallest_held_out_share
 
     if settings.val_fraction is not None:
         return settings.val_fraction
     if is_assembled(settings.model):
-        return read_passport(Path(settings.model) / "assembled.json").get("val_fraction") or 1.0
-    passport = find(settings.model) / "forge.json"
-    stated = [read_passport(passport).get("val_fraction")] if passport.exists() else []
-    stated += [read_passport(folder / "module.json").get("val_fraction") for folder in settings.module]
-    return min((fraction for fraction in stated if fraction), default=1.0)
+        files = [Path(settings.model) / "assembled.json"]
+    else:
+        trunk_file = local_folder(settings.model) / "forge.json"  # a plain Transformers checkpoint has none
+        files = [trunk_file] if trunk_file.exists() else []
+        files += [folder / "module.json" for folder in settings.module]
+    return smallest_held_out_share(map(read_metadata, files)) or 1.0
 
 
-def score(model: Any, column: Any, settings: Settings, device: Any) -> dict[str, Any]:
+def score(model: "LanguageModel", column: "Column", settings: Settings, device: Any) -> dict[str, Any]:
     """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte."""
     import torch
 
     nats: dict[Any, float] = {}
     counts: dict[Any, int] = {}
-    shares = 0.0
+    gates = torch.zeros(len(model.names), dtype=torch.float64, device=device)
     for start in range(0, len(column.pieces), settings.batch_size):
         batch = column.pieces[start : start + settings.batch_size]
         longest = max(piece.scored for piece in batch) + 1
         tokens = torch.stack([torch.from_numpy(piece.tokens()[:longest]) for piece in batch]).to(device)
         before = torch.stack([torch.from_numpy(piece.before()) for piece in batch]).to(device)
-        found = model.nats(tokens, before)
-        for piece, value in zip(batch, found.double().sum(1).tolist(), strict=True):
+        sums = model.nats(tokens, before).double().sum(1).tolist()
+        for piece, value in zip(batch, sums, strict=True):
             nats[piece.document] = nats.get(piece.document, 0.0) + value
             counts[piece.document] = counts.get(piece.document, 0) + piece.scored
-        if hasattr(model, "names"):
-            real = torch.arange(longest - 1, device=device) < torch.tensor([[p.scored] for p in batch], device=device)
-            shares = shares + model.weights[real].double().sum(0)
-    total, tokens_scored = sum(nats.values()), sum(counts.values())
-    loss = total / tokens_scored
-    spread = math.fsum((nats[d] - loss * counts[d]) ** 2 for d in nats)  # of a ratio estimate over documents
-    documents = len(nats)
-    error = math.sqrt(spread * documents / (documents - 1)) / tokens_scored if documents > 1 else None
-    per_byte = total / math.log(2) / column.bytes if column.bytes else None
-    result = {"loss": loss, "stderr": error, "tokens": tokens_scored, "documents": documents}
-    result |= {"perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": per_byte}
-    if hasattr(model, "names"):
-        result["shares"] = dict(zip(model.names, (shares / tokens_scored).tolist(), strict=True))
+        if model.weights is not None:
+            lengths = torch.tensor([[piece.scored] for piece in batch], device=device)
+            scored = torch.arange(longest - 1, device=device) < lengths
+            gates += model.weights[scored].double().sum(0)
+    total = sum(nats.values())
+    num_scored = sum(counts.values())
+    num_documents = len(nats)
+    loss = total / num_scored
+    squares = math.fsum((nats[d] - loss * counts[d]) ** 2 for d in nats)  # of a ratio estimate over documents
+    result: dict[str, Any] = {
+        "loss": loss,
+        "stderr": math.sqrt(squares * num_documents / (num_documents - 1)) / num_scored if num_documents > 1 else None,
+        "tokens": num_scored,
+        "documents": num_documents,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "bits_per_byte": total / math.log(2) / column.bytes if column.bytes else None,
+    }
+    if model.weights is not None:
+        result["shares"] = dict(zip(model.names, (gates / num_scored).tolist(), strict=True))
     return result
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Losses in nats per token, +- standard error; a row a model, a column a domain, perplexity and bits/byte below."""
-    domains, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("domain", "model"))
+    """Nats per token ± standard error, with perplexity and bits per byte below. Rows are models, columns are domains."""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
     at = {(row["model"], row["domain"]): row for row in rows}
     width = max(len(model) for model in models)
     lines = [" " * width + "".join(f"{domain:>30}" for domain in domains)]
@@ -164,7 +194,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(" " * width + "".join(f"{cell:>30}" for cell in below))
     for model in models:
         if "shares" in at[model, domains[0]]:
-            lines.append(f"\nwho spoke in {model}, share of the tokens")
+            lines.append(f"\ngate weights in {model}, mean over the tokens")
             for name in at[model, domains[0]]["shares"]:
                 cells = "".join(f"{at[model, domain]['shares'][name]:>30.1%}" for domain in domains)
                 lines.append(f"{name:<{width}}{cells}")
@@ -172,20 +202,20 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, f"nats per token ± standard error over documents; tokens scored: {tokens}"])
 
 
-def receipt(rows: list[dict[str, Any]]) -> str:
-    """What leaving a module out did: to the domain of its name, beside the trunk, and to the others; "" where none was."""
-    at = {(row["model"], row["domain"]): row["loss"] for row in rows}
+def removals(rows: list[dict[str, Any]]) -> str:
+    """A line for each module left out: the loss of the domain of its name, and how much the other losses change."""
+    losses = {(row["model"], row["domain"]): row["loss"] for row in rows}
     lines = []
-    for left in dict.fromkeys(row["model"] for row in rows if row["model"].startswith("without:")):
-        name = left.removeprefix("without:")
-        domains = [domain for model, domain in at if model == left and domain != "spliced"]
-        moved = {domain: at[left, domain] - at["assembled", domain] for domain in domains if domain != name}
-        said = [f"receipt     without {name}:"]
+    for model in dict.fromkeys(row["model"] for row in rows if row["model"].startswith("without:")):
+        name = model.removeprefix("without:")
+        domains = [row["domain"] for row in rows if row["model"] == model and row["domain"] != "spliced"]
+        line = f"left out    {name}: "
         if name in domains:
-            beside = f", the trunk {at['trunk', name]:.4f}" if ("trunk", name) in at else ""
-            said.append(f"{name} {at['assembled', name]:.4f} -> {at[left, name]:.4f}{beside};")
-        said.append("others " + ", ".join(f"{domain} {change:+.4f}" for domain, change in moved.items()))
-        lines.append(" ".join(said) + "\n")
+            line += f"{name} {losses['assembled', name]:.4f} -> {losses[model, name]:.4f}"
+            line += f", trunk {losses['trunk', name]:.4f}; " if ("trunk", name) in losses else "; "
+        changes = {domain: losses[model, domain] - losses["assembled", domain] for domain in domains if domain != name}
+        line += "others " + ", ".join(f"{domain} {change:+.4f}" for domain, change in changes.items())
+        lines.append(line + "\n")
     return "".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""A trunk with one module merged into it, as a Transformers checkpoint.
+"""Merges a module into its trunk and writes a Transformers checkpoint.
 
 python -m forge_common.merge --trunk DIR --module DIR --output-dir DIR
 """
@@ -12,23 +12,31 @@ from .settings import read_settings, run_main
 
 @dataclass(frozen=True)
 class Settings:
-    trunk: str  # folder or hub id
-    module: Path  # a module of this trunk
-    output_dir: Path  # a new folder, which AutoModelForCausalLM loads
+    trunk: str
+    """Trunk: folder or hub id."""
+    module: Path
+    """Folder of a module of this trunk."""
+    output_dir: Path
+    """New folder, which AutoModelForCausalLM loads."""
 
 
 def main(settings: Settings) -> int:
     from .artifacts.artifact import read_model, write_trunk
+    from .artifacts.metadata import smallest_held_out_share
     from .model.modules import fold
 
     if settings.output_dir.exists():
-        raise UserError(f"--output-dir {settings.output_dir} exists; name a new folder")
-    trunk, tokenizer, facts, passport = read_model(settings.trunk, settings.module)
+        raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
+    trunk, tokenizer, trunk_metadata, module = read_model(settings.trunk, settings.module)
+    assert module is not None
     fold(trunk)
-    origin = {"merged_from": {"trunk": facts["digest"], "module": passport["digest"], "name": passport["name"]}}
-    fractions = [value for value in (facts.get("val_fraction"), passport.get("val_fraction")) if value]
-    origin |= {"kind": "trunk", "val_fraction": min(fractions, default=0.0), "licence": passport.get("licence")}
-    digest = write_trunk(settings.output_dir, trunk.state_dict(), trunk.config, tokenizer, origin)
+    metadata = {
+        "merged_from": {"trunk": trunk_metadata["digest"], "module": module["digest"], "name": module["name"]},
+        "kind": "trunk",
+        "val_fraction": smallest_held_out_share([trunk_metadata, module]),
+        "licence": module.get("licence"),
+    }
+    digest = write_trunk(settings.output_dir, trunk.state_dict(), trunk.config, tokenizer, metadata)
     print(f"published   {settings.output_dir} (digest {digest[:12]})")
     return 0
 

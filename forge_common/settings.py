@@ -21,21 +21,9 @@ Settings = TypeVar("Settings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class RunSettings:
-    """What only operates a training run; both scripts inherit it."""
+class ReadingSettings:
+    """How text is read; every command that reads text inherits it."""
 
-    output_dir: Path
-    """Folder for settings, metrics, checkpoints and what is published."""
-    cache_dir: Path = Path("~/.cache/forge")
-    """Folder for tokens and tokenizers, which later runs use again."""
-
-    # -- reading --
-    val_data: tuple[str, ...] = ()
-    """Sources to validate on. None: a part of --data is held out."""
-    val_fraction: float = 0.01
-    """Share of the documents of --data that is held out, by the hash of their content (without --val-data)."""
-    eos_token: str | None = None
-    """Token at the end of a document, where the tokenizer's files do not name it."""
     text_column: str = "text"
     """Column or key of the text in jsonl, json, csv, parquet, arrow and hub data."""
     document_separator: str | None = None
@@ -44,7 +32,24 @@ class RunSettings:
     """What to do with bytes that are not UTF-8."""
     on_bad_line: Literal["refuse", "skip"] = "refuse"
     """What to do with rows that cannot be read."""
+    cache_dir: Path = Path("~/.cache/forge")
+    """Folder for tokens and tokenizers, which later commands use again."""
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSettings(ReadingSettings):
+    """What only operates a training run; both scripts inherit it."""
+
+    output_dir: Path
+    """Folder for settings, metrics, checkpoints and what is published."""
+
+    # -- held-out data and windows --
+    val_data: tuple[str, ...] = ()
+    """Sources to validate on. None: a part of --data is held out."""
+    val_fraction: float = 0.01
+    """Share of the documents of --data that is held out, by the hash of their content (without --val-data)."""
+    eos_token: str | None = None
+    """Token at the end of a document, where the tokenizer's files do not name it."""
     pack: bool = True
     """Fill windows with documents end to end. --no-pack: one document in a window, cut or padded."""
     seed: int = 42

@@ -1,4 +1,5 @@
 import os
+import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
@@ -146,6 +147,20 @@ def module(trunk, domain, cache):
         return launch.run(script, *fixed, *launch.SIZES, "--general-tokens", 0, *more, **how)
 
     return call
+
+
+@pytest.fixture(scope="session")
+def valid_artifacts(tmp_path_factory) -> Path:
+    """The folders of small_artifacts.build; tests must not change them."""
+    import small_artifacts
+
+    return small_artifacts.build(tmp_path_factory.mktemp("valid_artifacts"))
+
+
+@pytest.fixture
+def root(valid_artifacts, tmp_path) -> Path:
+    """A copy of valid_artifacts that a test may damage."""
+    return shutil.copytree(valid_artifacts, tmp_path / "root")
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
-"""A folder that `assemble` wrote, as one model: every part is verified when it is read.
+"""Reads the folder that `assemble` writes as one model. Every part is verified.
 
 assembled/  assembled.json (router, its numbers, names, digests), trunk/, modules/NAME/, README.md, and
-            statistics.safetensors where the trunk brought none of its own
+            statistics.safetensors where the trunk has none
 """
 
 from pathlib import Path
@@ -11,11 +11,24 @@ import torch
 
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
-from ..files.untrusted import closed, naming
+from ..files.untrusted import naming, without_links
 from ..model.trunk import Trunk
 from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ROUTERS, ContextRouter, LearnedRouter, RidgeRouter, Tuning, UniformRouter
-from .artifact import Tensors, plug, read_module, read_passport, read_statistics, read_trunk
+from .artifact import Tensors, module_arguments, read_metadata, read_module, read_statistics, read_trunk
+from .metadata import leave_out
+
+
+class Part(NamedTuple):
+    """A verified module. model: the trunk with the module in it; it shares the trunk's parameters."""
+
+    metadata: dict[str, Any]
+    model: Trunk
+    statistics: Tensors | None
+
+    @property
+    def name(self) -> str:
+        return self.metadata["name"]
 
 
 def is_assembled(place: str) -> bool:
@@ -26,112 +39,119 @@ def is_assembled(place: str) -> bool:
 def read_assembled(
     place: str, *, without: tuple[str, ...] = (), top_k: int | None = None
 ) -> tuple[Mixture, Tokenizer, dict[str, Any]]:
-    """An assembled model without the modules named, its tokenizer, and assembled.json; all that it holds is verified.
+    """An assembled model, its tokenizer and the content of assembled.json. Everything that is read is verified.
 
-    top_k over the one that it was assembled with. The modules left out are not read.
+    without: modules to leave out; they are not read. top_k: instead of the one in assembled.json.
     """
     folder = Path(place)
-    facts = read_passport(folder / "assembled.json")
-    names = facts["modules"]
-    unknown = [name for name in without if name not in names]
-    if unknown:
-        raise UserError(f"--without {unknown[0]}: no such module; {folder} holds {', '.join(names)}")
-    kept = facts["top_k"] if top_k is None else top_k
-    if kept < 0:
-        raise UserError(f"--top-k {kept}: say how many candidates serve a token, 0 for all")
-    trunk, tokenizer, trunk_facts = read_trunk(str(folder / "trunk"))
-    modules = closed(folder / "modules")
-    parts = read_parts(trunk, trunk_facts, [modules / name for name in names if name not in without])
-    _check_digests(folder, facts, {"trunk": trunk_facts["digest"], **parts.digests})
-    stated = "statistics_digest" in facts or (folder / "statistics.safetensors").exists()
-    whose = (folder, facts) if stated else (folder / "trunk", trunk_facts)
-    statistics = read_statistics(*whose, trunk.config)
+    metadata = read_metadata(folder / "assembled.json")
+    names = leave_out(metadata["modules"], without, folder)
+    if top_k is not None and top_k < 0:
+        raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
+    trunk, tokenizer, trunk_metadata = read_trunk(str(folder / "trunk"))
+    modules_dir = without_links(folder / "modules")
+    parts = read_parts(trunk, trunk_metadata, [modules_dir / name for name in names])
+    digests = {part.name: part.metadata["digest"] for part in parts}
+    _check_digests(folder, metadata, {"trunk": trunk_metadata["digest"], **digests})
+    if "statistics_digest" in metadata or (folder / "statistics.safetensors").exists():
+        background = read_statistics(folder, metadata, trunk.config)
+    else:
+        background = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
     with naming(folder):
-        router = route(trunk, statistics, parts, facts)
-    return Mixture(trunk, parts.models, router, top_k=kept), tokenizer, facts
+        router = route(trunk, background, parts, metadata)
+    modules = {part.name: part.model for part in parts}
+    return Mixture(trunk, modules, router, top_k=metadata["top_k"] if top_k is None else top_k), tokenizer, metadata
 
 
-def _check_digests(folder: Path, facts: dict[str, Any], found: dict[str, str]) -> None:
-    """Refuses other parts than were assembled, each of which may be sound in itself. found: of what was read."""
-    stated = facts["digests"]
-    if stated.keys() != {"trunk", *facts["modules"]}:
+def _check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
+    """Refuses other parts than were assembled, even if each of them is valid by itself. digests: of what was read."""
+    expected = metadata["digests"]
+    if expected.keys() != {"trunk", *metadata["modules"]}:
         raise UserError(
             f"{folder}: assembled.json has digests of other parts than it names. Assemble the modules again."
         )
-    for name, own in found.items():
-        if stated.get(name) != own:
+    for name, digest in digests.items():
+        if expected.get(name) != digest:
             raise UserError(
-                f"{folder}: {name} has the digest {own}, assembled.json says {stated.get(name)}. It is not what was "
+                f"{folder}: {name} has the digest {digest}, assembled.json says {expected.get(name)}. It is not what was "
                 "assembled: assemble the modules again."
             )
 
 
-class Parts(NamedTuple):
-    """Modules by name: the trunk with each in it (its parameters shared), what each tells a router, their digests."""
+def read_part(trunk: Trunk, trunk_metadata: dict[str, Any], folder: Path) -> Part:
+    """The module in a folder, verified against the trunk."""
+    tensors, metadata = read_module(folder, trunk_metadata)
+    with naming(folder):
+        model = with_module(trunk, tensors, **module_arguments(metadata))
+    return Part(metadata, model, read_statistics(folder, metadata, trunk.config))
 
-    models: dict[str, Trunk]
-    statistics: dict[str, Tensors | None]
-    digests: dict[str, str]
 
-
-def read_parts(trunk: Trunk, trunk_facts: dict[str, Any], folders: list[Path]) -> Parts:
-    """The modules in these folders, verified against the trunk."""
-    parts = Parts({}, {}, {})
+def read_parts(trunk: Trunk, trunk_metadata: dict[str, Any], folders: list[Path]) -> list[Part]:
+    """The modules in these folders, verified against the trunk; all of them are in memory at once."""
+    parts: list[Part] = []
     for folder in folders:
-        tensors, passport = read_module(folder, trunk_facts)
-        name = passport["name"]
-        if name in parts.models:
-            raise UserError(f"{folder}: another module is called {name} as well. Assemble the modules again.")
-        with naming(folder):
-            parts.models[name] = with_module(trunk, tensors, **plug(passport))
-        parts.statistics[name] = read_statistics(folder, passport, trunk.config)
-        parts.digests[name] = passport["digest"]
+        part = read_part(trunk, trunk_metadata, folder)
+        if part.name in [other.name for other in parts]:
+            raise UserError(f"{folder}: another module is called {part.name} too. Assemble the modules again.")
+        parts.append(part)
     return parts
 
 
-def route(trunk: Trunk, background: Tensors | None, parts: Parts, facts: dict[str, Any]) -> Any:
-    """The router that `facts` (an assembled.json) describes, solved for these parts. background: the trunk's statistics."""
-    names, router = list(parts.models), facts.get("router")
+def check_router(router: str, part: Part, place: Any) -> None:
+    """Refuses a module that lacks what the router reads of it."""
+    if router in ("context", "ridge") and part.statistics is None:
+        raise UserError(
+            f"{place} has no statistics.safetensors, and --router {router} needs it. "
+            "Train the module again with this version, or assemble with --router uniform."
+        )
+    if router == "ridge" and part.statistics and not {"first", "second"} <= part.statistics.keys():
+        raise UserError(
+            f"{place}: statistics.safetensors holds no moments, and --router ridge needs them. "
+            "Train the module again with this version, or assemble with --router context."
+        )
+    if router == "learned" and part.metadata["kind"] != "expert":
+        raise UserError(
+            f"{place} is of kind {part.metadata['kind']}, and --router learned needs modules of --kind expert. "
+            "Train the module with --kind expert, or assemble with --router context."
+        )
+
+
+def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata: dict[str, Any]) -> Any:
+    """The router of an assembled.json, solved for these parts. background: the trunk's statistics."""
+    router = metadata["router"]
     try:
-        tuning = Tuning(**facts["tuning"])
+        tuning = Tuning(**metadata["tuning"])
     except (TypeError, ValueError) as reason:
         raise UserError(
             f"assembled.json does not describe its router ({reason}). Assemble the modules again."
         ) from None
-    shares = torch.tensor([tuning.trunk_share, *[1.0] * len(names)])
+    shares = torch.tensor([tuning.trunk_share, *[1.0] * len(parts)])
     prior = shares / shares.sum()
-    if not names:
-        return UniformRouter(prior)  # the trunk alone: whoever is asked, it speaks
-    statistics = list(parts.statistics.values())
-    if router in ("context", "ridge") and None in statistics:
-        name = names[statistics.index(None)]
-        raise UserError(f"module {name} brings no statistics.safetensors: the {router} router needs it.")
+    if not parts:
+        return UniformRouter(prior)  # the trunk is the only candidate
+    for part in parts:
+        check_router(router, part, f"module {part.name}")
+    statistics = [part.statistics for part in parts if part.statistics is not None]
     if router == "context":
-        return ContextRouter(
-            [background or _average(statistics), *statistics], prior, trunk.config.eos_token_id, tuning
-        )
+        assert trunk.config.eos_token_id is not None  # read_trunk takes it from the tokenizer
+        background = background or _average(statistics)
+        return ContextRouter([background, *statistics], prior, trunk.config.eos_token_id, tuning)
     if router == "learned":
-        rows = [
-            [getattr(layer.addition, "row", None) for layer in model.model.layers] for model in parts.models.values()
-        ]
-        if not all(any(own) for own in rows):
-            raise UserError("--router learned needs the rows of modules that were trained with --kind expert.")
+        rows = [[getattr(layer.addition, "row", None) for layer in part.model.model.layers] for part in parts]
         return LearnedRouter(rows, prior)
     if router == "ridge":
-        if any("second" not in own or "first" not in own for own in statistics):
-            raise UserError("a module's statistics.safetensors brings no moments: the ridge router needs them.")
         try:
             return RidgeRouter(statistics, prior, trunk.config.hidden_size, tuning)
         except ValueError as reason:
             raise UserError(f"{reason}. Use --router context, or modules of other text.") from None
     if router == "uniform":
         return UniformRouter(prior)
-    raise UserError(f"router {router!r}: the routers are {', '.join(ROUTERS)}. Assemble the modules again.")
+    raise UserError(f"router {router!r} is not one of {', '.join(ROUTERS)}. Assemble the modules again.")
 
 
 def _average(statistics: list[Tensors]) -> Tensors:
-    """In place of the statistics of a trunk that brings none: the mean of the modules' codes, so of their counts' logs."""
+    """Instead of the statistics of a trunk without any: the mean of the modules' codes, so of the logs of their counts."""
     return {
-        name: torch.stack([own[name] for own in statistics]).float().mean(0).to(torch.uint8)
+        name: torch.stack([tensors[name] for tensors in statistics]).float().mean(0).to(torch.uint8)
         for name in ("unigrams", "bigrams")
     }

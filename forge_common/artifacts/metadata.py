@@ -1,22 +1,37 @@
-"""What forge.json, module.json and assembled.json say, and of which kind each of it must be.
+"""The metadata in forge.json, module.json and assembled.json, and the types and ranges of its fields.
 
-What no digest covers is the maker's word, and nothing here depends on its truth: a module's name, sources, licence, losses
-and counts, and the share of documents that it held out.
+No digest covers a module's name, sources, licence, losses and counts, and the share of documents that it held out. They
+are claims of whoever published it.
 """
 
 import dataclasses
 import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files.atomic import read_json
-from ..files.untrusted import ANY, DIGEST, LINE, PLAIN, checked, closed, dict_of, list_of, number, one_of, shown, whole
+from ..files.untrusted import (
+    ANY,
+    DIGEST,
+    LINE,
+    PLAIN,
+    Field,
+    checked,
+    dict_of,
+    integer,
+    list_of,
+    number,
+    one_of,
+    quoted,
+    without_links,
+)
 from ..model.modules import KINDS
 from ..routing.routers import ROUTERS, Tuning
 
 FORMAT_VERSION = 1
-COUNT = whole(0, 1 << 62)
+COUNT = integer(0, 1 << 62)
 
 
 def _ascending(layers: Any) -> bool:
@@ -26,19 +41,19 @@ def _ascending(layers: Any) -> bool:
 
 
 def _is_tuning(numbers: Any) -> bool:
-    """All of a router's numbers and no others: a default in place of one would be another router."""
+    """All numbers of a router and no others: with a default instead of one it would be another router."""
     known = {field.name for field in dataclasses.fields(Tuning)}
     return dict_of(number(0, 1e9))[1](numbers) and numbers.keys() == known
 
 
-COMMON = {
+COMMON: dict[str, Field] = {
     "licence": LINE,
     "val_fraction": number(0, 1),
     "steps": COUNT,
     "tokens_seen": COUNT,
     "bad_updates": COUNT,
     "validation_loss": number(0, 1e9),
-    "sources": list_of(("a text", lambda text: isinstance(text, str))),
+    "sources": list_of(("a string", lambda text: isinstance(text, str))),
     "data": dict_of(ANY),
     "losses": dict_of(ANY),
     "statistics": dict_of(ANY),
@@ -52,38 +67,57 @@ MODULE = COMMON | {
     "layers": ("a list of different layers in ascending order", _ascending),
     "shapes": dict_of(list_of(COUNT)),
     "trunk_digest": DIGEST,
-    **dict.fromkeys(("width", "rank"), whole(0, 1 << 20)),
+    **dict.fromkeys(("width", "rank"), integer(0, 1 << 20)),
 }
 ASSEMBLED = COMMON | {
     "router": one_of(*ROUTERS),
     "top_k": COUNT,
-    "tuning": ("the router's numbers, all of them", _is_tuning),
-    "modules": (f"names of folders and none outside of it, {list_of(PLAIN)[0]}", list_of(PLAIN)[1]),
+    "tuning": ("all numbers of the router", _is_tuning),
+    "modules": (
+        f"names of folders, none of them outside of the assembled model: {list_of(PLAIN)[0]}",
+        list_of(PLAIN)[1],
+    ),
     "digests": dict_of(DIGEST),
 }
-KNOWN = {  # the file: its fields, and which of them must be there
+FILES = {  # name -> (its fields, the required ones)
     "forge.json": (TRUNK, ("digest", "tokenizer_digest")),
     "module.json": (MODULE, ("name", "kind", "layers", "digest", "trunk_digest", "tokenizer_digest")),
     "assembled.json": (ASSEMBLED, ("router", "top_k", "tuning", "modules", "digests")),
 }
 
 
-def read_passport(path: Path) -> dict[str, Any]:
-    """A forge.json, module.json or assembled.json in which every field that is known is of its kind."""
-    closed(path.parent)
-    facts = read_json(path)
-    version = facts.get("format_version")
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The content of forge.json, module.json or assembled.json, in which every known field is valid."""
+    without_links(path.parent)
+    metadata = read_json(path)
+    version = metadata.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise UserError(
-            f"{path}: format version {shown(version)}, this program reads {FORMAT_VERSION}. "
-            "Use the version of forge that it was made with, or make it again."
+            f"{path}: format version {quoted(version)}, this program reads {FORMAT_VERSION}. "
+            "Use the version of forge that made it, or make it again."
         )
-    checked(facts, path, *KNOWN[path.name])
-    return {name: value for name, value in facts.items() if value is not None}  # null is as if it were not there
+    checked(metadata, path, *FILES[path.name])
+    return {name: value for name, value in metadata.items() if value is not None}  # null is like absent
 
 
-def plug(passport: dict[str, Any]) -> dict[str, Any]:
-    """What modules.plug_in is told of a module, from its passport: kind, layers, width, rank."""
-    return {key: passport[key] for key in ("kind", "layers")} | {
-        key: passport.get(key) or 0 for key in ("width", "rank")
+def smallest_held_out_share(parts: Iterable[dict[str, Any]]) -> float:
+    """The share of the documents, by hash, that none of these trunks and modules was trained on; 0 if none held out any."""
+    return min((metadata["val_fraction"] for metadata in parts if metadata.get("val_fraction")), default=0.0)
+
+
+def leave_out(names: Sequence[str], without: Sequence[str], place: Any) -> list[str]:
+    """The modules `names` of `place` but for those of --without, each of which must be one of them."""
+    unknown = [name for name in without if name not in names]
+    if unknown:
+        raise UserError(f"--without {unknown[0]}: no such module. Choose among those of {place}: {', '.join(names)}.")
+    return [name for name in names if name not in without]
+
+
+def module_arguments(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of modules.plug_in for a module: kind, layers, width, rank."""
+    return {
+        "kind": metadata["kind"],
+        "layers": metadata["layers"],
+        "width": metadata.get("width") or 0,
+        "rank": metadata.get("rank") or 0,
     }

@@ -1,4 +1,4 @@
-"""What a training run publishes at its end: the metadata of its trunk or module, the statistics, and a read-back."""
+"""Publishes the result of a training run: metadata, statistics and weights, which are then read back."""
 
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ def publish_trunk(
 ) -> tuple[Path, str]:
     """Writes OUTPUT/trunk with its statistics and reads it back; returns its folder and digest.
 
-    trunk_metadata: of the trunk that the run continued from, {} where it began from scratch.
+    trunk_metadata: of the trunk that the run continued from; {} if it started from scratch.
     """
     sample = statistics.sample(corpora.training.shares(), settings.statistics_tokens)
     counts, sample_size = statistics.count(
@@ -85,7 +85,7 @@ def publish_module(
 
 
 def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[str, Any]:
-    """What trunk and module say alike of their text and of the update whose weights are published."""
+    """The metadata that trunks and modules share: of the text, and of the update whose weights are published."""
     return {
         "data": corpora.digests,
         "sources": list(settings.data),

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ..errors import UserError
 from ..files.atomic import read_json
-from ..files.untrusted import read_bounded, shown
+from ..files.untrusted import quoted, read_bounded
 from .readers.document import nearest
 
 PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
@@ -101,7 +101,7 @@ def _refusing(told: str) -> Iterator[None]:
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as reason:  # noqa: BLE001 (the library raises plain Exception, and panics)
-        raise UserError(f"{told} ({type(reason).__name__}: {shown(str(reason))}); give another tokenizer") from None
+        raise UserError(f"{told} ({type(reason).__name__}: {quoted(str(reason))}); give another tokenizer") from None
 
 
 def byte_tokenizer() -> Tokenizer:

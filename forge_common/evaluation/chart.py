@@ -1,4 +1,4 @@
-"""The table of losses as a picture: a line a domain, a dot a model, with its standard error."""
+"""Draws the losses as an SVG: a line for each domain, a dot for each model with its standard error."""
 
 from html import escape
 from typing import Any
@@ -7,9 +7,10 @@ COLOURS = ("#888888", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#b
 LEFT, RIGHT, LINE, TOP = 120, 620, 46, 40
 
 
-def draw(rows: list[dict[str, Any]], title: str = "nats per token on held-out documents, less is better") -> str:
-    """SVG of rows with model, domain, loss and stderr."""
-    domains, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("domain", "model"))
+def draw(rows: list[dict[str, Any]], title: str = "nats per token on held-out documents, lower is better") -> str:
+    """The SVG of rows with model, domain, loss and stderr."""
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
     ends = [row["loss"] + sign * (row["stderr"] or 0) for row in rows for sign in (-1, 1)]
     low, high = min(ends), max(ends)
     step = next(size for size in (0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if (high - low) / size <= 12)
@@ -27,10 +28,11 @@ def draw(rows: list[dict[str, Any]], title: str = "nats per token on held-out do
     for line, domain in enumerate(domains):
         y = TOP + LINE * line
         parts.append(f'<text x="{LEFT - 10}" y="{y + 20}" text-anchor="end">{escape(domain)}</text>')
-        shown = [row for row in rows if row["domain"] == domain]
-        for place, row in enumerate(shown):
-            height = y + (place + 1) * (LINE - 6) / (len(shown) + 1)
-            colour, error = COLOURS[models.index(row["model"]) % len(COLOURS)], row["stderr"] or 0
+        domain_rows = [row for row in rows if row["domain"] == domain]
+        for place, row in enumerate(domain_rows):
+            height = y + (place + 1) * (LINE - 6) / (len(domain_rows) + 1)
+            colour = COLOURS[models.index(row["model"]) % len(COLOURS)]
+            error = row["stderr"] or 0
             parts.append(
                 f'<line x1="{x(row["loss"] - error):.1f}" x2="{x(row["loss"] + error):.1f}" y1="{height:.1f}" '
                 f'y2="{height:.1f}" stroke="{colour}"/>'

@@ -1,4 +1,7 @@
-"""What `evaluate` scores: the documents of named sources, each alone, and texts that change their domain on the way."""
+"""What `evaluate` scores: the documents of named sources, and texts in which the domain changes.
+
+T tokens, H tokens of history
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,38 +16,46 @@ from ..data.store import prepare
 from ..data.windows import Windows
 from ..errors import UserError
 
-SPLICED = 64  # windows of the spliced column
+SPLICED = 64  # windows in the spliced column at most
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A window to score: its first `scored` labels are real. tokens() int64 [T + 1], before() int64 [H]."""
+    """A window to score."""
 
-    document: Any  # pieces of one document share it
+    document: Any
+    """The document's key, the same for all its windows."""
     scored: int
+    """Number of labels that are scored: the first ones."""
     tokens: Callable[[], np.ndarray]
+    """Reads the window's ids, int64 [T + 1]."""
     before: Callable[[], np.ndarray]
+    """Reads the ids before the window, int64 [H]; -1 where there are none."""
 
 
 @dataclass(frozen=True)
 class Column:
     pieces: list[Piece]
-    bytes: int | None  # of the text, where all of it is scored
+    bytes: int | None
+    """Size of the text; None if only a part of it is scored."""
 
 
-def columns(
-    named: list[tuple[str, str, str]], tokenizer: Any, model: Any, settings: Any, fraction: float
+def read_columns(
+    sources: dict[str, str], tokenizer: Any, config: Any, settings: Any, share: float
 ) -> dict[str, Column]:
-    """NAME -> what is scored of its source, and `spliced` where it was asked for. model: its configuration."""
-    memory = max(settings.router_memory, 1)
-    length = settings.sequence_length or min(model.max_position_embeddings, 2048)
-    found, stores = {}, {}
-    for name, _, source in named:
-        stores[name] = held_out(source, tokenizer, settings, fraction)
-        found[name] = _alone(source, stores[name], length, model, memory, settings.max_tokens, fraction)
+    """The column of each named source, and `spliced` with --spliced.
+
+    config: of the model. share: of the documents, that is scored.
+    """
+    length = settings.sequence_length or min(config.max_position_embeddings, 2048)
+    columns = {}
+    stores = {}
+    for name, source in sources.items():
+        stores[name] = held_out(source, tokenizer, settings, share)
+        columns[name] = _documents(source, stores[name], length, config, settings, share)
     if settings.spliced:
-        found["spliced"] = spliced(list(stores.values()), length, settings.spliced)[0]
-    return found
+        columns["spliced"] = spliced(list(stores.values()), length, settings.spliced)[0]
+    return columns
 
 
 def held_out(source: str, tokenizer: Any, settings: Any, fraction: float) -> list[Any]:
@@ -59,34 +70,34 @@ def held_out(source: str, tokenizer: Any, settings: Any, fraction: float) -> lis
     return [corpus.validation] if fraction < 1 else [corpus.validation, corpus.train]
 
 
-def _alone(
-    source: str, stores: list[Any], length: int, model: Any, memory: int, max_tokens: int, fraction: float
-) -> Column:
-    """Each document cut into windows of `length`, like lengths together so that short batches are cut short."""
+def _documents(source: str, stores: list[Any], length: int, config: Any, settings: Any, share: float) -> Column:
+    """The windows of `length` of each document, sorted by their size, so that a batch of short ones is narrow."""
+    memory = max(settings.router_memory, 1)
     pieces = []
     for part, store in enumerate(stores):
-        windows = Windows(store, length, pack=False, filler=model.ignore_index)
+        windows = Windows(store, length, pack=False, filler=config.ignore_index)
         for i in range(len(windows)):
-            before = partial(windows.before, i, memory, model.eos_token_id)
+            before = partial(windows.before, i, memory, config.eos_token_id)
             document = (part, windows.spans(i)[0][0])
             pieces.append(Piece(document, windows.scored(i), partial(windows.__getitem__, i), before))
-    if max_tokens:
+    if settings.max_tokens:
         total = np.cumsum([piece.scored for piece in pieces])
-        pieces = pieces[: int(np.searchsorted(total, max_tokens)) + 1]
+        pieces = pieces[: int(np.searchsorted(total, settings.max_tokens)) + 1]
     if not pieces:
-        raise UserError(f"{source}: no document to score among the first {fraction:.2%}. Use --val-fraction 1 for all.")
+        raise UserError(f"{source}: no document to score among the first {share:.2%}. Use --val-fraction 1 for all.")
     pieces.sort(key=lambda piece: piece.scored)
-    return Column(pieces, None if max_tokens else sum(store.bytes for store in stores))
+    return Column(pieces, None if settings.max_tokens else sum(store.bytes for store in stores))
 
 
 def spliced(domains: list[list[Any]], length: int, every: int) -> tuple[Column, np.ndarray]:
-    """Windows whose domain changes every `every` tokens, and the domain's number of each token [windows, length + 1].
+    """A column of windows whose domain changes every `every` tokens, and the domain of each token [windows, length + 1].
 
-    Every domain follows every other equally often; the text goes on where it was left, within what is held out.
+    Each domain follows each other one equally often, and continues where its last stretch ended.
     """
     texts = [np.concatenate([np.asarray(store.tokens, dtype=np.int64) for store in stores]) for stores in domains]
     number = max(1, min(SPLICED, min(map(len, texts)) * len(texts) // (length + 1)))
-    generator, places = np.random.default_rng(0), [0] * len(texts)
+    generator = np.random.default_rng(0)
+    places = [0] * len(texts)
     tokens = np.empty((number, length + 1), np.int64)
     labels = np.empty((number, length + 1), np.int64)
     for row in range(number):

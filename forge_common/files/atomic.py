@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written under another name, synced, renamed; and what a full disk says of itself."""
+"""Atomic writes: under a temporary name, synced, then renamed. Strict JSON. Recognition of a full disk."""
 
 import errno
 import json
@@ -21,29 +21,29 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def write_text(path: Path, content: str) -> None:
-    """Writes under another name, synced, then renamed: the file is whole or absent. UserError where it cannot be written."""
-    aside = path.with_name(f".tmp-{path.name}")
+    """Writes a file that is complete or absent, even after a crash. UserError if it cannot be written."""
+    temp_path = path.with_name(f".tmp-{path.name}")
     try:
-        with open(aside, "w", encoding="utf-8") as file:
+        with open(temp_path, "w", encoding="utf-8") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temp_path, path)
     except OSError as reason:
         with suppress(OSError):
-            aside.unlink(missing_ok=True)
+            temp_path.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written ({reason.strerror}). Free space, or name another place.") from reason
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of at most 8 MiB; anything else is the user's to mend.
+    """The JSON object in a file of at most 8 MiB.
 
-    Refused as well is what JSON knows not, or leaves open: NaN, Infinity, 1e999, and a key that stands twice.
+    UserError for anything else, and for what JSON does not allow or does not define: NaN, Infinity, 1e999, a key twice.
     """
     content = read_bounded(path)
     try:
         parsed = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_once, parse_float=_finite, parse_constant=_finite
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
         )
     except (ValueError, RecursionError) as reason:
         raise UserError(f"{path} is not JSON ({reason}). Fetch or export it again.") from None
@@ -52,49 +52,52 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands twice in an object")
-    return found
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        raise ValueError("an object has a key twice")
+    return content
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError(f"{text[:20]} is no number of JSON's, or too large")
+        raise ValueError(f"{text[:20]} is not a JSON number, or too large")
     return value
 
 
 def publish(folder: Path, write: Callable[[Path], None], *, keep_existing: bool = False) -> None:
-    """Fills a folder beside `folder` by `write`, syncs it, and only then gives it the name; an older one is replaced.
+    """Calls `write` with a temporary folder beside `folder`, syncs it, and renames it; an older `folder` is replaced.
 
     keep_existing: an older one is kept instead, where every process writes the same content.
-    UserError where the disk is full or cannot be written; nothing is left behind then.
+    If `write` fails, the temporary folder is removed. UserError if the disk is full or cannot be written.
     """
-    aside, old = folder.with_name(f".tmp-{folder.name}-{os.getpid()}"), folder.with_name(f".old-{folder.name}")
+    temp_dir = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
+    old_dir = folder.with_name(f".old-{folder.name}")
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write(aside)
-        sync(aside)
+        shutil.rmtree(temp_dir, ignore_errors=True)
+        temp_dir.mkdir(parents=True)
+        write(temp_dir)
+        sync(temp_dir)
     except BaseException as reason:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temp_dir, ignore_errors=True)
         if isinstance(reason, Exception) and folder.parent.is_dir() and is_full(folder.parent, reason):
             free = amount(shutil.disk_usage(folder.parent).free)
-            raise UserError(f"{folder} was not written: the disk is full, {free} are free. Free some.") from reason
+            raise UserError(
+                f"{folder} was not written: the disk is full, {free} are free. Free some space."
+            ) from reason
         if isinstance(reason, OSError):
             raise UserError(f"{folder} cannot be written ({reason.strerror}). Name another place.") from reason
         raise
     if keep_existing:
-        rename_if_absent(aside, folder)
+        rename_if_absent(temp_dir, folder)
         return
     if folder.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        folder.rename(old)
-    aside.rename(folder)
+        shutil.rmtree(old_dir, ignore_errors=True)
+        folder.rename(old_dir)
+    temp_dir.rename(folder)
     sync_folder(folder.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(old_dir, ignore_errors=True)
 
 
 def rename_if_absent(partial: Path, folder: Path) -> None:
@@ -109,7 +112,7 @@ def rename_if_absent(partial: Path, folder: Path) -> None:
 
 
 def sync(folder: Path) -> None:
-    """Every file below `folder`, and the folders, down to the disk."""
+    """Flushes every file and folder below `folder`, and `folder` itself, to the disk."""
     for root, _, names in os.walk(folder):
         for name in names:
             with open(Path(root, name), "rb") as file:
@@ -118,7 +121,7 @@ def sync(folder: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A folder (its names), or a file, down to the disk."""
+    """Flushes a folder (the names in it) or a file to the disk."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -127,18 +130,18 @@ def sync_folder(folder: Path) -> None:
 
 
 def is_full(folder: Path, reason: Exception) -> bool:
-    """Whether a write failed for want of room. torch and safetensors do not give errno, but its text or nothing at all."""
+    """Whether a write failed because of a full disk or quota. torch and safetensors give no errno, at most its text."""
     if isinstance(reason, OSError) and reason.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return True
-    told = ("No space left", "quota exceeded", "File too large", "file write failed")
-    return any(text in str(reason) for text in told) or shutil.disk_usage(folder).free < MIB
+    messages = ("No space left", "quota exceeded", "File too large", "file write failed")
+    return any(text in str(reason) for text in messages) or shutil.disk_usage(folder).free < MIB
 
 
 def lack_of_room(folder: Path, needed: int) -> str:
-    """How much is missing for `needed` bytes, and the mend."""
+    """The end of a message: how many bytes are missing of `needed`, and how to fix it."""
     free = shutil.disk_usage(folder).free
     missing = f"{amount(needed - free)} are missing" if needed > free else "the disk or a quota is full"
-    return f"it needs {amount(needed)}, {amount(free)} are free on {folder}: {missing}. Free some."
+    return f"it needs {amount(needed)}, {amount(free)} are free on {folder}: {missing}. Free some space."
 
 
 def amount(size: int) -> str:

@@ -1,103 +1,108 @@
-"""Tensors in safetensors files: read with every doubt, and known again by their digests. No pickle is opened."""
+"""Reads and validates safetensors files, and computes the digests of their tensors. Pickles are not opened."""
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from .atomic import read_json
-from .untrusted import shown
+from .untrusted import quoted
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-HEADER_BYTES = 4 << 20  # names and shapes of some 30,000 tensors
+HEADER_BYTES = 4 << 20  # at most; enough for the names and shapes of about 30,000 tensors
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Tensors = dict[str, torch.Tensor]
 
 
 def digest(tensors: Tensors) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes in the order of the names; a file's layout plays no part."""
+    """SHA-256 over names, dtypes, shapes and bytes, sorted by name; it does not depend on the file's layout."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
         total.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
-        total.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 
 def digests(tensors: Tensors) -> dict[str, str]:
-    """The digest of each tensor alone: what names the one that was damaged."""
+    """The digest of each tensor, which tells which one was damaged."""
     return {name: digest({name: tensor}) for name, tensor in sorted(tensors.items())}
 
 
-def verify(place: Path, tensors: Tensors, stated: str, each: dict[str, str], passport: str) -> None:
-    """Refuses tensors whose digest is not the one that the passport states, and names those that `each` knows otherwise."""
-    own = digest(tensors)
-    if own == stated:
+def verify(place: Path, tensors: Tensors, metadata: dict[str, Any], key: str, file_name: str) -> None:
+    """Refuses tensors whose digest is not the one in the metadata (of `file_name`, under `key`); names a tensor that differs."""
+    actual = digest(tensors)
+    expected = metadata.get(key)
+    if actual == expected:
         return
-    changed = sorted(name for name, found in digests(tensors).items() if each.get(name, found) != found)
-    named = f" It is {shown(changed[0])} that differs ({len(changed)} in all)." if changed else ""
+    known = metadata.get("tensor_digests", {})
+    changed = [name for name, value in digests(tensors).items() if known.get(name, value) != value]
+    differing = f" {quoted(changed[0])} differs ({len(changed)} in all)." if changed else ""
     raise UserError(
-        f"{place}: the digest is {own}, but {passport} says {stated}.{named} The files were changed or damaged since they "
-        "were published: fetch or export the artifact again."
+        f"{place}: the digest is {actual}, but {file_name} says {expected}.{differing} The files were changed or damaged "
+        "since they were published. Fetch or export the artifact again."
     )
 
 
 def read_tensors(path: Path, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensors:
-    """All tensors of a safetensors file; a malformed file, another dtype, NaN or Inf is refused, and the tensor named."""
+    """All tensors of a safetensors file. UserError for a malformed file, another dtype, NaN or Inf."""
     _check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except (SafetensorError, OSError, TypeError, ValueError, RuntimeError) as reason:
-        first = (str(reason).splitlines() or [""])[0]
-        raise UserError(f"{path} cannot be read as safetensors ({first}). Fetch or export it again.") from None
+        first_line = (str(reason).splitlines() or [""])[0]
+        raise UserError(f"{path} cannot be read as safetensors ({first_line}). Fetch or export it again.") from None
     for name, tensor in tensors.items():
         if not name.isprintable() or len(name) > 256:
-            raise UserError(f"{path}: a tensor is called {shown(name)}. Do not use this artifact.")
+            raise UserError(f"{path}: a tensor is called {quoted(name)}. Do not use this artifact.")
         if tensor.dtype not in dtypes:
-            kinds = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-            raise UserError(f"{path}: {name} is of {tensor.dtype}, not of {kinds}. Export the model with one of these.")
+            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise UserError(
+                f"{path}: {name} is of {tensor.dtype}, not of {allowed}. Export the model with one of these."
+            )
         if tensor.is_floating_point() and not _is_finite(tensor):
             raise UserError(f"{path}: {name} holds NaN or Inf. Use an artifact of a run that did not diverge.")
     return tensors
 
 
 def _is_finite(tensor: torch.Tensor) -> bool:
-    """As float32, in which it will be computed; without a second tensor of its size."""
-    return not tensor.numel() or all(torch.isfinite(end.to(torch.float32)) for end in tensor.aminmax())
+    """Whether all values are finite as float32, the type of the computation. Makes no second tensor of its size."""
+    return not tensor.numel() or all(torch.isfinite(value.to(torch.float32)) for value in tensor.aminmax())
 
 
 def _check_header(path: Path) -> None:
-    """Refuses what is not a regular file, and a header that no artifact needs, before either is opened as safetensors."""
+    """Refuses a file that is not regular, and a header of an impossible size, before the file is opened as safetensors."""
     if not path.is_file():
-        raise UserError(f"{path} is missing or no regular file. Fetch or export it again.")
+        raise UserError(f"{path} is missing or not a regular file. Fetch or export it again.")
     try:
         size = path.stat().st_size
         with open(path, "rb") as file:
             start = file.read(8)
     except OSError as reason:
         raise UserError(f"{path} cannot be read ({reason.strerror}). Fetch or export it again.") from None
-    claimed = int.from_bytes(start, "little")
-    if len(start) < 8 or not 2 <= claimed <= min(HEADER_BYTES, size - 8):
+    header_bytes = int.from_bytes(start, "little")
+    if len(start) < 8 or not 2 <= header_bytes <= min(HEADER_BYTES, size - 8):
         pickled = start.startswith(b"PK\x03\x04") or (start[:1] == b"\x80" and start[1:2] <= b"\x05")
-        told = "it looks like a pickle, which is not opened" if pickled else f"a header of {claimed} bytes"
-        raise UserError(f"{path} is no safetensors file that is read here: {told}. Export the model with safetensors.")
+        problem = "it looks like a pickle, which is not opened" if pickled else f"its header is of {header_bytes} bytes"
+        raise UserError(f"{path} is not a valid safetensors file: {problem}. Export the model with safetensors.")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a trunk, those that an index names included; none lies outside of the folder."""
+    """The safetensors files of a trunk: those that its index names, all in the folder, or model.safetensors."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        parts = read_json(index).get("weight_map")
-        if not isinstance(parts, dict) or not parts or not all(isinstance(name, str) for name in parts.values()):
-            raise UserError(f"{index}: weight_map does not say which file holds which tensor. Fetch it again.")
-        names = sorted(set(parts.values()))
+        files = read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files or not all(isinstance(name, str) for name in files.values()):
+            raise UserError(f"{index}: weight_map does not map tensors to files. Fetch it again.")
+        names = sorted(set(files.values()))
         outside = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
         if outside:
             raise UserError(
-                f"{folder}: the index names {shown(outside[0])}, no safetensors file of the folder. "
+                f"{folder}: the index names {quoted(outside[0])}, which is not a safetensors file of the folder. "
                 "Do not use this artifact."
             )
         return [folder / name for name in names]
@@ -105,4 +110,4 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / "model.safetensors"]
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
-    raise UserError(f"{folder} holds no model.safetensors{hint}. Export the model with safetensors.")
+    raise UserError(f"{folder} has no model.safetensors{hint}. Export the model with safetensors.")

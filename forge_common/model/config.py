@@ -7,7 +7,7 @@ import dataclasses
 from typing import Any
 
 from ..errors import UserError
-from ..files.untrusted import ANY, FLAG, Field, checked, dict_of, list_of, number, shown, whole
+from ..files.untrusted import ANY, FLAG, Field, checked, dict_of, integer, list_of, number, quoted
 
 # The kinds of module; modules.py builds them.
 KINDS = ("ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert")
@@ -21,16 +21,16 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 
 ARCHITECTURES = {kind: f"{kind.capitalize()}ForCausalLM" for kind in ("llama", "qwen2", "qwen3", "mixtral")}
-_ID = whole(-1, 1 << 31)
+_ID = integer(-1, 1 << 31)
 FIELDS: dict[str, Field] = {  # of a config.json; no model is near the bounds, beyond them sizes and positions overflow
-    "vocab_size": whole(1, 1 << 24),
-    "num_hidden_layers": whole(1, 1 << 16),
-    "max_position_embeddings": whole(1, 1 << 31),
-    "head_dim": whole(2, 1 << 16),
-    "num_local_experts": whole(0, 1 << 16),
-    "sliding_window": whole(0, 1 << 31),
-    **dict.fromkeys(("hidden_size", "intermediate_size"), whole(1, 1 << 20)),
-    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"), whole(1, 1 << 16)),
+    "vocab_size": integer(1, 1 << 24),
+    "num_hidden_layers": integer(1, 1 << 16),
+    "max_position_embeddings": integer(1, 1 << 31),
+    "head_dim": integer(2, 1 << 16),
+    "num_local_experts": integer(0, 1 << 16),
+    "sliding_window": integer(0, 1 << 31),
+    **dict.fromkeys(("hidden_size", "intermediate_size"), integer(1, 1 << 20)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"), integer(1, 1 << 16)),
     **dict.fromkeys(("rms_norm_eps", "initializer_range"), number(0, 1)),
     **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef"), number(0, 1e6)),
     **dict.fromkeys(("tie_word_embeddings", "cross_document_attention", "use_sliding_window"), FLAG),
@@ -121,7 +121,7 @@ class ModelConfig:
         kind = config.get("model_type")
         if kind not in ("llama", "mistral", "mixtral", "qwen2", "qwen3"):
             raise UserError(
-                f"{where}: model_type {shown(kind)} cannot be a trunk here. Use a Llama, Mistral, Mixtral, Qwen2 or Qwen3."
+                f"{where}: model_type {quoted(kind)} cannot be a trunk here. Use a Llama, Mistral, Mixtral, Qwen2 or Qwen3."
             )
         required = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING] + ["rms_norm_eps"]
         required.remove("num_key_value_heads")  # the defaults of the others differ by model_type
@@ -138,7 +138,7 @@ class ModelConfig:
         }
         for name, value in unsupported.items():
             if value is not None:
-                raise UserError(f"{where}: {name} {shown(value)} is not implemented. Choose a checkpoint without it.")
+                raise UserError(f"{where}: {name} {quoted(value)} is not implemented. Choose a checkpoint without it.")
         known = {field.name for field in dataclasses.fields(cls)}
         fields = {key: value for key, value in config.items() if key in known and value is not None}
         window = config.get("sliding_window", 4096 if kind == "mistral" else None)

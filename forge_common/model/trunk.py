@@ -222,6 +222,8 @@ class Trunk(nn.Module):
     """The model that both scripts train. `Trunk(config)` draws from torch's global generator: seed it first."""
 
     chunk_rows = CHUNK_ROWS  # rows of logits in memory at a time
+    names = ("trunk",)  # LanguageModel: one candidate,
+    weights: torch.Tensor | None = None  # so no gate weights
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -20,7 +20,13 @@ from .statistics import bigram_bucket, decode, projection
 
 BACKOFF = 200.0  # weight, in occurrences of the previous token, of the unigrams in the bigram probability
 RIDGE = 1e-2  # added to the diagonal, as a share of its mean
-ROUTERS = ("context", "learned", "ridge", "uniform")
+CALIBRATED = {  # router -> which of its numbers (Tuning) `assemble --calibrate` fits
+    "context": ("temperature", "trunk_share"),
+    "learned": ("trunk_share",),
+    "ridge": ("sharpness", "trunk_share"),
+    "uniform": ("trunk_share",),
+}
+ROUTERS = tuple(CALIBRATED)
 Tensors = dict[str, torch.Tensor]
 
 

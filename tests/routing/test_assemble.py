@@ -1,5 +1,7 @@
-"""Modules that were trained apart, assembled: order plays no part, nothing looks ahead, what is left out is gone."""
+"""Assembled models: the order of the modules does not matter, the model is causal, a module can be left out again."""
 
+import dataclasses
+import hashlib
 import json
 import math
 import shutil
@@ -9,6 +11,7 @@ import sys
 import launch
 import numpy as np
 import pytest
+import small_artifacts
 import torch
 from safetensors.torch import load_file, save_file
 
@@ -16,40 +19,43 @@ from forge_common import assemble
 from forge_common.artifacts import artifact, assembled
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
+from forge_common.files.tensors import digest
 from forge_common.model.config import ModelConfig
 from forge_common.model.modules import put_in
-from forge_common.model.trunk import Trunk
+from forge_common.model.trunk import Trunk, rotary
 from forge_common.routing import statistics
 
 KINDS = {"cpp": "ffn+head", "code": "narrow+head", "low": "lora+head"}
 
 
-def call(room: str, *arguments: object, fails: bool = False) -> str:
-    line = [sys.executable, "-m", f"forge_common.{room}", *map(str, arguments)]
-    done = subprocess.run(line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=False)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
-    return done.stdout + done.stderr
+def call(command: str, *arguments: object, fails: bool = False) -> str:
+    line = [sys.executable, "-m", f"forge_common.{command}", *map(str, arguments)]
+    result = subprocess.run(
+        line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=False
+    )
+    assert (result.returncode != 0) == fails, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr, result.stderr
+    return result.stdout + result.stderr
 
 
 @pytest.fixture(scope="module")
-def parts(module, text, domain, tmp_path_factory):
-    """Folders of modules by name: three kinds, two texts; and two of kind expert."""
-    folder = tmp_path_factory.mktemp("parts")
-    found = {}
+def module_dirs(module, text, domain, tmp_path_factory):
+    """Folders of modules by name: three kinds, trained on two texts, and two of kind expert."""
+    folder = tmp_path_factory.mktemp("modules")
+    dirs = {}
     for name, kind in {**KINDS, "expert_cpp": "expert", "expert_code": "expert"}.items():
         source = domain if "cpp" in name else text
         flags = ("--name", name, "--data", source, "--kind", kind, "--rank", 4, "--width", 12, "--steps", 12)
         module(folder / name, *flags, "--lr", 0.02)
-        found[name] = folder / name / "module"
-    return found
+        dirs[name] = folder / name / "module"
+    return dirs
 
 
 @pytest.fixture(scope="module")
-def whole(trunk, parts, tmp_path_factory):
-    """The three, assembled."""
-    folder = tmp_path_factory.mktemp("whole") / "assembled"
-    call("assemble", "--trunk", trunk, "--modules", *(parts[name] for name in KINDS), "--output-dir", folder)
+def assembled_dir(trunk, module_dirs, tmp_path_factory):
+    """The folder of the modules in KINDS, assembled."""
+    folder = tmp_path_factory.mktemp("assembled") / "assembled"
+    call("assemble", "--trunk", trunk, "--modules", *(module_dirs[name] for name in KINDS), "--output-dir", folder)
     return folder
 
 
@@ -59,7 +65,7 @@ def read(folder, **how):
 
 
 def ids(tokenizer, size: int = 65) -> torch.Tensor:
-    """[3, size]: Python, C++, and both with an EOS between."""
+    """[3, size]: Python, C++, and both with an EOS between them."""
     python = tokenizer.encode_batch(["def first(items, default=None):\n    return next(iter(items), default)\n" * 3])[0]
     cpp = tokenizer.encode_batch(
         ["#include <vector>\nnamespace c10 {\ntemplate <typename T>\nstruct Box { T x; };\n" * 3]
@@ -68,20 +74,26 @@ def ids(tokenizer, size: int = 65) -> torch.Tensor:
     return torch.tensor([python[:size], cpp[:size], both[:size]])
 
 
-def test_the_order_of_the_modules_plays_no_part(trunk, parts, whole, tmp_path):
+def test_the_order_of_the_modules_does_not_matter(trunk, module_dirs, assembled_dir, tmp_path):
     names = list(KINDS)[::-1]
     call(
-        "assemble", "--trunk", trunk, "--modules", *(parts[name] for name in names), "--output-dir", tmp_path / "other"
+        "assemble",
+        "--trunk",
+        trunk,
+        "--modules",
+        *(module_dirs[name] for name in names),
+        "--output-dir",
+        tmp_path / "other",
     )
-    assert (whole / "assembled.json").read_text() == (tmp_path / "other" / "assembled.json").read_text()
-    (one, tokenizer), (other, _) = read(whole), read(tmp_path / "other")
+    assert (assembled_dir / "assembled.json").read_text() == (tmp_path / "other" / "assembled.json").read_text()
+    (one, tokenizer), (other, _) = read(assembled_dir), read(tmp_path / "other")
     assert one.names == other.names == ["trunk", "code", "cpp", "low"]
     assert torch.equal(one.nats(ids(tokenizer)), other.nats(ids(tokenizer)))
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 2])
-def test_no_token_is_decided_by_a_later_one(whole, top_k):
-    model, tokenizer = read(whole, top_k=top_k)
+def test_a_token_does_not_depend_on_later_ones(assembled_dir, top_k):
+    model, tokenizer = read(assembled_dir, top_k=top_k)
     tokens = ids(tokenizer)
     before = model.nats(tokens)
     changed = tokens.clone()
@@ -92,29 +104,29 @@ def test_no_token_is_decided_by_a_later_one(whole, top_k):
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 2])
-def test_token_by_token_with_a_cache_is_the_whole_at_once(whole, top_k):
-    model, tokenizer = read(whole, top_k=top_k)
+def test_token_by_token_with_a_cache_equals_one_pass(assembled_dir, top_k):
+    model, tokenizer = read(assembled_dir, top_k=top_k)
     tokens = ids(tokenizer)
-    wanted = model.nats(tokens)
-    cache, found = [], []
+    expected = model.nats(tokens)
+    cache, nats = [], []
     first = model.next_logits(tokens[:, :7], cache)
     assert torch.allclose(first.logsumexp(-1), torch.zeros(3), atol=1e-5)  # probabilities sum to 1
-    found.append(-first.gather(1, tokens[:, 7:8]))
+    nats.append(-first.gather(1, tokens[:, 7:8]))
     for t in range(7, 64):
-        found.append(-model.next_logits(tokens[:, t : t + 1], cache).gather(1, tokens[:, t + 1 : t + 2]))
-    torch.testing.assert_close(torch.cat(found, dim=1), wanted[:, 6:], rtol=0, atol=2e-5)
+        nats.append(-model.next_logits(tokens[:, t : t + 1], cache).gather(1, tokens[:, t + 1 : t + 2]))
+    torch.testing.assert_close(torch.cat(nats, dim=1), expected[:, 6:], rtol=0, atol=2e-5)
 
 
 def least_of(unigrams, bigrams, previous: int, token: int) -> float:
     return min(bigrams[statistics.bigram_bucket(previous, token)], unigrams[previous], unigrams[token])
 
 
-def reference_gates(model, tokens: list[int], own: np.ndarray | None = None) -> np.ndarray:
-    """The filter of the recipe, a token and a candidate at a time, in float64. own [T, E]: log p of the heads, or none."""
+def reference_gates(model, tokens: list[int], log_p_heads: np.ndarray | None = None) -> np.ndarray:
+    """The router's filter, one token and one candidate at a time, in float64. log_p_heads [T, E]: of the labels, if used."""
     router, tuning = model.router, model.router.tuning
     prior = router.prior.double().numpy()
     tables = [[table[e].double().numpy() for table in (router.unigrams, router.bigrams)] for e in range(len(prior))]
-    gates, found = prior.copy(), []
+    gates, rows = prior.copy(), []
     previous = router.eos
     for t, token in enumerate(tokens):
         weights = []
@@ -123,222 +135,281 @@ def reference_gates(model, tokens: list[int], own: np.ndarray | None = None) -> 
             pair = least_of(unigrams, bigrams, previous, token)
             p = (pair + 200 * p) / (unigrams[previous] + 200)
             weights.append(tuning.temperature * math.log(p))
-        if own is not None:
-            weights = [weight + tuning.own * own[t, e] for e, weight in enumerate(weights)]
+        if log_p_heads is not None:
+            weights = [weight + tuning.own * log_p_heads[t, e] for e, weight in enumerate(weights)]
         gates = (gates * (1 - tuning.switch) + tuning.switch * prior) * np.exp(weights)
         gates = prior.copy() if token == router.eos else gates / gates.sum()
-        found.append(gates)
+        rows.append(gates)
         previous = token
-    return np.array(found)
+    return np.array(rows)
 
 
-def test_the_gates_and_the_mixture_are_the_recipes(whole):
-    """Against loops in float64: gates, and log p = log sum_e w_e p_e over hidden states that a plain sum mixes."""
-    model, tokenizer = read(whole)
+def test_the_gates_and_the_mixture_equal_a_reference(assembled_dir):
+    """Gates in float64 loops; hidden states as plain sums; log p = log sum_e w_e p_e."""
+    model, tokenizer = read(assembled_dir)
     tokens = ids(tokenizer)
     nats = model.nats(tokens)
     for row, inputs in enumerate(tokens[:, :-1].tolist()):
         gates = torch.from_numpy(reference_gates(model, inputs)).float()
-        x = model.candidates[0].model.embed_tokens(tokens[row : row + 1, :-1])
         decoder = model.candidates[0].model
-        rope = __import__("forge_common.model.trunk", fromlist=["rotary"]).rotary(
-            model.config, torch.arange(len(inputs))
-        )
-        mask = decoder._mask(tokens[row : row + 1, :-1], 0)
+        x = decoder.embed_tokens(tokens[row : row + 1, :-1])
+        rope = rotary(model.config, torch.arange(len(inputs)))
+        documents = (torch.tensor([-1, *inputs[:-1]]) == model.config.eos_token_id).cumsum(0)
+        mask = torch.ones(len(inputs), len(inputs), dtype=torch.bool).tril() & (documents[:, None] == documents)
         for index, layer in enumerate(decoder.layers):
-            x = x + layer.self_attn(layer.input_layernorm(x), rope, mask, None, index)
+            x = x + layer.self_attn(layer.input_layernorm(x), rope, mask[None, None], None, index)
             normed = layer.post_attention_layernorm(x)
-            given = [one.model.layers[index].feed(normed, None, None)[0] for one in model.candidates]
-            x = x + sum(gates[None, :, e, None] * y for e, y in enumerate(given))
+            outputs = [one.model.layers[index].feed(normed, None, None)[0] for one in model.candidates]
+            x = x + sum(gates[None, :, e, None] * y for e, y in enumerate(outputs))
         hidden = decoder.norm(x)[0]
         log_p = torch.stack([(hidden @ one.head.T).log_softmax(-1) for one in model.candidates], dim=-1)
         label = log_p.gather(1, tokens[row, 1:, None, None].expand(-1, 1, log_p.shape[-1])).squeeze(1).double()
-        own = torch.cat((torch.zeros_like(label[:1]), label[:-1])).detach().numpy()
-        weights = torch.from_numpy(reference_gates(model, inputs, own))
-        wanted = -torch.logsumexp(weights.log() + label, dim=-1)
-        torch.testing.assert_close(nats[row].double(), wanted, rtol=0, atol=2e-4)
+        before = torch.cat((torch.zeros_like(label[:1]), label[:-1])).detach().numpy()
+        weights = torch.from_numpy(reference_gates(model, inputs, before))
+        expected = -torch.logsumexp(weights.log() + label, dim=-1)
+        torch.testing.assert_close(nats[row].double(), expected, rtol=0, atol=2e-4)
         torch.testing.assert_close(model.weights[row].double(), weights, rtol=0, atol=2e-4)
 
 
-def test_all_candidates_of_top_k_are_the_soft_mixture_of_the_gates(whole):
-    model, tokenizer = read(whole, top_k=1)
+def test_top_k_of_all_candidates_is_the_soft_mixture_of_the_gates(assembled_dir):
+    model, tokenizer = read(assembled_dir, top_k=1)
     tokens = ids(tokenizer)
     model.nats(tokens)
     assert set(model.weights.unique().tolist()) == {0.0, 1.0}
-    soft, _ = read(whole)
+    soft, _ = read(assembled_dir)
     soft.top_k = 4
     all_of_them = soft.nats(tokens)
     soft.top_k = 0
-    soft.router.tuning = __import__("dataclasses").replace(soft.router.tuning, own=0.0)
+    soft.router.tuning = dataclasses.replace(soft.router.tuning, own=0.0)
     torch.testing.assert_close(all_of_them, soft.nats(tokens), rtol=0, atol=1e-5)
 
 
-def test_without_all_modules_it_is_the_trunk(whole, trunk):
-    model, tokenizer = read(whole, without=tuple(KINDS))
+def test_without_all_modules_it_equals_the_trunk(assembled_dir, trunk):
+    model, tokenizer = read(assembled_dir, without=tuple(KINDS))
     alone, _, _ = artifact.read_trunk(str(trunk))
     torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-6)
 
 
-def test_without_is_as_if_it_had_never_been_there(whole, trunk, parts, tmp_path):
-    """Left out when it is read, or when it was assembled: the same bits."""
+def test_without_a_module_it_equals_a_model_assembled_without_it(assembled_dir, trunk, module_dirs, tmp_path):
+    """Bit for bit: left out when read, left out by assemble --without, and never given to assemble."""
     names = ["code", "low"]
-    call("assemble", "--trunk", trunk, "--modules", *(parts[name] for name in names), "--output-dir", tmp_path / "two")
-    given = (*(parts[name] for name in KINDS), "--without", "cpp")
-    call("assemble", "--trunk", trunk, "--modules", *given, "--output-dir", tmp_path / "left")
+    call(
+        "assemble",
+        "--trunk",
+        trunk,
+        "--modules",
+        *(module_dirs[name] for name in names),
+        "--output-dir",
+        tmp_path / "two",
+    )
+    flags = (*(module_dirs[name] for name in KINDS), "--without", "cpp")
+    call("assemble", "--trunk", trunk, "--modules", *flags, "--output-dir", tmp_path / "left")
     (one, tokenizer), (two, _), (left, _) = (
-        read(whole, without=("cpp",)),
+        read(assembled_dir, without=("cpp",)),
         read(tmp_path / "two"),
         read(tmp_path / "left"),
     )
-    wanted = one.nats(ids(tokenizer))
-    assert torch.equal(wanted, two.nats(ids(tokenizer))) and torch.equal(wanted, left.nats(ids(tokenizer)))
+    expected = one.nats(ids(tokenizer))
+    assert torch.equal(expected, two.nats(ids(tokenizer))) and torch.equal(expected, left.nats(ids(tokenizer)))
     assert not (tmp_path / "left" / "modules" / "cpp").exists()
-    assert not torch.allclose(wanted, read(whole)[0].nats(ids(tokenizer)), atol=1e-4)
+    assert not torch.allclose(expected, read(assembled_dir)[0].nats(ids(tokenizer)), atol=1e-4)
 
 
-def test_the_trunks_parameters_are_held_once(whole):
-    model, _ = read(whole)
+def test_the_trunks_parameters_are_in_memory_once(assembled_dir):
+    model, _ = read(assembled_dir)
     trunk = sum(p.numel() for p in model.candidates[0].parameters())
     added = sum(
-        load_file(whole / "modules" / name / "module.safetensors")[key].numel()
+        load_file(assembled_dir / "modules" / name / "module.safetensors")[key].numel()
         for name in KINDS
-        for key in load_file(whole / "modules" / name / "module.safetensors")
+        for key in load_file(assembled_dir / "modules" / name / "module.safetensors")
     )
     assert sum(p.numel() for p in model.parameters()) == trunk + added
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_merged_module_is_a_transformers_checkpoint(name, parts, trunk, tmp_path):
+def test_a_merged_module_is_a_transformers_checkpoint(name, module_dirs, trunk, tmp_path):
     from transformers import AutoModelForCausalLM
 
-    call("merge", "--trunk", trunk, "--module", parts[name], "--output-dir", tmp_path / "merged")
-    model, tokenizer, _, _ = artifact.read_model(str(trunk), parts[name])
+    call("merge", "--trunk", trunk, "--module", module_dirs[name], "--output-dir", tmp_path / "merged")
+    model, tokenizer, _, _ = artifact.read_model(str(trunk), module_dirs[name])
     tokens = ids(tokenizer)[:2]
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens[:, :-1]).logits
-    wanted = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    torch.testing.assert_close(model.nats(tokens), wanted, rtol=0, atol=2e-5)
+    expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+    torch.testing.assert_close(model.nats(tokens), expected, rtol=0, atol=2e-5)
     again, _, _ = artifact.read_trunk(str(tmp_path / "merged"))
-    torch.testing.assert_close(again.nats(tokens), wanted, rtol=0, atol=2e-5)
+    torch.testing.assert_close(again.nats(tokens), expected, rtol=0, atol=2e-5)
 
 
-def test_one_learned_row_is_the_module_as_it_was_trained(trunk, parts, tmp_path):
-    """Two candidates and the row of one: the same mixture that the module had beside the frozen feed-forward."""
+def test_one_learned_row_equals_the_module_as_trained(trunk, module_dirs, tmp_path):
+    """With one module the assembled model is the mixture that the module was trained in."""
     folder = tmp_path / "learned"
-    line = ("--trunk", trunk, "--modules", parts["expert_cpp"], "--router", "learned", "--output-dir", folder)
+    line = ("--trunk", trunk, "--modules", module_dirs["expert_cpp"], "--router", "learned", "--output-dir", folder)
     call("assemble", *line)
     model, tokenizer = read(folder)
-    tensors, passport = artifact.read_module(parts["expert_cpp"], artifact.read_trunk(str(trunk))[2])
+    tensors, metadata = artifact.read_module(module_dirs["expert_cpp"], artifact.read_trunk(str(trunk))[2])
     alone, _, _ = artifact.read_trunk(str(trunk))
-    put_in(alone, tensors, **artifact.plug(passport))
+    put_in(alone, tensors, **artifact.module_arguments(metadata))
     torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-5)
 
 
-def test_ridge_tells_what_least_squares_tells(trunk, parts, domain, text, tmp_path):
-    """Its weights solve the normal equations of the modules' moments."""
+def test_ridge_solves_the_least_squares_problem(trunk, module_dirs, domain, text, tmp_path):
+    """Its weights satisfy the normal equations of the modules' moments."""
     folder = tmp_path / "ridge"
-    modules = (parts["expert_cpp"], parts["expert_code"])
+    modules = (module_dirs["expert_cpp"], module_dirs["expert_code"])
     call("assemble", "--trunk", trunk, "--modules", *modules, "--router", "ridge", "--output-dir", folder)
     model, tokenizer = read(folder)
-    own = [load_file(path / "statistics.safetensors") for path in (parts["expert_code"], parts["expert_cpp"])]
+    moments = [
+        load_file(path / "statistics.safetensors") for path in (module_dirs["expert_code"], module_dirs["expert_cpp"])
+    ]
     for layer, weights in enumerate(model.router.weights.double()):
-        second = sum(one["second"][layer].double() for one in own) / 2
-        right = torch.stack([one["first"][layer].double() / 2 for one in own], dim=-1)
+        second = sum(one["second"][layer].double() for one in moments) / 2
+        right = torch.stack([one["first"][layer].double() / 2 for one in moments], dim=-1)
         eye = 1e-2 * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
         torch.testing.assert_close((second + eye) @ weights, right, rtol=1e-3, atol=1e-4)
     nats = model.nats(ids(tokenizer))
     assert torch.isfinite(nats).all() and model.weights.sum(-1).allclose(torch.ones(3, 64), atol=1e-5)
 
 
-def test_evaluate_tells_all_rows_and_a_receipt(whole, trunk, domain, text, cache, tmp_path):
+def test_evaluate_prints_all_rows_and_the_effect_of_leaving_one_out(
+    assembled_dir, trunk, domain, text, cache, tmp_path
+):
     data = ("--data", f"cpp={domain}", f"code={text}", "--cache-dir", cache, "--val-fraction", 0.3)
     more = ("--without", "cpp", "--spliced", 16, "--json", tmp_path / "rows.json", "--svg", tmp_path / "rows.svg")
-    printed = call("evaluate", "--model", whole, *data, *more)
-    found = {(row["model"], row["domain"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    printed = call("evaluate", "--model", assembled_dir, *data, *more)
+    rows_by_key = {
+        (row["model"], row["domain"]): row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]
+    }
     models = ["trunk", "module:code", "module:cpp", "module:low", "assembled", "without:cpp"]
-    assert list(dict.fromkeys(model for model, _ in found)) == models
-    assert list(dict.fromkeys(domain for _, domain in found)) == ["cpp", "code", "spliced"]
-    assert f"receipt     without cpp: cpp {found['assembled', 'cpp']['loss']:.4f} -> " in printed
-    assert found["assembled", "cpp"]["loss"] < found["trunk", "cpp"]["loss"]  # it has heard of C++
+    assert list(dict.fromkeys(model for model, _ in rows_by_key)) == models
+    assert list(dict.fromkeys(domain for _, domain in rows_by_key)) == ["cpp", "code", "spliced"]
+    assert f"left out    cpp: cpp {rows_by_key['assembled', 'cpp']['loss']:.4f} -> " in printed
+    assert rows_by_key["assembled", "cpp"]["loss"] < rows_by_key["trunk", "cpp"]["loss"]  # it was trained on C++
     for place in ("cpp", "code", "spliced"):
-        assert sum(found["assembled", place]["shares"].values()) == pytest.approx(1, abs=1e-5)
-    assert found["assembled", "cpp"]["shares"]["cpp"] > found["assembled", "code"]["shares"]["cpp"]
-    assert "cpp" not in found["without:cpp", "cpp"]["shares"]
-    call("evaluate", "--model", trunk, *data, "--module", parts_of(whole, "cpp"), "--json", tmp_path / "plain.json")
+        assert sum(rows_by_key["assembled", place]["shares"].values()) == pytest.approx(1, abs=1e-5)
+    assert rows_by_key["assembled", "cpp"]["shares"]["cpp"] > rows_by_key["assembled", "code"]["shares"]["cpp"]
+    assert "cpp" not in rows_by_key["without:cpp", "cpp"]["shares"]
+    call(
+        "evaluate",
+        "--model",
+        trunk,
+        *data,
+        "--module",
+        module_dir_in(assembled_dir, "cpp"),
+        "--json",
+        tmp_path / "plain.json",
+    )
     plain = {(row["model"], row["domain"]): row for row in json.loads((tmp_path / "plain.json").read_text())["rows"]}
-    for key, row in plain.items():  # the candidates of a mixture are the models that they are alone
-        assert row["loss"] == pytest.approx(found[key]["loss"], abs=1e-6)
+    for key, row in plain.items():  # each candidate has the loss that it has outside of the mixture
+        assert row["loss"] == pytest.approx(rows_by_key[key]["loss"], abs=1e-6)
     assert (tmp_path / "rows.svg").read_text().count("<circle") == 3 * 6 + 6
 
 
-def parts_of(whole, name):
-    return whole / "modules" / name
+def module_dir_in(assembled_dir, name):
+    return assembled_dir / "modules" / name
 
 
-def test_generate_shows_who_spoke(whole):
-    line = ("--model", whole, "--prompt", "#include <c10", "--max-new-tokens", 20, "--temperature", 0)
+def test_generate_shows_the_gate_weights(assembled_dir):
+    line = ("--model", assembled_dir, "--prompt", "#include <c10", "--max-new-tokens", 20, "--temperature", 0)
     printed = call("generate", *line, "--show-routing")
     assert printed.startswith("#include <c10") and "    1-" in printed and "%" in printed
     assert call("generate", *line) == call("generate", *line)
     assert "cpp " not in call("generate", *line, "--show-routing", "--without", "cpp").split("    1-")[1]
 
 
-def test_calibration_never_makes_it_worse(trunk, parts, domain, text, cache, tmp_path):
-    line = ("--trunk", trunk, "--modules", *(parts[name] for name in KINDS), "--output-dir", tmp_path / "tuned")
+def test_calibration_does_not_raise_the_loss(trunk, module_dirs, domain, text, cache, tmp_path):
+    line = ("--trunk", trunk, "--modules", *(module_dirs[name] for name in KINDS), "--output-dir", tmp_path / "tuned")
     printed = call("assemble", *line, "--calibrate", domain, text, "--calibrate-tokens", 1000, "--cache-dir", cache)
     before, after = (float(x) for x in printed.split("tokens: ")[1].split(" nats")[0].split(" -> "))
     assert after <= before
     assert json.loads((tmp_path / "tuned" / "assembled.json").read_text())["tuning"].keys()
 
 
-def test_refusals(trunk, parts, whole, shared, tmp_path):
+@pytest.mark.parametrize("calibrate", [False, True])
+def test_each_part_is_verified_once(calibrate, text, tmp_path, monkeypatch):
+    """The SHA-256 of each trunk, module and statistics is computed once."""
+    small_artifacts.build(tmp_path)
+    computed = []
+
+    class Recorder:
+        def __init__(self, content: bytes = b""):
+            self.sha256 = sha256(content)
+            self.update, self.digest = self.sha256.update, self.sha256.digest
+
+        def hexdigest(self) -> str:
+            computed.append(self.sha256.hexdigest())
+            return computed[-1]
+
+    sha256 = hashlib.sha256
+    monkeypatch.setattr(hashlib, "sha256", Recorder)
+    how = {"calibrate": (str(text),), "calibrate_tokens": 100, "cache_dir": tmp_path / "cache"} if calibrate else {}
+    modules = (tmp_path / "one", tmp_path / "two")
+    assert assemble.main(assemble.Settings(str(tmp_path / "trunk"), modules, tmp_path / "new", **how)) == 0
+    for path in (tmp_path / "trunk" / "forge.json", *(folder / "module.json" for folder in modules)):
+        metadata = json.loads(path.read_text())
+        assert computed.count(metadata["digest"]) == computed.count(metadata["statistics_digest"]) == 1
+
+
+def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared, tmp_path):
     def refused(*modules, of=trunk, **how) -> str:
         with pytest.raises(UserError) as caught:
             assemble.main(assemble.Settings(str(of), modules, tmp_path / "never", **how))
         return str(caught.value)
 
     shared(tmp_path / "other", "--steps", 2, "--seed", 1)
-    assert "another trunk" in refused(parts["cpp"], of=tmp_path / "other" / "trunk")
-    assert "both called cpp" in refused(parts["cpp"], parts["cpp"])
-    assert "needs modules of --kind expert" in refused(parts["cpp"], router="learned")
-    assert "no such module" in refused(parts["cpp"], without=("law",))
-    assert "--top-k" in refused(parts["cpp"], top_k=-1)
-    assert "--calibrate-tokens" in refused(parts["cpp"], calibrate=("x",), calibrate_tokens=0)
+    assert "another trunk" in refused(module_dirs["cpp"], of=tmp_path / "other" / "trunk")
+    assert "both called cpp" in refused(module_dirs["cpp"], module_dirs["cpp"])
+    assert "needs modules of --kind expert" in refused(module_dirs["cpp"], router="learned")
+    assert "no such module" in refused(module_dirs["cpp"], without=("law",))
+    assert "Choose one of context, learned, ridge, uniform" in refused(module_dirs["cpp"], router="magic")
+    assert "--top-k" in refused(module_dirs["cpp"], top_k=-1)
+    assert "--calibrate-tokens" in refused(module_dirs["cpp"], calibrate=("x",), calibrate_tokens=0)
     with pytest.raises(UserError, match="--top-k -1"):
-        assembled.read_assembled(str(whole), top_k=-1)
-    assert "no module is left" in refused(parts["cpp"], without=("cpp",))
+        assembled.read_assembled(str(assembled_dir), top_k=-1)
+    assert "no module is left" in refused(module_dirs["cpp"], without=("cpp",))
     for name, key in (("module", "model.layers.0.mlp.up_proj.weight"), ("statistics", "bigrams")):
         copy = tmp_path / name
-        shutil.copytree(parts["cpp"], copy)
+        shutil.copytree(module_dirs["cpp"], copy)
         tensors = load_file(copy / f"{name}.safetensors")
         tensors[key][0] += 1
         save_file(tensors, copy / f"{name}.safetensors")
-        assert "changed or damaged" in refused(copy)
+        message = refused(copy)
+        assert "changed or damaged" in message and str(copy) in message and ".tmp-" not in message
     for name, key, reason in (
         ("module", "model.layers.0.mlp.up_proj.weight", "has the shape"),
         ("statistics", "bigrams", "bigrams are not 131072 codes"),
-    ):  # whoever made it: its digests are right, its shapes are not
+    ):  # the digests are right, the shapes are not
         copy = tmp_path / f"shapes-{name}"
-        shutil.copytree(parts["cpp"], copy)
+        shutil.copytree(module_dirs["cpp"], copy)
         tensors = load_file(copy / f"{name}.safetensors")
         tensors[key] = tensors[key][:-1].contiguous()
         save_file(tensors, copy / f"{name}.safetensors")
-        facts = json.loads((copy / "module.json").read_text())
-        facts[{"module": "digest", "statistics": "statistics_digest"}[name]] = artifact.digest(tensors)
-        (copy / "module.json").write_text(json.dumps(facts))
+        metadata = json.loads((copy / "module.json").read_text())
+        metadata[{"module": "digest", "statistics": "statistics_digest"}[name]] = digest(tensors)
+        (copy / "module.json").write_text(json.dumps(metadata))
         assert reason in refused(copy)
-    assert not (tmp_path / "never").exists()
-    assert "exists" in call("assemble", "--trunk", trunk, "--modules", parts["cpp"], "--output-dir", whole, fails=True)
-    assert "no such module" in call("evaluate", "--model", whole, "--data", "a=b", "--without", "law", fails=True)
-    facts = json.loads((whole / "assembled.json").read_text())
-    for change, said in (({"modules": ["../../cpp"]}, "outside"), ({"router": "magic"}, "magic"), ({"tuning": {}}, "")):
-        copy = tmp_path / f"copy{said}"
-        shutil.copytree(whole, copy)
-        (copy / "assembled.json").write_text(json.dumps(facts | change | ({"tuning": {"x": 1}} if not said else {})))
-        assert said in call("evaluate", "--model", copy, "--data", f"a={trunk}/config.json", fails=True)
+    assert not (tmp_path / "never").exists() and not list(tmp_path.glob(".tmp-*"))
+    assert "exists" in call(
+        "assemble", "--trunk", trunk, "--modules", module_dirs["cpp"], "--output-dir", assembled_dir, fails=True
+    )
+    assert "no such module" in call(
+        "evaluate", "--model", assembled_dir, "--data", "a=b", "--without", "law", fails=True
+    )
+    metadata = json.loads((assembled_dir / "assembled.json").read_text())
+    for change, message in (
+        ({"modules": ["../../cpp"]}, "outside"),
+        ({"router": "magic"}, "magic"),
+        ({"tuning": {}}, ""),
+    ):
+        copy = tmp_path / f"copy{message}"
+        shutil.copytree(assembled_dir, copy)
+        (copy / "assembled.json").write_text(
+            json.dumps(metadata | change | ({"tuning": {"x": 1}} if not message else {}))
+        )
+        assert message in call("evaluate", "--model", copy, "--data", f"a={trunk}/config.json", fails=True)
 
 
-def test_more_modules_take_no_more_memory(tmp_path):
-    """Peak memory of assembling two and eight modules of 24 MiB: they are read and copied one at a time."""
+def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
+    """Peak memory of assembling two and eight modules of 24 MiB, which are read one at a time."""
     tokenizer, draw = byte_tokenizer(), torch.Generator().manual_seed(0)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -353,7 +424,7 @@ def test_more_modules_take_no_more_memory(tmp_path):
     )
     trunk = Trunk(config)
     artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {})
-    _, _, facts = artifact.read_trunk(str(tmp_path / "trunk"))
+    _, _, trunk_metadata = artifact.read_trunk(str(tmp_path / "trunk"))
     counts = {
         "unigrams": torch.ones(config.vocab_size, dtype=torch.uint8),
         "bigrams": torch.ones(statistics.BIGRAM_BUCKETS, dtype=torch.uint8),
@@ -365,10 +436,10 @@ def test_more_modules_take_no_more_memory(tmp_path):
             for name, tensor in trunk.state_dict().items()
             if ".mlp." in name
         }
-        passport = {"kind": "ffn", "name": f"m{number}", "layers": [0], "trunk_digest": facts["digest"]}
-        passport["tokenizer_digest"] = facts["tokenizer_digest"]
+        metadata = {"kind": "ffn", "name": f"m{number}", "layers": [0], "trunk_digest": trunk_metadata["digest"]}
+        metadata["tokenizer_digest"] = trunk_metadata["tokenizer_digest"]
         folders.append(tmp_path / f"m{number}")
-        artifact.write_module(folders[-1], tensors, passport, counts)
+        artifact.write_module(folders[-1], tensors, metadata, counts)
     size = (folders[0] / "module.safetensors").stat().st_size
     assert size > 20 << 20
     code = (
@@ -380,8 +451,8 @@ def test_more_modules_take_no_more_memory(tmp_path):
     for number in (2, 8):
         line = [sys.executable, "-c", code, "--trunk", tmp_path / "trunk", "--modules", *folders[:number]]
         line += ["--output-dir", tmp_path / f"of-{number}"]
-        done = subprocess.run(
+        result = subprocess.run(
             list(map(str, line)), env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=True
         )
-        peaks.append(int(done.stdout.split("peak ")[1]))
+        peaks.append(int(result.stdout.split("peak ")[1]))
     assert peaks[1] - peaks[0] < size / 2, (peaks, size)

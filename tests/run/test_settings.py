@@ -1,6 +1,7 @@
 """Wrong settings are refused: all in one message, with how to fix them, a non-zero exit code, and nothing written."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -218,3 +219,35 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(shared, tmp_pa
     printed = shared(tmp_path / "run", "--trunk-from", checkpoint, "--steps", 2, fails=True)
     assert "the tokenizer has 260 tokens, the model 258" in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+COMMANDS = (
+    "train_shared.py",
+    "train_module.py",
+    *(f"-m forge_common.{name}" for name in ("assemble", "evaluate", "generate", "merge")),
+)
+UNITS = (
+    "bytes tokens? documents? windows? updates? validations checkpoints seconds share experts layers heads candidates"
+)
+UNITS += " width rank seed rate decay norm temperature weight"  # what has no unit names the quantity
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_flag_has_a_help_text_with_its_unit(command):
+    """The real --help: a flag and its type, then its text, on the same line or on the lines below."""
+    line = [sys.executable, *command.split(), "--help"]
+    wide = launch.environment(COLUMNS="1000")
+    printed = subprocess.run(line, env=wide, cwd=launch.ROOT, text=True, capture_output=True, check=True).stdout
+    flags: list[str] = []
+    for row in re.findall(r"^│ (.*?) *│$", printed, re.MULTILINE):
+        if row.startswith("-"):
+            flags.append(row)
+        else:
+            flags[-1] += "  " + row.strip()
+    assert len(flags) > 3 and flags.pop(0).startswith("-h")
+    for flag in flags:
+        name, _, text = flag.partition("  ")
+        text = re.sub(r"\((default: .*|required)\)$", "", text.strip())
+        assert len(text) > 10 and not text.startswith("-- "), f"{name} has no help text"
+        if re.search("INT|FLOAT", name):
+            assert re.search(rf"\b({'|'.join(UNITS.split())})\b", text, re.IGNORECASE), f"{name} has no unit: {text}"

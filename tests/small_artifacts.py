@@ -1,4 +1,4 @@
-"""Small artifacts for the tests of what strangers may send: a trunk, two modules, and the two assembled, in milliseconds."""
+"""Small artifacts for tests of untrusted ones: a trunk, two modules and the assembled model, written in milliseconds."""
 
 import dataclasses
 import json
@@ -40,14 +40,14 @@ TOKENS = torch.tensor([[1, *range(70, 90), 1, *range(100, 110)]])
 
 
 def counts(seed: int, moments: bool = True) -> dict[str, torch.Tensor]:
-    """Statistics of no text in particular."""
+    """Random statistics."""
     draw = torch.Generator().manual_seed(seed)
     sizes = {"unigrams": CONFIG.vocab_size, "bigrams": statistics.BIGRAM_BUCKETS}
-    found = {name: torch.randint(0, 90, (size,), dtype=torch.uint8, generator=draw) for name, size in sizes.items()}
+    tensors = {name: torch.randint(0, 90, (size,), dtype=torch.uint8, generator=draw) for name, size in sizes.items()}
     if moments:
         x = torch.randn(2, 40, 8, generator=draw)
-        found |= {"second": (x.transpose(1, 2) @ x / 40).half(), "first": x.mean(1).half()}
-    return found
+        tensors |= {"second": (x.transpose(1, 2) @ x / 40).half(), "first": x.mean(1).half()}
+    return tensors
 
 
 def build(folder: Path, router: str = "context") -> Path:
@@ -57,33 +57,34 @@ def build(folder: Path, router: str = "context") -> Path:
     artifact.write_trunk(
         folder / "trunk", trunk.state_dict(), CONFIG, tokenizer, {"val_fraction": 0.1}, counts(0, moments=False)
     )
-    _, _, facts = artifact.read_trunk(str(folder / "trunk"))
+    _, _, trunk_metadata = artifact.read_trunk(str(folder / "trunk"))
+    digests = {"trunk_digest": trunk_metadata["digest"], "tokenizer_digest": trunk_metadata["tokenizer_digest"]}
     for number, (name, sizes) in enumerate(MODULES.items()):
         plain = Trunk(CONFIG)
         names = plug_in(plain, sizes["kind"], [1], width=sizes["width"], rank=sizes["rank"])
         tensors = {key: torch.randn_like(plain.state_dict()[key]) * 0.1 for key in names}
-        passport = {"name": name, "layers": [1], "val_fraction": 0.1, "licence": "mit", "steps": 3, "tokens_seen": 9}
-        passport |= sizes | {key: facts[key.removeprefix("trunk_")] for key in ("trunk_digest", "tokenizer_digest")}
-        artifact.write_module(folder / name, tensors, passport, counts(1 + number))
+        metadata = {"name": name, "layers": [1], "val_fraction": 0.1, "licence": "mit", "steps": 3, "tokens_seen": 9}
+        artifact.write_module(folder / name, tensors, metadata | sizes | digests, counts(1 + number))
     modules = tuple(folder / name for name in MODULES)
     assemble.main(assemble.Settings(str(folder / "trunk"), modules, folder / "assembled", router=router))
     return folder
 
 
 def load(folder: Path) -> Any:
-    """All that a folder of `build` yields, by the loaders that evaluate and generate use; the shape follows from its files."""
+    """(what a folder of `build` holds, the model), by the functions that evaluate and generate use."""
     if (folder / "assembled.json").exists() or (folder / "trunk").exists():
-        model, tokenizer, facts = assembled.read_assembled(str(folder))
+        model, tokenizer, metadata = assembled.read_assembled(str(folder))
         router = {name: value for name, value in vars(model.router).items() if name != "tuning"}
-        told = {key: facts[key] for key in ("modules", "router", "top_k", "tuning")}
-        return [model.state_dict(), dataclasses.asdict(model.config), tokenizer.digest, router, told], model
+        described = {key: metadata[key] for key in ("modules", "router", "top_k", "tuning")}
+        return [model.state_dict(), dataclasses.asdict(model.config), tokenizer.digest, router, described], model
     if (folder / "module.json").exists() or (folder / "module.safetensors").exists():
-        model, _, _, passport = artifact.read_model(str(folder.parent / "trunk"), folder)
-        counted = artifact.read_statistics(folder, passport, model.config)
-        return [model.state_dict(), counted, artifact.plug(passport), passport["name"]], model
-    trunk, tokenizer, facts = artifact.read_trunk(str(folder))
-    counted = artifact.read_statistics(folder, facts, trunk.config)
-    return [trunk.state_dict(), counted, dataclasses.asdict(trunk.config), tokenizer.digest], trunk
+        model, _, _, metadata = artifact.read_model(str(folder.parent / "trunk"), folder)
+        assert metadata is not None
+        counts_read = artifact.read_statistics(folder, metadata, model.config)
+        return [model.state_dict(), counts_read, artifact.module_arguments(metadata), metadata["name"]], model
+    trunk, tokenizer, metadata = artifact.read_trunk(str(folder))
+    counts_read = artifact.read_statistics(folder, metadata, trunk.config)
+    return [trunk.state_dict(), counts_read, dataclasses.asdict(trunk.config), tokenizer.digest], trunk
 
 
 def same(one: Any, other: Any) -> bool:
@@ -98,24 +99,30 @@ def same(one: Any, other: Any) -> bool:
 
 
 def refused(call, *arguments, **named) -> str:
-    """What a UserError says; anything else fails the test."""
+    """The message of the UserError that the call must raise."""
     with pytest.raises(UserError) as caught:
         call(*arguments, **named)
     return str(caught.value)
 
 
+def assembling(folder: Path, *names: str, **how) -> assemble.Settings:
+    """Settings that assemble `folder`/trunk and its modules to `folder`/new/assembled."""
+    modules = tuple(folder / name for name in names or MODULES)
+    return assemble.Settings(str(folder / "trunk"), modules, folder / "new" / "assembled", **how)
+
+
 def edit(path: Path, **changes) -> None:
-    """Other values of fields of a JSON file."""
+    """Changes fields of a JSON file."""
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def header(text: bytes, claimed: int | None = None, body: bytes = b"") -> bytes:
-    """A safetensors file, well-formed or not."""
+    """The bytes of a safetensors file, valid or not."""
     return struct.pack("<Q", len(text) if claimed is None else claimed) + text + body
 
 
-def spoiled(*path, value):
-    """The byte tokenizer's JSON with another value at a path."""
+def tokenizer_with(*path, value):
+    """The JSON of the byte tokenizer with another value at a path."""
     content = json.loads(byte_tokenizer().backend.to_str())
     inside = content
     for key in path[:-1]:

@@ -1,9 +1,9 @@
-"""Whatever bytes an artifact consists of: it is refused by a UserError that names the place, or it is what was published.
+"""Fuzz tests: a changed artifact is refused by a UserError that names the folder, or loads as it was published.
 
-Where a load succeeds, tensors, configuration and tokenizer are those of the untouched artifact. No digest covers the rest,
-the maker's claims: a module's name, sources, licence, losses and counts; the share of documents held out; an assembled
-model's router, its numbers and its top-k. Whoever recomputes the digests is another maker: what then loads must be
-consistent in itself, of the trunk's shapes, finite, and must run.
+If it loads, its tensors, configuration and tokenizer are those of the unchanged artifact. No digest covers the rest of the
+metadata: a module's name, sources, licence, losses and counts; the share of documents held out; an assembled model's
+router, its numbers and its top-k. If the digests were computed again, what loads must have the trunk's shapes and finite
+tensors, and must run.
 """
 
 import copy
@@ -11,17 +11,17 @@ import json
 from contextlib import contextmanager
 
 import pytest
-import specimens
+import small_artifacts
 import torch
 from conftest import FUZZ
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from forge_common.artifacts import artifact
 from forge_common.errors import UserError
+from forge_common.files.tensors import digest
 
-FILES = {  # what is loaded: the files that it consists of
+FILES = {  # what is loaded -> its files that are changed
     "trunk": ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "forge.json"),
     "one": ("module.json", "module.safetensors", "statistics.safetensors"),
     "two": ("module.json", "module.safetensors"),
@@ -32,30 +32,30 @@ ADDED = ("model.safetensors.index.json", "special_tokens_map.json", "generation_
 
 
 def fuzz(examples: int):
-    """The same examples at every run; FORGE_FUZZ=20 tries as many times more."""
+    """The same examples in every run; FORGE_FUZZ=20 tries 20 times as many."""
     quiet = (HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large)
     return settings(max_examples=examples * FUZZ, deadline=None, derandomize=True, suppress_health_check=quiet)
 
 
-class Made:
-    """The folder of the specimens, and what each yields untouched; too long to be printed."""
+class Artifacts:
+    """The folder of small_artifacts.build, and what each artifact in it loads as; a class keeps it out of messages."""
 
     def __init__(self, folder):
-        self.folder = specimens.build(folder)
-        self.wanted = {kind: specimens.load(folder / kind)[0] for kind in FILES}
+        self.folder = small_artifacts.build(folder)
+        self.expected = {kind: small_artifacts.load(folder / kind)[0] for kind in FILES}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def artifacts(tmp_path_factory):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield Made(tmp_path_factory.mktemp("made"))
+    yield Artifacts(tmp_path_factory.mktemp("artifacts"))
     torch.set_num_threads(before)
 
 
 @contextmanager
 def replaced(contents):
-    """Files with other contents (None: not there), and again as they were."""
+    """Replaces the contents of files (None: deletes them), and restores them."""
     before = {path: path.read_bytes() if path.exists() else None for path in contents}
     try:
         write(contents)
@@ -72,28 +72,28 @@ def write(contents):
 
 
 def outcome(folder):
-    """What a load yields, or None where it is refused in a message that names the place and can be printed."""
+    """What a folder loads as, or None if it is refused with a printable message that names the folder."""
     try:
-        state, model = specimens.load(folder)
+        state, model = small_artifacts.load(folder)
     except UserError as reason:
-        told = str(reason)
-        assert str(folder.parent) in told and len(told) < 3000, told
-        assert all(line.isprintable() for line in told.splitlines()), told
+        message = str(reason)
+        assert str(folder.parent) in message and len(message) < 3000, message
+        assert all(line.isprintable() for line in message.splitlines()), message
         return None
-    nats = model.nats(specimens.TOKENS)
+    nats = model.nats(small_artifacts.TOKENS)
     return state, nats
 
 
-def is_same_or_refused(made, kind):
-    """Nothing that a digest covers has changed; what is no more than a claim may have."""
-    found, wanted = outcome(made.folder / kind), made.wanted
-    if found is None:
+def is_same_or_refused(artifacts, kind):
+    """Nothing that a digest covers may have changed."""
+    loaded, expected = outcome(artifacts.folder / kind), artifacts.expected
+    if loaded is None:
         return
     covered = {"trunk": 4, "one": 2, "two": 2, "assembled": 3}[kind]
-    assert specimens.same(found[0][:covered], wanted[kind][:covered])
+    assert small_artifacts.same(loaded[0][:covered], expected[kind][:covered])
     if kind == "assembled":
-        assert found[0][4]["modules"] == wanted[kind][4]["modules"]
-    assert torch.isfinite(found[1]).all()
+        assert loaded[0][4]["modules"] == expected[kind][4]["modules"]
+    assert torch.isfinite(loaded[1]).all()
 
 
 # ---- Bytes ----
@@ -101,48 +101,48 @@ def is_same_or_refused(made, kind):
 
 @fuzz(100)
 @given(place=st.sampled_from(PLACES), content=st.binary(max_size=200) | st.text(max_size=60).map(str.encode))
-def test_any_bytes_in_place_of_a_file(made, place, content):
+def test_any_bytes_in_place_of_a_file(artifacts, place, content):
     kind, name = place
-    with replaced({made.folder / kind / name: content}):
-        is_same_or_refused(made, kind)
+    with replaced({artifacts.folder / kind / name: content}):
+        is_same_or_refused(artifacts, kind)
 
 
 @pytest.mark.parametrize(("kind", "name"), PLACES)
-def test_no_file_at_all(made, kind, name):
-    with replaced({made.folder / kind / name: None}):
-        is_same_or_refused(made, kind)
+def test_a_missing_file(artifacts, kind, name):
+    with replaced({artifacts.folder / kind / name: None}):
+        is_same_or_refused(artifacts, kind)
 
 
 def damaged(draw, content: bytes) -> bytes:
-    """Bits flipped, a tail cut off, a span inserted, removed or repeated: near the start (headers) as often as anywhere."""
+    """One change to the bytes, in the first 400 (headers) as often as anywhere."""
     end = draw(st.sampled_from([min(len(content), 400), len(content)]))
     start = draw(st.integers(0, max(end - 1, 0)))
     stop = draw(st.integers(start, min(start + 64, len(content))))
-    how = draw(st.sampled_from(["flip", "flip", "cut", "insert", "remove", "repeat", "swap"]))
-    if how == "flip":
+    change = draw(st.sampled_from(["flip", "flip", "cut", "insert", "remove", "repeat", "swap"]))
+    if change == "flip":
         bit = draw(st.integers(0, 7))
         return content[:start] + bytes([content[start] ^ 1 << bit]) + content[start + 1 :]
-    if how == "cut":
+    if change == "cut":
         return content[:start]
-    if how == "insert":
+    if change == "insert":
         return content[:start] + draw(st.binary(min_size=1, max_size=16)) + content[start:]
-    if how == "remove":
+    if change == "remove":
         return content[:start] + content[stop:]
-    if how == "repeat":
+    if change == "repeat":
         return content[:stop] + content[start:stop] * draw(st.integers(1, 50)) + content[stop:]
     return content[stop:] + content[:stop]
 
 
 @fuzz(220)
 @given(place=st.sampled_from(PLACES), data=st.data())
-def test_damaged_bytes(made, place, data):
+def test_damaged_bytes(artifacts, place, data):
     kind, name = place
-    path = made.folder / kind / name
+    path = artifacts.folder / kind / name
     content = path.read_bytes()
     for _ in range(data.draw(st.integers(1, 3))):
         content = damaged(data.draw, content) if content else content
     with replaced({path: content}):
-        is_same_or_refused(made, kind)
+        is_same_or_refused(artifacts, kind)
 
 
 # ---- JSON ----
@@ -172,7 +172,7 @@ VALUES = st.recursive(
 
 
 def places(content, path=()):
-    """The paths of all values in a JSON document, the document itself first."""
+    """The paths of all values in a JSON document; the first is the document."""
     yield path
     inside = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in inside:
@@ -189,14 +189,14 @@ def edited(draw, content):
     inside = content
     for key in path[:-1]:
         inside = inside[key]
-    how, last = draw(st.sampled_from(["replace", "replace", "remove", "add", "convert"])), path[-1]
-    if how == "replace":
+    change, last = draw(st.sampled_from(["replace", "replace", "remove", "add", "convert"])), path[-1]
+    if change == "replace":
         inside[last] = draw(VALUES)
-    elif how == "remove":
+    elif change == "remove":
         del inside[last]
-    elif how == "add" and isinstance(inside, dict):
+    elif change == "add" and isinstance(inside, dict):
         inside[draw(KEYS)] = draw(VALUES)
-    elif how == "add":
+    elif change == "add":
         inside.insert(last, draw(VALUES))
     else:
         value = inside[last]
@@ -210,15 +210,15 @@ def written(content) -> bytes:
     return json.dumps(content).encode()
 
 
-def test_every_field_missing_or_null(made):
-    """One after the other, at the top of each file."""
+def test_each_field_missing_or_null(artifacts):
+    """Each top-level field of each file."""
     for kind, name in JSON_PLACES:
-        path = made.folder / kind / name
+        path = artifacts.folder / kind / name
         content = json.loads(path.read_bytes())
         for key in content:
             for change in ({key: None}, {}):
                 with replaced({path: written({k: v for k, v in content.items() if k != key} | change)}):
-                    is_same_or_refused(made, kind)
+                    is_same_or_refused(artifacts, kind)
 
 
 JSON_PLACES = [(kind, name) for kind, name in PLACES if name.endswith(".json")]
@@ -226,23 +226,23 @@ JSON_PLACES = [(kind, name) for kind, name in PLACES if name.endswith(".json")]
 
 @fuzz(250)
 @given(place=st.sampled_from(JSON_PLACES), data=st.data())
-def test_edited_json(made, place, data):
+def test_edited_json(artifacts, place, data):
     kind, name = place
-    path = made.folder / kind / name
+    path = artifacts.folder / kind / name
     content = json.loads(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 2))):
         content = edited(data.draw, content)
     with replaced({path: written(content)}):
-        is_same_or_refused(made, kind)
+        is_same_or_refused(artifacts, kind)
 
 
-def runs_or_is_refused(made, kind):
-    """Consistent in itself: the tensors are of the trunk's shapes and finite, and the model speaks."""
-    found = outcome(made.folder / kind)
-    if found is not None:
-        assert all(torch.isfinite(tensor).all() for tensor in found[0][0].values())
-        assert found[1].shape == (1, specimens.TOKENS.shape[1] - 1)
-    return found
+def runs_or_is_refused(artifacts, kind):
+    """The tensors are finite, and the model runs."""
+    loaded = outcome(artifacts.folder / kind)
+    if loaded is not None:
+        assert all(torch.isfinite(tensor).all() for tensor in loaded[0][0].values())
+        assert loaded[1].shape == (1, small_artifacts.TOKENS.shape[1] - 1)
+    return loaded
 
 
 @fuzz(250)
@@ -250,61 +250,63 @@ def runs_or_is_refused(made, kind):
     name=st.sampled_from(["config.json", "config.json", "tokenizer.json", "tokenizer_config.json", *ADDED]),
     data=st.data(),
 )
-def test_a_trunk_of_another_maker(made, name, data):
-    """Without a forge.json nothing is stated that could be compared: a Transformers checkpoint as any."""
-    folder = made.folder / "trunk"
+def test_a_trunk_without_digests(artifacts, name, data):
+    """Without forge.json there are no digests: it is a Transformers checkpoint."""
+    folder = artifacts.folder / "trunk"
     path, old = folder / name, {}
     if name == "model.safetensors.index.json":
         names = list(load_file(folder / "model.safetensors"))
         old = {"weight_map": dict.fromkeys(names, "model.safetensors"), "metadata": {}}
     content = edited(data.draw, json.loads(path.read_bytes()) if path.exists() else old or {"eos_token": "<eos>"})
     with replaced({path: written(content), folder / "forge.json": None, folder / "statistics.safetensors": None}):
-        found = runs_or_is_refused(made, "trunk")
-    if found is not None and name == "config.json" and content.get("model_type") == "llama":
+        loaded = runs_or_is_refused(artifacts, "trunk")
+    if loaded is not None and name == "config.json" and content.get("model_type") == "llama":
         sizes = ("hidden_size", "num_attention_heads", "rms_norm_eps", "num_hidden_layers", "vocab_size")
-        assert all(found[0][2][key] == content[key] for key in sizes)
+        assert all(loaded[0][2][key] == content[key] for key in sizes)
 
 
 # ---- Tensors ----
 
-ODD = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
+DTYPES = (torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex64)
 
 
 def other_tensors(draw, tensors):
-    """A tensor left out, added, renamed, of another type or shape, or with other values."""
+    """One tensor removed, added, renamed, or with another dtype, shape or value."""
     tensors = dict(tensors)
     name = draw(st.sampled_from(sorted(tensors)))
     tensor = tensors[name]
-    how = draw(st.sampled_from(["remove", "add", "rename", "dtype", "shape", "value", "empty", "scalar", "transposed"]))
-    if how in ("remove", "rename"):
+    change = draw(
+        st.sampled_from(["remove", "add", "rename", "dtype", "shape", "value", "empty", "scalar", "transposed"])
+    )
+    if change in ("remove", "rename"):
         del tensors[name]
-    if how == "rename":
+    if change == "rename":
         tensors[
             draw(st.sampled_from([name.upper(), f"{name}.x", "", "a\nb", "../x", "model.layers.9.mlp.up_proj.weight"]))
         ] = tensor
-    elif how == "add":
+    elif change == "add":
         tensors[f"{name}.more"] = torch.zeros(draw(st.sampled_from([(), (0,), (3, 3)])))
-    elif how == "dtype":
-        tensors[name] = tensor.to(draw(st.sampled_from(ODD)))
-    elif how == "shape":
+    elif change == "dtype":
+        tensors[name] = tensor.to(draw(st.sampled_from(DTYPES)))
+    elif change == "shape":
         tensors[name] = torch.zeros(
             draw(st.sampled_from([(1,), (0, 8), (8, 0), (2, 2), (1, 1, 1)])), dtype=tensor.dtype
         )
-    elif how == "value":
+    elif change == "value":
         value = draw(st.sampled_from([float("nan"), float("inf"), 0.0, 3.0, 200.0, 1e30]))
         tensors[name] = tensor.clone()
         tensors[name].view(-1)[0] = value if tensor.is_floating_point() else min(value if value == value else 0, 255)
-    elif how == "empty":
+    elif change == "empty":
         tensors = {}
-    elif how == "scalar":
+    elif change == "scalar":
         tensors[name] = tensor.reshape(-1)[0].clone()
-    elif how == "transposed":
+    elif change == "transposed":
         tensors[name] = tensor.T.contiguous() if tensor.ndim == 2 else tensor[: len(tensor) // 2].clone()
     return tensors
 
 
 def saved(tensors, folder) -> bytes:
-    path = folder / "aside.bin"
+    path = folder / "temporary.bin"
     save_file(tensors, path)
     content = path.read_bytes()
     path.unlink()
@@ -313,19 +315,19 @@ def saved(tensors, folder) -> bytes:
 
 @fuzz(120)
 @given(kind=st.sampled_from(["one", "two", "trunk"]), counted=st.booleans(), data=st.data())
-def test_other_tensors_with_their_own_digests(made, kind, counted, data):
-    folder, wanted = made.folder, made.wanted
+def test_changed_tensors_with_new_digests(artifacts, kind, counted, data):
+    folder, expected = artifacts.folder, artifacts.expected
     which = "statistics" if counted else "model" if kind == "trunk" else "module"
-    passport = folder / kind / ("forge.json" if kind == "trunk" else "module.json")
+    metadata_file = folder / kind / ("forge.json" if kind == "trunk" else "module.json")
     path = folder / kind / f"{which}.safetensors"
     tensors = other_tensors(data.draw, load_file(path))
-    facts = json.loads(passport.read_bytes())
-    facts["statistics_digest" if counted else "digest"] = artifact.digest(tensors)
-    del facts["tensor_digests"]
-    facts.pop("shapes", None)
-    with replaced({path: saved(tensors, folder), passport: written(facts)}):
-        found = runs_or_is_refused(made, kind)
-    if found is not None:
-        shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (found[0][0], found[0][1])]
-        wanted = [{name: tensor.shape for name, tensor in part.items()} for part in wanted[kind][:2]]
-        assert shapes[0] == wanted[0] and shapes[1].items() <= wanted[1].items()
+    metadata = json.loads(metadata_file.read_bytes())
+    metadata["statistics_digest" if counted else "digest"] = digest(tensors)
+    del metadata["tensor_digests"]
+    metadata.pop("shapes", None)
+    with replaced({path: saved(tensors, folder), metadata_file: written(metadata)}):
+        loaded = runs_or_is_refused(artifacts, kind)
+    if loaded is not None:
+        shapes = [{name: tensor.shape for name, tensor in part.items()} for part in (loaded[0][0], loaded[0][1])]
+        expected = [{name: tensor.shape for name, tensor in part.items()} for part in expected[kind][:2]]
+        assert shapes[0] == expected[0] and shapes[1].items() <= expected[1].items()
