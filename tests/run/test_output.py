@@ -55,7 +55,7 @@ def child(folder: Path) -> subprocess.Popen:
     code = (
         "import sys, time, types; from pathlib import Path; from forge_common.run import folder as output\n"
         "lock = output.claim(types.SimpleNamespace(is_main_process=True), Path(sys.argv[1]))\n"
-        "print('claimed', flush=True); time.sleep(100)"
+        "print('claimed', flush=True); time.sleep(100_000)"
     )
     running = subprocess.Popen([sys.executable, "-c", code, folder], cwd=launch.ROOT, stdout=subprocess.PIPE, text=True)
     assert running.stdout.readline() == "claimed\n"
