@@ -1,4 +1,4 @@
-"""From the settings' sources to what a run reads: the tokenizer, the training stream and the held-out windows."""
+"""From the sources in the settings to what a run reads: the tokenizer, the training stream and the held-out windows."""
 
 import hashlib
 import itertools
@@ -20,12 +20,12 @@ from .tokenizer import Tokenizer, load_tokenizer, resolve
 from .windows import Tokens, Windows
 from .writer import in_validation
 
-GENERAL_FRACTION = 0.01  # of the general sample's documents; none of them is trained on
+GENERAL_FRACTION = 0.01  # of the documents of --general-data are held out, as in training
 TOKENIZER_SAMPLE = 64 * 2**20  # bytes of text that a tokenizer is trained on, all sources together
 
 
 class Corpora(NamedTuple):
-    """training: the endless stream. held_out: windows to validate on (may be none). digests: source -> SHA-256 of tokens."""
+    """training: the endless stream. held_out: windows to validate on (may be []). digests: source -> SHA-256 of its tokens."""
 
     training: Mixture
     held_out: list[Windows]
@@ -34,17 +34,17 @@ class Corpora(NamedTuple):
 
 
 def held_out_fraction(settings: Any) -> float:
-    """The share of the training sources' documents that is held out: none where there is --val-data."""
+    """The fraction of the training documents that is held out: 0 with --val-data."""
     return 0.0 if settings.val_data else settings.val_fraction
 
 
 def tokenizer_for(settings: Any) -> Tokenizer:
-    """--tokenizer as a Tokenizer. One that is trained is trained once for its sources, and cached."""
+    """The tokenizer of --tokenizer. train:VOCAB is trained once for its sources, and cached."""
     if not settings.tokenizer.startswith("train:"):
         return resolve(settings.tokenizer, iter(()), settings.eos_token)
-    known = [settings.tokenizer, held_out_fraction(settings), asdict(reading_of(settings))]
-    known += [facts(parse(source)[0]) for source in settings.data]
-    name = hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    decides: list[Any] = [settings.tokenizer, held_out_fraction(settings), asdict(reading_of(settings))]
+    decides += [facts(parse(source)[0]) for source in settings.data]
+    name = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(settings.cache_dir).expanduser() / "tokenizers" / name
     if folder.is_dir():
         return load_tokenizer(folder)
@@ -54,35 +54,35 @@ def tokenizer_for(settings: Any) -> Tokenizer:
 
 
 def _training_texts(settings: Any) -> Iterator[str]:
-    """Text that may be trained on, a document from each source in turn, each source up to its part of the sample."""
+    """Text that is not held out: one document from each source in turn, each source up to its share of the sample."""
     share = TOKENIZER_SAMPLE // len(settings.data)
     reading = reading_of(settings)
 
     def texts(source: str) -> Iterator[str]:
-        taken = 0
+        size = 0
         for document in read(parse(source)[0], reading):
             if in_validation(document.digest, held_out_fraction(settings)):
                 continue
             for piece in document.pieces:
-                taken += len(piece)
+                size += len(piece)
                 yield piece
-            if taken > share:
+            if size > share:
                 return
 
     for turn in itertools.zip_longest(*(texts(source) for source in settings.data)):
         yield from (text for text in turn if text is not None)
 
 
-def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: Callable[[str], None]) -> Corpora:
-    """Tokenizes what is not in the cache yet, and opens it. Too little text for one update is an error."""
-    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": say}
+def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, print_line: Callable[[str], None]) -> Corpora:
+    """Open the tokens of all sources; those not in the cache are tokenized. UserError if the text is too little for one update."""
+    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": print_line}
     reading = reading_of(settings)
     parsed = [parse(source) for source in settings.data]
     weights = [weight for _, weight in parsed]
     if any(weights) and not all(weights):
-        raise UserError("--data: give every source a weight (SOURCE@0.7), or none of them")
+        raise UserError("--data: only some sources have a weight. Give every source one (SOURCE@0.7), or none.")
     if len(set(settings.data)) < len(settings.data):
-        raise UserError("--data names a source twice; name it once, with a weight if it should come more often")
+        raise UserError("--data names a source twice. Name it once, with a weight if it should come more often.")
     fraction = held_out_fraction(settings)
     corpora = [prepare(spec, tokenizer, reading, val_fraction=fraction, **options) for spec, _ in parsed]
     outside = [
@@ -103,11 +103,11 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: Ca
             f"the training text gives {count} windows of {T} tokens, fewer than one update of --batch-size "
             f"{settings.batch_size}. Add text, or lower --batch-size or --sequence-length."
         )
-    kept: list[Tokens] = outside or [corpus.validation for corpus in corpora if fraction > 0]
+    validation: list[Tokens] = outside or [corpus.validation for corpus in corpora if fraction > 0]
     held_out = [
-        Windows(tokens, T, pack=pack, filler=ignore_index, tail=pack) for tokens in kept if len(tokens.tokens) > 1
+        Windows(tokens, T, pack=pack, filler=ignore_index, tail=pack) for tokens in validation if len(tokens.tokens) > 1
     ]
-    if kept and not held_out:
+    if validation and not held_out:
         raise UserError(
             f"no document was held out: --val-fraction {settings.val_fraction} of {sum(c.train.documents for c in corpora)} "
             "documents is none. Raise --val-fraction, name --val-data, or split a text file with --document-separator."
@@ -119,7 +119,7 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: Ca
 
 
 class Excerpt:
-    """The first windows of a store, up to so many tokens. `tokens.bytes` is the whole store's: it has no bits per byte."""
+    """The first windows of a store, up to `labels` tokens. `tokens.bytes` counts the whole store, so bits per byte are unknown."""
 
     def __init__(self, windows: Windows, labels: int):
         self.windows, self.tokens = windows, windows.tokens
@@ -132,11 +132,13 @@ class Excerpt:
         return self.windows[index]
 
 
-def general_sample(settings: Any, tokenizer: Tokenizer, ignore_index: int, say: Callable[[str], None]) -> list[Excerpt]:
-    """Held-out windows of --general-data, at most --general-tokens of them all together; [] where it is 0."""
+def general_sample(
+    settings: Any, tokenizer: Tokenizer, ignore_index: int, print_line: Callable[[str], None]
+) -> list[Excerpt]:
+    """Held-out windows of --general-data, of at most --general-tokens tokens in all; [] if that is 0."""
     if not settings.general_tokens:
         return []
-    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": say}
+    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": print_line}
     share = settings.general_tokens // len(settings.general_data)
     stores = [
         prepare(parse(source)[0], tokenizer, reading_of(settings), val_fraction=GENERAL_FRACTION, **options).validation

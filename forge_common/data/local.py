@@ -1,7 +1,7 @@
-"""Corpora of different domains that are there already: python, cpp and docs with Python and torch; perl with perl.
+"""Corpora that every machine has: python, cpp and docs come with Python and torch, perl with Perl.
 
-Nothing is downloaded. What they hold depends on the versions of Python and of the packages (`versions`), not on the
-file system's order: documents come sorted by the digest of their text, each at most once.
+Nothing is downloaded. The text depends on the versions of Python and of the packages (`versions`), not on the order of
+the file system: documents are sorted by the digest of their text, each at most once.
 """
 
 import hashlib
@@ -20,10 +20,12 @@ from ..errors import UserError
 from .readers.document import Document
 
 CAP = 16_000_000  # characters of a corpus
-SIZES = range(200, 256 << 10)  # bytes of a document: below is little to learn, above are mostly tables
-SEEN_BEFORE = 0.7  # of a document's lines: from here on it is a near copy (or a licence with little below it)
+SIZES = range(200, 256 << 10)  # bytes of a document: shorter ones hold little text, longer ones mostly tables
+SEEN_BEFORE = (
+    0.7  # of a document's lines: from this fraction on it counts as a near copy (or a licence and little else)
+)
 
-# Who goes where decides that the domains do not share text: a package whose code is in `python` gives `docs` nothing.
+# The domains share no text: a package whose code is in `python` is left out of `docs`.
 CODE_PACKAGES = ("accelerate", "datasets", "torch")
 HEADER_PACKAGES = ("torch", "pyarrow", "numpy")
 NOT_DOCUMENTED = {*CODE_PACKAGES, "torchgen", "functorch", "caffe2", "pip", "setuptools", "pkg_resources"}
@@ -32,7 +34,7 @@ NOT_CODE = {"site-packages", "dist-packages", "test", "tests", "testing", "idlel
 NOT_CODE |= {"ensurepip", "encodings", "pydoc_data", "__pycache__", "_vendor", "_distutils", "node_modules"}
 
 GENERATED = re.compile(r"@generated|torchgen|DO NOT EDIT|[Gg]enerated (?:by|from)|[Aa]uto-?generated")
-# A string alone on its lines after a header's colon, or first in its file. Ten times as fast as `ast`, and enough here.
+# A string on lines of its own, after the colon of a header or first in its file. Ten times as fast as `ast`.
 DOCSTRING = re.compile(r'(?::[ \t]*(?:#[^\n]*)?\n\s*|\A(?:#[^\n]*\n|\s)*)[rRuU]?"""(.*?)"""', re.DOTALL)
 
 Named = Iterator[tuple[str, str]]  # (name, text)
@@ -42,7 +44,7 @@ def documents(name: str) -> Iterator[Document]:
     """The corpus of that name. Origin: local:NAME:file. UserError listing the names for an unknown one."""
     corpus = {"python": _python, "cpp": _cpp, "docs": _docs, "perl": _perl}.get(name)
     if corpus is None:
-        raise UserError(f"local:{name}: no such corpus; use local:python, local:cpp, local:docs or local:perl")
+        raise UserError(f"local:{name}: no such corpus. Use local:python, local:cpp, local:docs or local:perl.")
     for origin, text, digest in _distinct(corpus()):
         yield Document(f"local:{name}:{origin}", digest, (text,))
 
@@ -50,10 +52,10 @@ def documents(name: str) -> Iterator[Document]:
 def versions(name: str) -> dict[str, str]:
     """What the corpus depends on: the versions of Python and of the packages read, or of perl."""
     if name == "perl":
-        return {"perl": _perl_says("version")}
+        return {"perl": _perl_config("version")}
     wanted = {"python": CODE_PACKAGES, "cpp": HEADER_PACKAGES, "docs": None}.get(name, ())
-    found = {d.name: d.version for d in metadata.distributions() if d.name}  # a broken installation has no name
-    packages = {package: found[package] for package in sorted(found) if wanted is None or package in wanted}
+    installed = {d.name: d.version for d in metadata.distributions() if d.name}  # a broken installation has no name
+    packages = {package: installed[package] for package in sorted(installed) if wanted is None or package in wanted}
     return {"python": platform.python_version(), **packages}
 
 
@@ -70,22 +72,22 @@ def _cpp() -> list[Named]:
 
 
 def _perl() -> list[Named]:
-    """Perl's own library, with its manual pages in place, but neither what was installed besides nor Unicode's tables."""
-    places = {Path(_perl_says(name)) for name in ("privlibexp", "archlibexp")}
+    """Perl's own library with its manual pages, without installed modules and Unicode's tables."""
+    places = {Path(_perl_config(name)) for name in ("privlibexp", "archlibexp")}
     return [_files(place.parent, place.name, {".pm"}) for place in sorted(places)]
 
 
-def _perl_says(name: str) -> str:
+def _perl_config(name: str) -> str:
     """A value of perl's own configuration. UserError where there is no perl."""
     perl = shutil.which("perl")
     if perl is None:
-        raise UserError("local:perl: there is no perl on this machine; install it, or use another corpus")
-    said = subprocess.run([perl, "-MConfig=%Config", "-e", f"print $Config{{{name}}}"], capture_output=True, text=True)
-    if said.returncode or not said.stdout:
+        raise UserError("local:perl: there is no perl on this machine. Install it, or use another corpus.")
+    done = subprocess.run([perl, "-MConfig=%Config", "-e", f"print $Config{{{name}}}"], capture_output=True, text=True)
+    if done.returncode or not done.stdout:
         raise UserError(
-            f"local:perl: {perl} does not say its {name} ({said.stderr.strip()}); mend it, or use another corpus"
+            f"local:perl: {perl} does not print its {name} ({done.stderr.strip()}). Fix it, or use another corpus."
         )
-    return said.stdout
+    return done.stdout
 
 
 def _docs() -> list[Named]:
@@ -99,11 +101,11 @@ def _site() -> Path:
 
 
 def _files(root: Path, below: str, suffixes: set[str], keep: Callable[[str], bool] = lambda name: True) -> Named:
-    """(path below root, text) of the files of these suffixes, without generated ones, other sizes and other text."""
+    """(path below root, text) of the files of these suffixes, without generated ones, those outside SIZES and those that are not UTF-8."""
     for here, folders, names in os.walk(root / below):
         folders[:] = [folder for folder in folders if folder not in NOT_CODE and not folder.startswith(".")]
         if here.endswith(os.path.join("ATen", "ops")):
-            continue  # all of it generated, and by far the largest folder of the headers
+            continue  # generated, and by far the largest folder of the headers
         for name in names:
             path = Path(here, name)
             if path.suffix not in suffixes or not keep(name) or not path.is_file() or path.stat().st_size not in SIZES:
@@ -127,7 +129,7 @@ def _topics() -> Named:
 
 
 def _descriptions() -> Named:
-    """What packages say of themselves: the body of METADATA, and the text files they bring."""
+    """The descriptions of packages: the body of METADATA, and the text files in them."""
     for distribution in metadata.distributions():
         if not distribution.name:
             continue
@@ -143,8 +145,8 @@ def _docstrings() -> Named:
         if folder.name in NOT_DOCUMENTED or not (folder / "__init__.py").is_file():
             continue
         for name, source in _files(_site(), folder.name, {".py"}):
-            found = (_dedented(match[1]) for match in DOCSTRING.finditer(source))
-            text = "\n\n".join(docstring for docstring in found if len(docstring) >= 80)
+            docstrings = (_dedented(match[1]) for match in DOCSTRING.finditer(source))
+            text = "\n\n".join(docstring for docstring in docstrings if len(docstring) >= 80)
             if len(text) >= 400:
                 yield name, text + "\n"
 
@@ -158,12 +160,12 @@ def _dedented(docstring: str) -> str:
 def _distinct(parts: Iterable[Named]) -> Iterator[tuple[str, str, bytes]]:
     """(name, text, digest) in the order of the digests, part by part, up to CAP, without copies and near copies.
 
-    A near copy is a text most of whose lines (longer than 15 characters; digits and spaces do not count) came before.
+    A near copy is a text most of whose lines (longer than 15 characters, without digits and spaces) were in earlier ones.
     """
     size, seen = 0, set()
     for part in parts:
-        found = [(hashlib.sha256(text.encode("utf-8", "replace")).digest(), name, text) for name, text in part]
-        for digest, name, text in sorted(found):
+        documents = [(hashlib.sha256(text.encode("utf-8", "replace")).digest(), name, text) for name, text in part]
+        for digest, name, text in sorted(documents):
             if size + len(text) > CAP or len(text.encode("utf-8", "replace")) not in SIZES:
                 continue
             squeezed = text.translate(_NO_DIGITS_OR_SPACES).split("\n")

@@ -1,7 +1,7 @@
-"""Which window is seen when: a pure function of (seed, position), the same for any number of processes.
+"""The order of the windows: a pure function of (seed, position), the same for any number of processes.
 
-A position counts all windows that training has taken; update u of batch size B takes the positions u * B to u * B + B - 1.
-Nothing is shuffled in memory: a permutation is computed at the places that are asked for, in O(1) memory and start-up.
+A position counts all windows of the training; update u of batch size B takes the positions u * B to u * B + B - 1.
+Nothing is shuffled in memory: single places of a permutation are computed, in O(1) memory and start-up time.
 """
 
 import hashlib
@@ -15,11 +15,13 @@ import torch
 from ..errors import UserError
 
 ROUNDS = 6
-BLOCK = 1024  # positions of a weighted mixture in which the shares hold exactly
+BLOCK = 1024  # positions of a weighted mixture in which the weights hold exactly
 
 
 class WindowStore(Protocol):
-    """Windows of one source: int64 [T + 1] each, and the origins of the documents in one."""
+    """Windows of one source, int64 [T + 1] each, the origins of the documents in one, and the tokens they are cut from."""
+
+    tokens: Any
 
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> np.ndarray: ...
@@ -40,9 +42,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
-    """Where a permutation of range(size), chosen by `key`, sends each of `index` (uint64, < size).
+    """The values of a permutation of range(size), chosen by `key`, at each of `index` (uint64, < size).
 
-    A Feistel network over the next power of four, walked until it lands inside (at most four steps on average).
+    A Feistel network over the next power of four, applied until the result is below size (at most four times on average).
     Source: Black & Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002.
     """
     half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
@@ -63,9 +65,9 @@ def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
 class Mixture:
     """The windows of several sources as one endless stream, `mixture[position] -> (source, window, pass)`.
 
-    Without weights the sources are one corpus: every window comes once an epoch, and each epoch in another order. With
-    weights each source has its own order and its own epochs; the shares hold exactly in every 1,024 positions (to 1 in
-    1,024), in an order that differs from block to block.
+    Without weights the sources are one corpus: every window comes once an epoch, in another order each epoch. With
+    weights each source has its own order and its own epochs; the weights hold in every 1,024 positions (to 1 in 1,024), in
+    an order that differs from block to block.
     """
 
     def __init__(self, sources: Sequence[WindowStore], weights: Sequence[float] | None, seed: int):
@@ -77,7 +79,7 @@ class Mixture:
 
     @staticmethod
     def _shares(weights: np.ndarray) -> np.ndarray:
-        """BLOCK source numbers whose counts are the weights' shares, by largest remainder."""
+        """BLOCK source numbers, each as often as its weight asks, by largest remainder."""
         exact = weights / weights.sum() * BLOCK
         counts = np.floor(exact).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
@@ -89,13 +91,13 @@ class Mixture:
         return np.repeat(np.arange(len(weights)), counts)
 
     def shares(self) -> list[tuple[Any, float]]:
-        """The tokens of each source and its part of the stream; the parts sum to 1."""
+        """The tokens of each source and its fraction of the stream; the fractions sum to 1."""
         counts = self.lengths if self._pattern is None else np.bincount(self._pattern)
         return [(source.tokens, float(part)) for source, part in zip(self.sources, counts / counts.sum(), strict=True)]
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """(source, window of that source, how many times the source was passed before)."""
-        position = int(position)  # NumPy's 3 has another repr, so another key
+        """(source, window of that source, how often the source was seen whole before)."""
+        position = int(position)  # a NumPy integer has another repr, so another key
         if self._pattern is None:
             epoch, place = divmod(position, self.size)
             window = int(permute(np.array([place]), self.size, self.seed, epoch)[0])
@@ -114,16 +116,16 @@ class Mixture:
         return self.sources[source][window]
 
     def epoch(self, positions: int) -> float:
-        """Epochs after that many positions: windows taken / windows there are."""
+        """Epochs after that many positions: positions / windows."""
         return positions / self.size
 
     def origins(self, positions: range) -> list[str]:
-        """The documents in the windows at `positions`, each named once."""
-        found: dict[str, None] = {}
+        """Origins of the documents in the windows at `positions`, each once."""
+        origins: dict[str, None] = {}
         for position in positions:
             source, window, _ = self.locate(position)
-            found |= dict.fromkeys(self.sources[source].documents_of(window))
-        return list(found)
+            origins |= dict.fromkeys(self.sources[source].documents_of(window))
+        return list(origins)
 
 
 def rows_of(update: int, batch_size: int, micro_batch_size: int, rank: int, processes: int) -> np.ndarray:
@@ -141,10 +143,10 @@ def updates(
     processes: int,
     device: torch.device,
 ) -> Generator[torch.Tensor, None, None]:
-    """This rank's share of each update from the `start`-th on, endlessly: int64 [micro-batches, micro, T + 1] on `device`.
+    """This rank's windows of each update from the `start`-th on, endless: int64 [micro-batches, micro, T + 1] on `device`.
 
-    A thread reads one update ahead (windows are slices of a memory map: a thread costs no copy and leaves no orphan, as
-    a worker process would after a kill), into pinned memory where the device is a GPU.
+    A thread reads one update ahead, into pinned memory if the device is a GPU. A thread is enough: windows are slices of a
+    memory map. It makes no copy, and ends with its process also after a kill.
     """
     pinned = device.type == "cuda"
 

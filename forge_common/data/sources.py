@@ -1,4 +1,4 @@
-"""A SOURCE, as the user writes it, becomes documents: a file, folder or glob, hf:ID[:CONFIG[:SPLIT]] or local:NAME."""
+"""From a SOURCE to its documents: a file, folder or glob (local or a URL), hf:ID[:CONFIG[:SPLIT]] or local:NAME."""
 
 import glob
 import math
@@ -23,7 +23,7 @@ READERS = {
     ".parquet": tables.documents,
     ".arrow": tables.documents,
 }
-# Named like text, so taken as text in a folder without a look inside: what is wrong in them is not passed over.
+# In a folder, files of these suffixes are read as text without a look at their content: their faults are reported.
 TEXT_SUFFIXES = {".txt", ".text", ".md", ".rst", ".tex", ".html", ".xml", ".py", ".c", ".h", ".cc", ".cpp", ".js"}
 WEIGHTS = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".safetensors", ".gguf", ".ckpt", ".npy", ".npz", ".onnx", ".h5"}
 ARCHIVES = {".zip", ".tar", ".tgz", ".7z"}
@@ -33,7 +33,7 @@ REMOTE_VERSION = ("size", "etag", "mtime", "modified", "created", "generation", 
 def parse(source: str) -> tuple[str, float | None]:
     """Split 'SPEC@0.7' into the spec and its weight (None without one).
 
-    '@' counts only before a number at the end, and never where a path of that whole name exists. UserError when the
+    '@' counts only before a number at the end, and not if a path of the whole name exists. UserError when the
     weight is not a positive number.
     """
     match = re.fullmatch(r"(.+)@([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", source, re.DOTALL)
@@ -41,7 +41,7 @@ def parse(source: str) -> tuple[str, float | None]:
         return source, None
     weight = float(match[2])
     if not 0 < weight < math.inf:
-        raise UserError(f"{source}: the weight {match[2]} is not greater than 0; write a positive number after '@'")
+        raise UserError(f"{source}: the weight {match[2]} is not greater than 0. Write a positive number after '@'.")
     return match[1], weight
 
 
@@ -51,12 +51,12 @@ def files_of(spec: str) -> list[File]:
     UserError when there are none, or when one is named that cannot hold text: weights, archives, compressed tables.
     """
     if not spec.strip():
-        raise UserError("a source is empty; name a file, folder, glob, hf:ID or local:NAME")
+        raise UserError("a source is empty. Name a file, folder, glob, hf:ID or local:NAME.")
     files = _remote_files(spec) if is_url(spec) else _local_files(spec)
     for file in files:
         suffix, compression = suffixes(file)
         if suffix in WEIGHTS:
-            raise UserError(f"{file}: holds weights or pickles, not text, and is not opened; name text files")
+            raise UserError(f"{file}: holds weights or pickles, not text, and is not opened. Name text files.")
         if suffix in ARCHIVES:
             raise UserError(f"{file}: an archive of files. Unpack it, and name the files that were in it.")
         if compression and READERS.get(suffix) is tables.documents:
@@ -88,51 +88,54 @@ def _local_files(spec: str) -> list[File]:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        pass  # perhaps a glob
+        pass  # it may be a glob
     except (OSError, ValueError) as error:  # no permission, a link to itself, a name too long, a NUL in it
         raise unreadable(Path(spec), error) from error
     if path.is_dir():
         files = _files_below(path)
         if not files:
-            raise UserError(f"{spec}: no text in this folder (hidden files do not count); name one that holds text")
+            raise UserError(
+                f"{spec}: no text in this folder (hidden files are not read). Name a folder that holds text."
+            )
         return files
-    found = [path] if os.path.lexists(path) else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
-    files = [name for name in found if not name.is_dir()]  # folders that a glob matches are not meant
+    matches = [path] if os.path.lexists(path) else sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    files: list[File] = [name for name in matches if not name.is_dir()]  # a glob's folders are not read
     if not files:
-        reason = "it matches folders only" if found else "no such file, and as a glob it matches nothing"
-        raise UserError(f"{spec}: {reason}; name a file, folder, glob, hf:ID or local:NAME")
-    for file in files:
-        _check_regular(file)
+        reason = "it matches folders only" if matches else "no such file, and as a glob it matches nothing"
+        raise UserError(f"{spec}: {reason}. Name a file, folder, glob, hf:ID or local:NAME.")
+    for name in matches:
+        if not name.is_dir():
+            _check_regular(name)
     return files
 
 
 def _check_regular(file: Path) -> None:
-    """UserError for what could not be read to its end, or at all: a pipe, a device, a socket, a link to nothing."""
+    """UserError for a file that cannot be read to its end: a pipe, a device, a socket, a link to nothing."""
     try:
         if not stat.S_ISREG(os.stat(file).st_mode):
-            raise UserError(f"{file}: not a regular file; name a file, folder, glob, hf:ID or local:NAME")
+            raise UserError(f"{file}: not a regular file. Name a file, folder, glob, hf:ID or local:NAME.")
     except OSError as error:
         raise unreadable(file, error) from error
 
 
 def _files_below(folder: Path) -> list[File]:
-    """The files to read below a folder. UserError for what would be left out without a word."""
+    """The files to read below a folder. UserError for links to folders and what cannot be read: nothing is left out silently."""
 
     def refuse(error: OSError) -> None:
         raise unreadable(Path(error.filename), error) from error
 
-    files = []
+    files: list[Path] = []
     for here, folders, names in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in folders:
             if Path(here, name).is_symlink():
-                raise UserError(f"{Path(here, name)}: a link to a folder is not followed; name the folder as a source")
+                raise UserError(f"{Path(here, name)}: a link to a folder is not followed. Name the folder as a source.")
         files += [Path(here, name) for name in names if not name.startswith(".")]
-    return sorted(file for file in files if _is_text(file))
+    return [file for file in sorted(files) if _is_text(file)]
 
 
 def _is_text(file: Path) -> bool:
-    """Whether a file of a folder is one to read: by its suffix, else by its first bytes."""
+    """Whether a file of a folder is read: by its suffix, else by its first bytes."""
     if _has_text_suffix(file):
         _check_regular(file)
         return True
@@ -140,13 +143,14 @@ def _is_text(file: Path) -> bool:
     if suffix in WEIGHTS or suffix in ARCHIVES or compression or not file.is_file():
         return False
     try:
-        with open(file, "rb") as opened:
-            head = opened.read(4096)
-        head.decode()
+        with open(file, "rb") as stream:
+            head = stream.read(4096)
     except OSError as error:
         raise unreadable(file, error) from error
+    try:
+        head.decode()
     except UnicodeDecodeError as error:
-        # The cut at 4096 may go through a character: only a fault before the last one makes it binary.
+        # Byte 4096 may be in the middle of a character: only an error before the last character means a binary file.
         return error.start >= 4093 and b"\0" not in head
     return b"\0" not in head
 
@@ -189,7 +193,7 @@ def read(spec: str, reading: Reading, counts: Counter | None = None) -> Iterator
     """Read a source (without its weight) as documents, in a fixed order, in bounded memory.
 
     `counts` receives skipped_empty, skipped_bad_text, replaced_bad_text, skipped_bad_line (documents or rows),
-    skipped_empty_file and skipped_bad_file. UserError, with file and line and the mend, for whatever cannot be read.
+    skipped_empty_file and skipped_bad_file. UserError, with file, line and how to fix it, for what cannot be read.
     """
     counts = Counter() if counts is None else counts
     if _is_hub(spec):
@@ -203,8 +207,8 @@ def read(spec: str, reading: Reading, counts: Counter | None = None) -> Iterator
                 if not isinstance(file, Path) or file.stat().st_size:
                     yield from READERS.get(suffixes(file)[0], text.documents)(file, reading, counts)
                 elif len(files) == 1:
-                    raise UserError(f"{file}: the file is empty; name one that holds text")
+                    raise UserError(f"{file}: the file is empty. Name one that holds text.")
                 else:
                     counts["skipped_empty_file"] += 1
-            except OSError as error:  # it vanished, or its disk does not give it back
+            except OSError as error:  # it was deleted, or the disk failed
                 raise unreadable(file, error) from error

@@ -1,4 +1,4 @@
-"""Documents -> tokens on disk: written once, found again by a fingerprint of all that decides them, memory-mapped.
+"""From documents to tokens on disk: written once, cached under a fingerprint of everything that decides them, memory-mapped.
 
 cache_dir/<fingerprint>/ holds, for train and validation, <split>.tokens (uint16 or uint32), <split>.offsets (uint64:
 each document's first token, and the total) and <split>.origins (a line a document), and facts.json. Little endian.
@@ -26,7 +26,7 @@ from .writer import SplitWriter, batches, in_validation
 
 __all__ = ["Corpus", "Tokens", "Windows", "in_validation", "prepare"]
 
-FORMAT = 1  # raise it when the files or the way to them change
+FORMAT = 1  # raise it when the files change, or the way they are made
 SPLITS = ("train", "validation")
 REPORT_SECONDS = 5.0
 ABANDONED_SECONDS = 24 * 3600.0
@@ -52,19 +52,19 @@ def prepare(
 ) -> Corpus:
     """Tokenize a source (without its weight), or open what was tokenized before.
 
-    A document is held out iff its digest's first 8 bytes, as a fraction of 2**64, are below `val_fraction` (0..1): so
-    copies of a text are always on the same side. UserError when the source cannot be read, changes meanwhile or holds
-    no document, when the tokenizer yields PAD, or when the cache cannot be written.
+    A document is held out if the first 8 bytes of its digest, as a fraction of 2**64, are below `val_fraction` (0..1), so
+    copies of a text are always in the same split. UserError if the source cannot be read, changes meanwhile or holds no
+    document, if the tokenizer yields PAD, or if the cache cannot be written.
     """
     if not 0 <= val_fraction <= 1:
-        raise UserError(f"--val-fraction is {val_fraction}; it must be between 0 and 1")
+        raise UserError(f"--val-fraction is {val_fraction}. Give a number between 0 and 1.")
     decides = {"format": FORMAT, "source": source, "files": sources.facts(source)}
     decides |= {"tokenizer": tokenizer.digest, "val_fraction": val_fraction, "reading": asdict(reading)}
     fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_dir) / fingerprint
-    found = _found(folder, report)
-    if found:
-        return found
+    cached = _cached(folder, report)
+    if cached:
+        return cached
     partial = Path(cache_dir) / f".tmp-{fingerprint}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         _remove_abandoned(Path(cache_dir), fingerprint)
@@ -73,21 +73,22 @@ def prepare(
         sync(partial)
         rename_if_absent(partial, folder)
     except OSError as error:
-        mend = "mend that, or choose another --cache-dir"
-        raise UserError(f"{source}: cannot be tokenized into {cache_dir}: {error}; {mend}") from error
+        raise UserError(
+            f"{source}: cannot be tokenized into {cache_dir}: {error}. Fix that, or choose another --cache-dir."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return _open(folder)
 
 
-def _found(folder: Path, report: Callable[[str], None]) -> Corpus | None:
-    """What is in the cache; a damaged one is removed."""
+def _cached(folder: Path, report: Callable[[str], None]) -> Corpus | None:
+    """The corpus in the cache, or None; a damaged one is removed."""
     if not folder.is_dir():
         return None
     try:
         return _open(folder)
     except (OSError, ValueError, KeyError) as error:
-        report(f"{folder}: damaged ({error}); it is made anew")
+        report(f"{folder}: damaged ({error}). It is written again.")
         shutil.rmtree(folder, ignore_errors=True)
         return None
 
@@ -101,7 +102,7 @@ def _write(
     began = reported = time.monotonic()
     try:
         for batch in batches(sources.read(source, reading, counts)):
-            # Prefix and suffix are put on by the writer, since a long document comes in several pieces.
+            # The writer adds prefix and suffix, because a long document comes in several pieces.
             encodings = tokenizer.encode_batch([piece.text for piece in batch], continued=True)
             for piece, ids in zip(batch, encodings, strict=True):
                 held_out = in_validation(piece.document.digest, decides["val_fraction"])
@@ -114,18 +115,18 @@ def _write(
         written = {split: writer.close() for split, writer in writers.items()}
     skipped = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()) if number)
     if not sum(facts["documents"] for facts in written.values()):
-        raise UserError(f"{source}: no document in it ({skipped or 'nothing was read'}); name a source with text")
+        raise UserError(f"{source}: no document in it ({skipped or 'nothing was read'}). Name a source with text.")
     if skipped:
         report(f"{source}: {skipped}")
     if sources.facts(source) != decides["files"]:
-        raise UserError(f"{source}: changed while it was being read; leave it alone and start again")
+        raise UserError(f"{source}: changed while it was being read. Start again when nothing writes to it.")
     facts = {**decides, **written, "dtype": dtype, "counters": +counts}
     # ASCII: the name of a file need not be UTF-8.
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 
 
 def _remove_abandoned(cache_dir: Path, fingerprint: str) -> None:
-    """Partial folders that a killed run left: nobody wrote in them for a day (its pid may be of another host)."""
+    """Remove the partial folders of killed runs: no write for a day. (A pid proves nothing, it may be another host's.)"""
     for partial in cache_dir.glob(f".tmp-{fingerprint}-*"):
         times = [path.stat().st_mtime for path in (partial, *partial.glob("*"))]
         if time.time() - max(times) > ABANDONED_SECONDS:
@@ -134,4 +135,4 @@ def _remove_abandoned(cache_dir: Path, fingerprint: str) -> None:
 
 def _open(folder: Path) -> Corpus:
     facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    return Corpus(facts["source"], *(Tokens(folder, split) for split in SPLITS), facts)
+    return Corpus(facts["source"], Tokens(folder, "train"), Tokens(folder, "validation"), facts)

@@ -1,6 +1,6 @@
-"""Tokenizers: the bytes, one trained here, or a pretrained one from disk; all of them `tokenizers`' backends.
+"""Tokenizers: bytes, one trained here, or a pretrained one from disk. Each is a backend of the `tokenizers` library.
 
-A document's text never yields a special id, whatever is written in it: '<pad>' in a text is five characters.
+The text of a document never yields a special id: '<pad>' in a text is five characters.
 """
 
 import hashlib
@@ -24,8 +24,8 @@ PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
 SMALLEST_VOCABULARY = 2 + 256
 TRAINING_CHARACTERS = 64 << 20
 FILE_BYTES = 64 << 20  # of a tokenizer.json; the largest known have 33 MB
-LARGEST_VOCABULARY = 1 << 24  # ids may have gaps, and each costs a row of the embedding
-LONGEST_REWRITING = 4096  # characters that a normalizer may make of one
+LARGEST_VOCABULARY = 1 << 24  # ids may have gaps, and each takes a row of the embedding
+LONGEST_REWRITING = 4096  # characters that a normalizer may make of one character
 EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|im_end|>")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 FORMS = "a folder with tokenizer.json, such a file, train:VOCAB (as train:4096) or bytes"
@@ -33,7 +33,7 @@ FORMS = "a folder with tokenizer.json, such a file, train:VOCAB (as train:4096) 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """A backend set up for training: no truncation, no padding, special tokens only where we put them.
+    """A backend set up for training: no truncation, no padding, special tokens only where this package adds them.
 
     `prefix` and `suffix` are the ids that the backend's own post-processor puts around a document (a BOS, say).
     """
@@ -47,7 +47,7 @@ class Tokenizer:
     digest: str = field(init=False)  # SHA-256 of the backend's JSON (keys sorted) and the two ids
 
     def __post_init__(self):
-        # Files of sentence encoders truncate to 512 tokens: text would be lost without a word.
+        # Files of sentence encoders truncate to 512 tokens: text would be lost silently.
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
@@ -94,14 +94,14 @@ class Tokenizer:
 
 
 @contextmanager
-def _refusing(told: str) -> Iterator[None]:
-    """What the Rust library says of a tokenizer that others made, as a UserError; its panics are no Exception."""
+def _refusing(problem: str) -> Iterator[None]:
+    """Turn errors of the Rust library, and its panics, which are no Exception, into a UserError."""
     try:
         yield
     except (UserError, KeyboardInterrupt, SystemExit):
         raise
     except BaseException as reason:  # noqa: BLE001 (the library raises plain Exception, and panics)
-        raise UserError(f"{told} ({type(reason).__name__}: {quoted(str(reason))}); give another tokenizer") from None
+        raise UserError(f"{problem} ({type(reason).__name__}: {quoted(str(reason))}). Use another tokenizer.") from None
 
 
 def byte_tokenizer() -> Tokenizer:
@@ -109,7 +109,7 @@ def byte_tokenizer() -> Tokenizer:
     vocabulary = {PAD: 0, EOS: 1} | {character: 2 + byte for byte, character in enumerate(_byte_characters())}
     backend = Backend(models.BPE(vocab=vocabulary, merges=[]))
     backend.add_special_tokens([PAD, EOS])
-    # Without merges there is nothing to keep apart, so no regular expression is run either.
+    # Without merges the text need not be split into words first.
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return Tokenizer(backend, eos_token_id=1, pad_token_id=0)
@@ -125,10 +125,12 @@ def _byte_characters() -> list[str]:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE with PAD 0 and EOS 1 from the first 64 MiB of the texts; the same texts give the same tokenizer.
 
-    UserError when vocab_size is below 258, or the text has too few different pairs to reach it.
+    UserError if vocab_size is below 258, or the text has too few different pairs to reach it.
     """
     if vocab_size < SMALLEST_VOCABULARY:
-        raise UserError(f"--tokenizer train:{vocab_size}: the smallest vocabulary is {SMALLEST_VOCABULARY} (bytes)")
+        raise UserError(
+            f"--tokenizer train:{vocab_size}: the smallest vocabulary is {SMALLEST_VOCABULARY}. Use train:{SMALLEST_VOCABULARY}, or bytes."
+        )
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -142,8 +144,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         raise UserError(
-            f"--tokenizer train:{vocab_size}: the text is too little, it gives a vocabulary of {reached} at most;"
-            f" use train:{reached}, bytes, or more text"
+            f"--tokenizer train:{vocab_size}: the text is too little: it gives a vocabulary of at most {reached}. "
+            f"Use train:{reached}, bytes, or more text."
         )
     return Tokenizer(backend, eos_token_id=1, pad_token_id=0)
 
@@ -157,7 +159,7 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
 
 
 def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tokenizer:
-    """Load a folder with tokenizer.json, or such a file, and find out its EOS and PAD.
+    """Load a folder with tokenizer.json, or such a file, and look up its EOS and PAD.
 
     EOS: `eos_token`, else what tokenizer_config.json, special_tokens_map.json, config.json or generation_config.json
     beside it declare, else a common name. PAD: a declared one that is not EOS, else a common name, else None.
@@ -166,8 +168,8 @@ def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tok
     path = Path(path).expanduser()
     file = path / "tokenizer.json" if path.is_dir() else path
     if not file.is_file():
-        mend = "; AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one" if path.is_dir() else ""
-        raise UserError(f"--tokenizer {path}: there is no file {file}{mend}; give {FORMS}")
+        hint = " (AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one)" if path.is_dir() else ""
+        raise UserError(f"--tokenizer {path}: there is no file {file}{hint}. Give {FORMS}.")
     with _refusing(f"{file}: not a tokenizer that the tokenizers library reads"):
         content = read_bounded(file, FILE_BYTES)
         backend = Backend.from_str(content.decode())
@@ -178,33 +180,33 @@ def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tok
         pads += tuple(map(backend.token_to_id, PAD_NAMES))
         made = Tokenizer(backend, eos, next((pad for pad in pads if pad is not None and pad != eos), None))
     if max(made.prefix + made.suffix, default=0) >= made.vocab_size:
-        raise UserError(f"{file}: the post-processor adds ids beyond the vocabulary; give another tokenizer")
+        raise UserError(f"{file}: the post-processor adds ids beyond the vocabulary. Use another tokenizer.")
     return made
 
 
 def _check(content: dict, backend: Backend, file: Path) -> None:
-    """Refuses, before any text is encoded, what would take memory without bound or leave no text."""
+    """UserError, before any text is encoded, if encoding would need unbounded memory or lose the text."""
     greatest = max(backend.get_vocab().values(), default=-1)
     if not 0 <= greatest < LARGEST_VOCABULARY:
-        raise UserError(f"{file}: the vocabulary's greatest id is {greatest}; give a tokenizer of 1 to 16,777,216 ids")
+        raise UserError(f"{file}: the vocabulary's greatest id is {greatest}. Use a tokenizer of 1 to 16,777,216 ids.")
     if _rewriting(content.get("normalizer")) > LONGEST_REWRITING:
-        raise UserError(f"{file}: its normalizer makes thousands of characters of one; give another tokenizer")
+        raise UserError(f"{file}: its normalizer makes thousands of characters of one. Use another tokenizer.")
     if not backend.encode("x", add_special_tokens=False).ids:
-        raise UserError(f"{file}: it makes no token of the text 'x', texts would be lost; give another tokenizer")
+        raise UserError(f"{file}: it makes no token of the text 'x': texts would be lost. Use another tokenizer.")
 
 
 def _rewriting(normalizer: dict | None) -> int:
-    """How many characters the normalizers, one after the other, can put in the place of one."""
+    """How many characters the normalizers, one after the other, can make of one."""
     if not normalizer:
         return 1
     inserted = len(normalizer.get("content") or normalizer.get("prepend") or "")
-    inserted += len(normalizer.get("precompiled_charsmap") or "") >> 10  # a table of which a character takes one row
+    inserted += len(normalizer.get("precompiled_charsmap") or "") >> 10  # a table: one character becomes one row of it
     return math.prod(map(_rewriting, normalizer.get("normalizers") or ()), start=1 + inserted)
 
 
 def _declared(folder: Path) -> dict:
-    """eos_token, pad_token (names), eos_token_id, pad_token_id: the first file that declares one counts."""
-    found: dict = {}
+    """eos_token, pad_token (names), eos_token_id, pad_token_id, each from the first file that declares it."""
+    declared: dict = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
         if not (folder / name).exists():
             continue
@@ -214,8 +216,8 @@ def _declared(folder: Path) -> dict:
             value = value[0] if isinstance(value, list) and value else value  # Llama 3 lists several ends
             value = value.get("content") if isinstance(value, dict) else value
             if type(value) is (int if key.endswith("id") else str):
-                found.setdefault(key, value)
-    return found
+                declared.setdefault(key, value)
+    return declared
 
 
 def _id_of(backend: Backend, name: str | None) -> int | None:
@@ -223,7 +225,7 @@ def _id_of(backend: Backend, name: str | None) -> int | None:
 
 
 def _known(backend: Backend, id: int | None) -> int | None:
-    """The id, if the vocabulary has it."""
+    """The id, or None if the vocabulary does not have it."""
     return id if id is not None and 0 <= id < LARGEST_VOCABULARY and backend.id_to_token(id) is not None else None
 
 
@@ -232,27 +234,29 @@ def _eos_id(backend: Backend, file: Path, wanted: str | None, declared: dict) ->
         found = backend.token_to_id(wanted)
         if found is None:
             near = nearest(wanted, backend.get_vocab())
-            raise UserError(f"--eos-token {wanted!r} is not in the vocabulary of {file}{near}; name one that is")
+            raise UserError(f"--eos-token {wanted!r} is not in the vocabulary of {file}{near}. Name one that is.")
         return found
     candidates = [_id_of(backend, declared.get("eos_token")), _known(backend, declared.get("eos_token_id"))]
     candidates += map(backend.token_to_id, EOS_NAMES)
     found = next((id for id in candidates if id is not None), None)
     if found is None:
-        raise UserError(f"{file}: no end-of-text token is declared beside it; name it with --eos-token")
+        raise UserError(f"{file}: no end-of-text token is declared beside it. Name it with --eos-token.")
     return found
 
 
 def resolve(spec: str, texts: Iterable[str], eos_token: str | None = None) -> Tokenizer:
     """The tokenizer that the command line names; `texts` is read only for train:VOCAB. UserError for a bad spec."""
     if eos_token is not None and (spec == "bytes" or spec.startswith("train:")):
-        raise UserError(f"--eos-token has no meaning with --tokenizer {spec}, whose end is {EOS!r}; leave it out")
+        raise UserError(
+            f"--eos-token has no meaning with --tokenizer {spec}, whose end of text is {EOS!r}. Leave it out."
+        )
     if spec == "bytes":
         return byte_tokenizer()
     if spec.startswith("train:"):
         size = spec.removeprefix("train:")
         if not (size.isascii() and size.isdigit()):
-            raise UserError(f"--tokenizer {spec}: {size!r} is not a number of tokens; give {FORMS}")
+            raise UserError(f"--tokenizer {spec}: {size!r} is not a number of tokens. Give {FORMS}.")
         return train_tokenizer(texts, int(size))
     if not os.path.exists(os.path.expanduser(spec)):
-        raise UserError(f"--tokenizer {spec}: no such file or folder; give {FORMS}")
+        raise UserError(f"--tokenizer {spec}: no such file or folder. Give {FORMS}.")
     return load_tokenizer(spec, eos_token)

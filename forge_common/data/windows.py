@@ -1,6 +1,6 @@
-"""Tokens on disk -> windows of T + 1 tokens: the inputs are all but the last, the labels all but the first.
+"""From tokens on disk to windows of T + 1 tokens: the inputs are all but the last, the labels all but the first.
 
-Every token but the very first (packed), or but the first of each document (not packed), is a label exactly once.
+Every token except the first of all (packed), or the first of each document (not packed), is a label exactly once.
 """
 
 import json
@@ -17,7 +17,7 @@ CHUNK = 1 << 20  # documents whose windows are counted at once
 
 
 class Tokens:
-    """One split, opened. UserError when its files are not of the size that facts.json says."""
+    """One split, opened. UserError when its files are not of the size that facts.json states."""
 
     def __init__(self, folder: Path, split: str):
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
@@ -43,8 +43,8 @@ class Tokens:
 class Windows:
     """The windows of one split, `windows[i] -> int64 [T + 1]`; nothing of the corpus is held in memory.
 
-    pack=True: window i is tokens[i*T : i*T + T + 1], across documents. What is left at the end and too little for one
-    is dropped (`dropped` labels) unless `tail`, which adds a last, partly filled window for it.
+    pack=True: window i is tokens[i*T : i*T + T + 1], across documents. The rest at the end, too short for a window, is
+    dropped (`dropped` labels), or with `tail` becomes a last, partly filled window.
     pack=False: each document alone, in windows of stride T, the last one partly filled; nothing is dropped. A document
     of one token has no label and no window.
 
@@ -78,21 +78,21 @@ class Windows:
         return window
 
     def scored(self, index: int) -> int:
-        """How many labels of the window are real: its first ones."""
+        """The number of real labels of the window, which are its first ones."""
         start, end = self._range(index)
         return end - start - 1
 
     def before(self, index: int, length: int, eos_token_id: int) -> np.ndarray:
-        """The ids before the window in its first document, int64 [length]: -1 on the left, an EOS where it begins."""
+        """The ids before the window in its first document, int64 [length]: an EOS before its beginning, -1 further left."""
         start, _ = self._range(index)
         first = int(np.searchsorted(self.tokens.offsets, np.uint64(start), side="right")) - 1
         known = self.tokens.tokens[max(int(self.tokens.offsets[first]), start - length) : start]
-        found = np.full(length, -1, dtype=np.int64)
+        before = np.full(length, -1, dtype=np.int64)
         if len(known):
-            found[-len(known) :] = known
+            before[-len(known) :] = known
         if len(known) < length:
-            found[length - len(known) - 1] = eos_token_id
-        return found
+            before[length - len(known) - 1] = eos_token_id
+        return before
 
     def spans(self, index: int) -> list[tuple[int, int, int]]:
         """(document, start, end) of each document's part of the window, in places of the window (0 .. T + 1)."""
@@ -109,7 +109,7 @@ class Windows:
         return self.tokens.origins(spans[0][0], spans[-1][0] + 1)
 
     def _range(self, index: int) -> tuple[int, int]:
-        """Where a window's real tokens stand: [start, end) in the corpus."""
+        """The place of a window's real tokens in the corpus: [start, end)."""
         if not -self._length <= index < self._length:
             raise IndexError(f"window {index} of {self._length}")
         index = int(index) % self._length
@@ -139,7 +139,7 @@ def _first_windows(tokens: Tokens, sequence_length: int) -> np.ndarray:
         except OSError as error:
             partial.unlink(missing_ok=True)
             raise UserError(
-                f"{path}: cannot be written ({error.strerror}); free space or choose another --cache-dir"
+                f"{path}: cannot be written ({error.strerror}). Free space, or choose another --cache-dir."
             ) from error
     return np.memmap(path, dtype="<u8", mode="r")
 
@@ -157,5 +157,5 @@ def _count(tokens: Tokens, sequence_length: int, file) -> None:
 
 def _mapped(path: Path, dtype: str, length: int) -> np.ndarray:
     if path.stat().st_size != length * np.dtype(dtype).itemsize:
-        raise UserError(f"{path}: not of the size that facts.json says; remove the folder, it will be made anew")
+        raise UserError(f"{path}: not of the size that facts.json states. Remove the folder: it will be written again.")
     return np.memmap(path, dtype=dtype, mode="r") if length else np.empty(0, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Documents -> one split's files: in pieces, batch by batch, so that memory does not grow with the text."""
+"""From documents to the files of a split: in pieces, batch by batch, so that memory does not grow with the text."""
 
 import hashlib
 import os
@@ -16,7 +16,7 @@ BATCH_PIECES, BATCH_CHARACTERS = 1024, 4 * PIECE  # tokenized at once: enough fo
 
 
 def in_validation(digest: bytes, fraction: float) -> bool:
-    """Whether a document is held out: its digest's first 8 bytes, as a fraction of 2**64, lie below `fraction`."""
+    """Whether a document is held out: the first 8 bytes of its digest, as a fraction of 2**64, are below `fraction`."""
     return int.from_bytes(digest[:8], "big") / 2**64 < fraction
 
 
@@ -42,13 +42,13 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Piece]]:
 
 
 def _pieces(document: Document) -> Iterator[Piece]:
-    waiting = None
+    previous = None
     for text in document.pieces:
-        if waiting is not None:
-            yield waiting
-        waiting = Piece(document, text, first=waiting is None, last=False)
-    if waiting is not None:
-        yield waiting._replace(last=True)
+        if previous is not None:
+            yield previous
+        previous = Piece(document, text, first=previous is None, last=False)
+    if previous is not None:
+        yield previous._replace(last=True)
 
 
 class SplitWriter:
@@ -59,7 +59,7 @@ class SplitWriter:
         self.documents = self.tokens = self.bytes = 0
         suffix = tokenizer.suffix
         self.end = suffix if suffix[-1:] == (tokenizer.eos_token_id,) else (*suffix, tokenizer.eos_token_id)
-        # They stay open as long as the writer; close() syncs them.
+        # Open as long as the writer; close() syncs them.
         kinds = ("tokens", "offsets", "origins")
         files = [open(folder / f"{split}.{kind}", "wb", buffering=PIECE) for kind in kinds]  # noqa: SIM115
         self.token_file, self.offset_file, self.origin_file = files
@@ -83,10 +83,14 @@ class SplitWriter:
 
     def _check(self, document: Document, ids: np.ndarray) -> None:
         if ids.size and ids.max() >= self.tokenizer.vocab_size:
-            raise UserError(f"{document.origin}: token {ids.max()} is beyond the vocabulary; repair tokenizer.json")
+            raise UserError(
+                f"{document.origin}: token {ids.max()} is beyond the vocabulary of {self.tokenizer.vocab_size}. Fix tokenizer.json."
+            )
         if self.tokenizer.pad_token_id is not None and (ids == self.tokenizer.pad_token_id).any():
-            mend = "mark PAD as special in tokenizer.json, or declare another one"
-            raise UserError(f"{document.origin}: its text yields PAD, token {self.tokenizer.pad_token_id}; {mend}")
+            raise UserError(
+                f"{document.origin}: its text yields PAD, token {self.tokenizer.pad_token_id}. Mark PAD as special in "
+                "tokenizer.json, or declare another one."
+            )
 
     def close(self) -> dict[str, Any]:
         self.offset_file.write(self.tokens.to_bytes(8, "little"))

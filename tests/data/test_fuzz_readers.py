@@ -24,9 +24,7 @@ from forge_common.data.store import prepare
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 
-MEND = re.compile(
-    r"[;.:] (Write|Check|Decompress|The compressed|mend|pass|write|name|rename|leave|check|split|unpack)\b"
-)
+FIX = re.compile(r"[.?] (Write|Check|Fix|Name|Rename|Start again)\b.*\.$")
 FORMATS = ("txt", "jsonl", "json", "csv", "parquet", "arrow")
 ROWS = ("jsonl", "json", "csv", "parquet", "arrow")
 SKIPPED = ("skipped_empty", "skipped_bad_text", "skipped_bad_line", "skipped_bad_file")
@@ -246,8 +244,8 @@ def place(tmp_path_factory):
 
 
 def check(message, path):
-    """A refusal names the file and the mend, and can be printed."""
-    assert str(path) in message and MEND.search(message), message
+    """An error names the file and how to fix it, and can be printed."""
+    assert str(path) in message and FIX.search(message), message
     message.encode()
 
 
@@ -344,8 +342,8 @@ def never_silent(path, data, suffix, how):
         assert lenient == wanted and sum(counts.values()) == counts["skipped_empty"]
     elif refusal is None and sum(counts.values()) == counts["skipped_empty"]:
         # Nothing else was left out: what is not UTF-8 stands outside of the texts.
-        mended = re.sub("[\udc80-\udcff]", "\ufffd", data.decode("utf-8-sig", "surrogateescape"))
-        assert lenient == [value for value in said(mended.encode(), suffix) if value.strip()]
+        repaired = re.sub("[\udc80-\udcff]", "\ufffd", data.decode("utf-8-sig", "surrogateescape"))
+        assert lenient == [value for value in said(repaired.encode(), suffix) if value.strip()]
     elif refusal is not None:
         assert how["on_bad_text"] == "refuse" or how["on_bad_line"] == "refuse" or FATAL.search(refusal), refusal
 

@@ -202,7 +202,7 @@ def test_pipes_devices_sockets_and_loops_are_named_and_not_opened(tmp_path, monk
     monkeypatch.chdir(tmp_path)  # a socket's path may not be long
     odd = odd_files(type(tmp_path)("."))
     for name, answer in answers(*odd, "/dev/zero", "/dev/stdin", "x" * 300).items():
-        assert answer.startswith(f"{name}: ") and ("name a file" in answer or "Check the path" in answer), answer
+        assert answer.startswith(f"{name}: ") and ("Name a file" in answer or "Check the path" in answer), answer
     for one in odd:  # in a folder they are not passed over
         folder = tmp_path / f"with {one.name}"
         folder.mkdir()

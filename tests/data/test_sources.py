@@ -1,4 +1,4 @@
-"""Sources: what is read is exactly what is there, in bounded memory, and every fault names its file, row and mend."""
+"""Sources: what is read is exactly what is there, in bounded memory, and every fault names its file, its row and how to fix it."""
 
 import csv
 import hashlib
@@ -371,7 +371,7 @@ def test_a_text_that_is_there_twice_is_refused(tmp_path):
         else:
             with pyarrow.ipc.new_file(str(path), table.schema) as file:
                 file.write_table(table)
-        refused(path, path, "two columns have the name 'text'", "rename one")
+        refused(path, path, "two columns have the name 'text'", "Rename one")
 
 
 @pytest.mark.parametrize("suffix", ["parquet", "arrow"])

@@ -1,4 +1,4 @@
-"""What every reader yields, and the rules that hold for all of them: what is text, what is a row, what is refused."""
+"""What every reader yields, and the rules for all of them: what is text, what is a row, what is an error."""
 
 import difflib
 import hashlib
@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from ...errors import UserError
 
 PIECE = 1 << 20  # bytes of a file, or characters of a row, that are held and tokenized at once
-RECORD_LIMIT = 32 << 20  # bytes of one line, record or value: what is longer is a fault of the file, not a document
+RECORD_LIMIT = 32 << 20  # bytes of one line, record or value; a longer one is an error
 COLUMNS_NAMED = 100  # in a message
-# What reading may take beyond the interpreter and its libraries, in bytes, whatever a file holds (tests/data/test_memory.py).
-# The worst records take some fifty times their size: JSON of nothing but brackets becomes a list for every two bytes.
+# Bytes that reading text, JSON or CSV takes at most, besides the interpreter and its libraries (tests/data/test_memory.py).
+# The worst record takes some fifty times its size: JSON of nothing but brackets becomes a list for every two bytes.
 MEMORY_LIMIT = 2 << 30
 POLICIES = {"on_bad_text": ("refuse", "replace", "skip"), "on_bad_line": ("refuse", "skip")}
 
@@ -40,9 +40,9 @@ class Reading:
         for name, allowed in POLICIES.items():
             if getattr(self, name) not in allowed:
                 flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is {getattr(self, name)!r}; use one of {', '.join(allowed)}")
+                raise UserError(f"{flag} is {getattr(self, name)!r}. Use one of {', '.join(allowed)}.")
         if self.document_separator == "":
-            raise UserError("--document-separator is empty; leave the flag out to read one document a file")
+            raise UserError("--document-separator is empty. Leave the flag out to read one document a file.")
 
 
 def reading_of(settings: Any) -> Reading:
@@ -56,13 +56,13 @@ def reading_of(settings: Any) -> Reading:
 
 
 def bad_text(message: str) -> UserError:
-    return UserError(f"{message}; mend the file, or pass --on-bad-text replace or --on-bad-text skip")
+    return UserError(f"{message}. Fix the file, or pass --on-bad-text replace or --on-bad-text skip.")
 
 
 def bad_line(message: str, reading: Reading, counts: Counter) -> None:
     """Refuse a row that cannot be used (UserError), or count it, as --on-bad-line says."""
     if reading.on_bad_line == "refuse":
-        raise UserError(f"{message}; mend it, or pass --on-bad-line skip")
+        raise UserError(f"{message}. Fix it, or pass --on-bad-line skip.")
     counts["skipped_bad_line"] += 1
 
 
@@ -79,8 +79,8 @@ def cut(text: str) -> tuple[str, ...]:
 def from_text(origin: str, text: str, reading: Reading, counts: Counter) -> Document | None:
     """Make a document of a text that is in memory.
 
-    None, and counted, where the text is only white space or --on-bad-text skip leaves it out. UserError where it holds
-    what UTF-8 cannot (a lone surrogate, also the mark of a byte that could not be decoded) or NUL, the mark of binary.
+    None, and counted, if the text is only white space or --on-bad-text skip leaves it out. UserError if it holds a lone
+    surrogate, which UTF-8 cannot encode (a byte that could not be decoded becomes one), or NUL, which means binary data.
     """
     try:
         at = text.find("\0")
@@ -112,8 +112,8 @@ def nearest(wanted: str, names: Iterable[str]) -> str:
 def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, counts: Counter) -> Iterator[Document]:
     """Turn (origin, row) pairs into documents.
 
-    UserError where the column is missing or holds no text. A column that the *first* row lacks is a wrong flag and
-    refused under every policy: skipping would skip everything.
+    UserError if the column is missing or holds no text. A column that the *first* row does not have is a wrong flag, and an
+    error under every policy: skipping would skip every row.
     """
     column, column_seen = reading.text_column, False
     for origin, row in rows:
@@ -121,9 +121,9 @@ def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, coun
             names = [str(name) for name in islice(row, COLUMNS_NAMED)]
             shown = ", ".join(name if name.isprintable() and len(name) < 80 else ascii(name)[:80] for name in names)
             more = f" and {len(row) - len(names)} more" if len(row) > len(names) else ""
-            message = f"{origin}: no column {column!a}; there are: {shown or 'none'}{more}{nearest(column, names)}"
+            message = f"{origin}: no column {column!a}, only {shown or 'none'}{more}{nearest(column, names)}"
             if not column_seen:
-                raise UserError(f"{message}; name the column that holds the text with --text-column")
+                raise UserError(f"{message}. Name the column that holds the text with --text-column.")
             bad_line(message, reading, counts)
             continue
         column_seen = True

@@ -1,4 +1,4 @@
-"""Files of records that are text themselves: .jsonl, .json, .csv. Read row by row, with the line of every fault."""
+"""Readers of .jsonl, .json and .csv files: row by row, with the line of every fault."""
 
 import codecs
 import csv
@@ -26,7 +26,7 @@ def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Documen
 
 
 def _lines(path: File, reading: Reading, counts: Counter) -> Iterator[tuple[int, str]]:
-    """(number, line with its end). What is not UTF-8 comes as lone surrogates, for from_text to replace or skip."""
+    """(number, line with its end). Bytes that are not UTF-8 become lone surrogates, which from_text replaces or skips."""
     with opened(path) as file:
         number = 0
         while line := file.readline(RECORD_LIMIT + 1):
@@ -42,7 +42,7 @@ def _lines(path: File, reading: Reading, counts: Counter) -> Iterator[tuple[int,
 
 
 def _decoder(reading: Reading) -> json.JSONDecoder:
-    """JSON as json.loads reads it, but a text that is there twice is a fault, and a long number is none."""
+    """As json.loads, but two texts in one object are an error, and long integers are accepted."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         row = dict(pairs)
@@ -80,30 +80,30 @@ def _json_lines(path: File, reading: Reading, counts: Counter) -> Rows:
 
 
 class _Json:
-    """The text of a JSON file, a block at a time; `line` is that of the next character."""
+    """The text of a JSON file, a block at a time; `line` is the line of the next character."""
 
     def __init__(self, path: File, reading: Reading):
         self.blocks, self.decoder = _characters(path, reading), _decoder(reading)
         self.buffer, self.at, self.line = "", 0, 1
 
     def values(self) -> Iterator[tuple[int, Any]]:
-        """(line, value) of each. ValueError or RecursionError, and `line` that of the fault, for what is not JSON."""
-        if self.pass_over("[") != "[":  # objects one after the other
-            while self.pass_over():
+        """(line, value) of each. ValueError or RecursionError for what is not JSON; `line` is then the line of the fault."""
+        if self.skip_space("[") != "[":  # objects one after the other
+            while self.skip_space():
                 yield self.line, self.value()
             return
-        following = self.pass_over("]")
+        following = self.skip_space("]")
         while following != "]":
-            self.pass_over()
+            self.skip_space()
             yield self.line, self.value()
-            following = self.pass_over(",]")
+            following = self.skip_space(",]")
             if following not in (",", "]"):
                 raise ValueError(f"',' or ']' expected, not {following!a}" if following else "no ']' at the end")
-        if self.pass_over():
+        if self.skip_space():
             raise ValueError("something follows the array's ']'")
 
-    def pass_over(self, wanted: str = "") -> str:
-        """The next character that is not white space, '' at the end; it is passed over, too, if it is `wanted`."""
+    def skip_space(self, wanted: str = "") -> str:
+        """The next character that is not white space, '' at the end. If it is in `wanted`, reading goes on after it."""
         while True:
             end = self.at
             while end < len(self.buffer) and self.buffer[end] in SPACE:
@@ -120,15 +120,15 @@ class _Json:
     def value(self) -> Any:
         """The value that begins here."""
         while True:
-            fault = None
+            fault, value, end = None, None, self.at
             try:
-                found, end = self.decoder.raw_decode(self.buffer, self.at)
-                if end < len(self.buffer) or isinstance(found, dict):
+                value, end = self.decoder.raw_decode(self.buffer, self.at)
+                if end < len(self.buffer) or isinstance(value, dict):
                     self._to(end)
-                    return found  # a number at the very end may go on in the next block
+                    return value  # a number at the end of a block may continue in the next
             except (ValueError, RecursionError) as error:
                 fault = error
-            # Perhaps the rest has not been read yet. To read twice as much each time keeps the work linear.
+            # The rest of the value may not be read yet. Reading twice as much each time keeps the work linear.
             held = len(self.buffer) - self.at
             if held > RECORD_LIMIT:
                 raise ValueError(f"a value longer than {RECORD_LIMIT >> 20} MiB") from fault
@@ -137,7 +137,7 @@ class _Json:
                 self.buffer, self.at = self.buffer[self.at :] + more, 0
             elif fault is None:
                 self._to(end)
-                return found
+                return value
             else:
                 self._to(max(getattr(fault, "pos", self.at), self.at))
                 raise fault
@@ -149,7 +149,7 @@ class _Json:
 def _json_array(path: File, reading: Reading, counts: Counter) -> Rows:
     """An array of objects (or objects one after the other), never holding much more than one of them.
 
-    After broken JSON nothing can be told apart any more: skipping gives up the rest of the file, counted once.
+    After broken JSON the next object cannot be found: skipping leaves out the rest of the file, counted once.
     """
     text = _Json(path, reading)
     try:
@@ -165,7 +165,7 @@ def _json_array(path: File, reading: Reading, counts: Counter) -> Rows:
 
 
 def _characters(path: File, reading: Reading) -> Iterator[str]:
-    """A file's text in blocks; what is not UTF-8 is treated as in _lines."""
+    """A file's text in blocks; bytes that are not UTF-8 are treated as in _lines."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
     line, column, block = 1, 0, b"more"
     with opened(path) as file:
@@ -192,13 +192,14 @@ def _check(text: str, path: File, line: int, column: int, reading: Reading) -> N
 def _csv_rows(path: File, reading: Reading, counts: Counter) -> Rows:
     """Every cell is text, so that 'NA' and '007' stay what they are. The first row names the columns.
 
-    After a record that is too long (a quote that nothing closes) skipping gives up the rest of the file, counted once:
-    what seem rows of it may be lines within a cell.
+    After a record that is too long (an open quote) skipping leaves out the rest of the file, counted once: its lines
+    may be parts of a cell.
     """
     csv.field_size_limit(RECORD_LIMIT)
     lines = _Record(_lines(path, reading, counts))
     reader = csv.reader(lines, strict=True)
     names: list[str] | None = None
+    place = 0  # of the text column in a row
     while True:
         lines.length, number = 0, lines.number + 1
         try:
@@ -219,7 +220,7 @@ def _csv_rows(path: File, reading: Reading, counts: Counter) -> Rows:
         if names is None:
             names = cells
             if len(set(names)) < len(names):
-                raise UserError(f"{path}:{number}: two columns have the same name; rename one")
+                raise UserError(f"{path}:{number}: two columns have the same name. Rename one.")
             if reading.text_column not in names:
                 yield f"{path}:{number}", dict.fromkeys(names)
                 return
@@ -231,7 +232,7 @@ def _csv_rows(path: File, reading: Reading, counts: Counter) -> Rows:
 
 
 class _Record:
-    """Lines for csv.reader, which would put no end to a record; `length` is what it has taken, `number` its last line."""
+    """Lines for csv.reader, which has no limit of its own for a record. length: characters of it so far; number: its last line."""
 
     def __init__(self, lines: Iterator[tuple[int, str]]):
         self.lines, self.length, self.number = lines, 0, 0

@@ -36,7 +36,7 @@ def _file_rows(path: File, reading: Reading, counts: Counter) -> Rows:
                 yield f"{path}:row 1", dict.fromkeys(schema.names)
                 return
             if schema.names.count(column) > 1:
-                raise UserError(f"{path}: two columns have the name {column!r}; rename one")
+                raise UserError(f"{path}: two columns have the name {column!r}. Rename one.")
             if values is None:
                 kind = f"holds values of type {schema.field(column).type} where text should be"
                 bad_line(f"{path}:row {number + 1}: column {column!r} {kind}", reading, counts)
@@ -52,7 +52,7 @@ def _file_rows(path: File, reading: Reading, counts: Counter) -> Rows:
                 yield f"{path}:row {number}", {column: None if value is None else _decoded(value)}
     except UserError:
         raise
-    except (pyarrow.ArrowException, OSError, ValueError, LookupError, OverflowError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, LookupError, OverflowError, MemoryError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         message = f"{path}: broken or cut off after row {number}: {reason}"
         if reading.on_bad_line == "refuse":
@@ -105,14 +105,14 @@ def _arrow_batches(path: File, column: str) -> Batches:
 
 
 def _text_type(kind: Any) -> Any:
-    """The type of a column's values, whether they are stored as they are or by their places in a dictionary."""
+    """The type of a column's values, also where they are stored in a dictionary."""
     import pyarrow
 
     return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
 
 
 def _has_text(schema: Any, column: str) -> bool:
-    """Whether there is one column of that name, and of text."""
+    """Whether there is exactly one column of that name, and it holds text."""
     import pyarrow
 
     kinds = [_text_type(field.type) for field in schema if field.name == column]
@@ -122,8 +122,8 @@ def _has_text(schema: Any, column: str) -> bool:
 def _values(column: Any) -> Iterator[Any]:
     """The UTF-8 of each value of a text column, as buffers, one at a time: many rows may share one long value.
 
-    As bytes, since Arrow checks UTF-8 for all rows or none, and a bad row must not hide others. What it does not check
-    at all before it is asked to: whether the offsets of a file from elsewhere stay within its buffers.
+    As bytes, because Arrow checks the UTF-8 of all rows or none, and one bad row must not hide the others. The offsets of
+    a file are not checked when it is opened: validate() refuses those that point outside of its buffers.
     """
     import pyarrow
 
@@ -192,7 +192,7 @@ def _hub_rows(spec: str, column: str) -> Rows:
         for row in rows:
             number += 1
             yield f"hf:{identity}:{number}", row
-    except Exception as error:  # the library and the network below it raise dozens of types that have nothing in common
+    except Exception as error:  # the library and the network raise dozens of types without a common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"{spec}: cannot be read after row {number} ({reason}). Check the configuration, the split and the network, or "

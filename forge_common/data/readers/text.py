@@ -1,4 +1,4 @@
-"""Plain text files: one document a file, or many with a separator, in bounded memory however long they are."""
+"""Reader of plain text files: one document a file, or many with a separator. Memory does not grow with the file."""
 
 import hashlib
 from collections import Counter
@@ -16,10 +16,10 @@ BOM = b"\xef\xbb\xbf"
 def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Document]:
     """Read a text file. Origin: the path, or path:line where a separator makes several documents of one file.
 
-    Line ends are kept as they are; a UTF-8 byte order mark is not part of the text. UserError for what is not UTF-8
-    text, as path:line:byte (both counted from 1, the byte within its line), unless on_bad_text says otherwise.
+    Line ends are kept; a UTF-8 byte order mark is not part of the text. UserError for bytes that are not UTF-8 text, as
+    path:line:byte (both counted from 1, the byte within its line), unless on_bad_text allows them.
 
-    Seeking is needed, so that a long document need not be held in memory: a compressed or remote file is first copied,
+    A long document is read several times instead of held in memory. A compressed or remote file is therefore copied first,
     decompressed, to a temporary file, which is deleted with the last of its documents.
     """
     separator = None if reading.document_separator is None else reading.document_separator.encode()
@@ -27,7 +27,7 @@ def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Documen
     copy = None if local else decompressed_copy(path)
     place = Path(copy.name if copy else path)
     line, read_to = 1, 0
-    # Two handles: the search for the next separator runs up to a piece ahead of the reading.
+    # Two handles: the search for the next separator is up to a piece ahead of the reading.
     with opened(place) as search, opened(place) as file:
         for start, end in _spans(search, separator):
             line += _newlines(file, read_to, start)
@@ -50,7 +50,7 @@ class _BadText(ValueError):
 
 
 class _Pieces:
-    """The text of bytes start..end of a file, read anew each time it is iterated over."""
+    """The text of bytes start..end of a file, read again each time it is iterated over."""
 
     def __init__(self, path: File, place: Path, copy: Any, start: int, end: int, line: int, replace: bool):
         self.path, self.place, self.start, self.end, self.line, self.replace = path, place, start, end, line, replace
@@ -59,7 +59,7 @@ class _Pieces:
         self.replaced = False
 
     def document(self, origin: str, file: BinaryIO, reading: Reading, counts: Counter) -> Document | None:
-        """Read it all once, for its digest and its faults; only a short document stays in memory."""
+        """Read it once, for its digest and its faults; only a short document stays in memory."""
         if self.end - self.start <= PIECE:
             file.seek(self.start)
             data = file.read(self.end - self.start)
@@ -93,7 +93,7 @@ class _Pieces:
             raise self._changed()
 
     def _changed(self) -> UserError:
-        return UserError(f"{self.path}: changed while it was being read; leave it alone and start again")
+        return UserError(f"{self.path}: changed while it was being read. Start again when nothing writes to it.")
 
     def _decode(self, data: bytes, line: int, column: int) -> str:
         """Decode bytes that begin after `column` bytes of line `line`."""
@@ -114,13 +114,13 @@ class _Pieces:
 
 
 def _spans(file: BinaryIO, separator: bytes | None) -> Iterator[tuple[int, int]]:
-    """Byte ranges [start, end) of a file's documents; nothing for what is missing after a last separator."""
+    """Byte ranges [start, end) of a file's documents; a separator at the end of the file starts no document."""
     start = len(BOM) if file.read(len(BOM)) == BOM else 0
     if separator is None:
         yield start, file.seek(0, 2)
         return
     position = file.seek(start)
-    tail = b""  # the end of what was searched: the beginning of a separator may stand there
+    tail = b""  # the end of the last block: a separator may begin there
     while block := file.read(PIECE):
         searched = tail + block
         base, begin = position - len(tail), 0
@@ -140,7 +140,7 @@ def _blocks(file: BinaryIO, size: int) -> Iterator[bytes]:
     while size or rest:
         block = rest + file.read(min(size, PIECE - len(rest)))
         if len(block) == len(rest) and size:
-            return  # the file became shorter; the digest will tell
+            return  # the file became shorter: its digest will differ
         size -= len(block) - len(rest)
         cut = len(block)
         if size:
@@ -160,11 +160,11 @@ def _character_start(block: bytes) -> int:
 def _newlines(file: BinaryIO, start: int, end: int) -> int:
     """Line ends in bytes start..end."""
     file.seek(start)
-    found = 0
+    count = 0
     while start < end:
         block = file.read(min(PIECE, end - start))
         if not block:
             break
-        found += block.count(b"\n")
+        count += block.count(b"\n")
         start += len(block)
-    return found
+    return count
