@@ -222,12 +222,12 @@ class Trunk(nn.Module):
     """The model that both scripts train. `Trunk(config)` draws from torch's global generator: seed it first."""
 
     chunk_rows = CHUNK_ROWS  # rows of logits in memory at a time
-    names = ("trunk",)  # LanguageModel: one candidate,
-    weights: torch.Tensor | None = None  # so no gate weights
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.names = ("trunk",)  # LanguageModel: one candidate, so no gate weights
+        self.weights: torch.Tensor | None = None
         self.model = Decoder(config)
         self.lm_head = (
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
