@@ -80,7 +80,7 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, print_l
     parsed = [parse(source) for source in settings.data]
     weights = [weight for _, weight in parsed]
     if any(weights) and not all(weights):
-        raise UserError("--data: only some sources have a weight. Give every source one (SOURCE@0.7), or none.")
+        raise UserError("--data: only some sources have a weight. Give every source a weight (SOURCE@0.7), or none.")
     if len(set(settings.data)) < len(settings.data):
         raise UserError("--data names a source twice. Name it once, with a weight if it should come more often.")
     fraction = held_out_fraction(settings)

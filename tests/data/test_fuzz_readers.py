@@ -1,6 +1,6 @@
-"""Readers under fire: valid files come back exactly; a damaged one is refused by name, or what was left out is counted.
+"""Fuzzing the readers: valid files are read exactly; a damaged one is an error that names it, or what is left out is counted.
 
-FORGE_FUZZ=20 multiplies the examples. The oracles read a whole file at once, with the strict parser of its format.
+FORGE_FUZZ=20 multiplies the examples. The expected texts come from strict parsers that read a whole file at once.
 """
 
 import csv
@@ -29,7 +29,7 @@ FORMATS = ("txt", "jsonl", "json", "csv", "parquet", "arrow")
 ROWS = ("jsonl", "json", "csv", "parquet", "arrow")
 SKIPPED = ("skipped_empty", "skipped_bad_text", "skipped_bad_line", "skipped_bad_file")
 
-# Characters that some reader, somewhere, takes for a line end, a cell's end, a mark or nothing.
+# Characters that some readers take for the end of a line or a cell, for a mark, or drop.
 DELICATE = "\r\n\t\v\f\x1c\x1e\x85\u2028\u2029\ufeff\u00a0\"',;{}[]:\\/<|>aé三🙂\x7f\ufffd\ufffe\U0010ffff"
 text = st.text(
     st.sampled_from(DELICATE) | st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20
@@ -40,7 +40,7 @@ policies = st.fixed_dictionaries(
 
 
 def fuzz(examples):
-    """The same examples every time: a failure here is a failure everywhere."""
+    """The same examples every time, so that a failure can be repeated."""
     return settings(
         max_examples=examples * FUZZ,
         deadline=None,
@@ -50,11 +50,11 @@ def fuzz(examples):
     )
 
 
-# ---- Valid files, written in every way that their writers know ----
+# ---- Valid files, with every option of their writers ----
 
 
 def plain(draw, rows):
-    """Whether to write ASCII only; half a surrogate pair could not be written otherwise."""
+    """Whether to write ASCII only; half a surrogate pair can only be written so."""
     return draw(st.booleans()) or "half \ud83d" in [row["text"] for row in rows]
 
 
@@ -75,8 +75,13 @@ def array_of_json(draw, rows):
 def cells(draw, rows):
     file = io.StringIO(newline="")
     # With "\n" alone Python's writer would leave a carriage return unquoted, which its reader then refuses.
-    ways = [(csv.QUOTE_ALL, "\n"), (csv.QUOTE_NONNUMERIC, "\n"), (csv.QUOTE_ALL, "\r\n"), (csv.QUOTE_MINIMAL, "\r\n")]
-    quoting, end = draw(st.sampled_from(ways))
+    options = [
+        (csv.QUOTE_ALL, "\n"),
+        (csv.QUOTE_NONNUMERIC, "\n"),
+        (csv.QUOTE_ALL, "\r\n"),
+        (csv.QUOTE_MINIMAL, "\r\n"),
+    ]
+    quoting, end = draw(st.sampled_from(options))
     writer = csv.writer(file, quoting=quoting, lineterminator=end)
     writer.writerow(rows[0])
     writer.writerows(row.values() for row in rows)
@@ -152,7 +157,7 @@ def edited(draw, suffix):
     return bytes(data)
 
 
-# ---- What a file says, read at once by the strict parser of its format ----
+# ---- The texts of a file, read at once by the strict parser of its format ----
 
 
 class Damaged(Exception):
@@ -221,8 +226,8 @@ VALUES = {
 }
 
 
-def said(data, suffix):
-    """The texts that the bytes legitimately say. Damaged where a strict reader would stop, or a row holds no text."""
+def expected_texts(data, suffix):
+    """The texts in the bytes. Damaged if a strict reader would stop, or a row holds no text."""
     try:
         rows = [{"text": data.decode("utf-8-sig")}] if suffix == "txt" else VALUES[suffix](data)
         found = [row["text"] for row in rows]
@@ -250,7 +255,7 @@ def check(message, path):
 
 
 def read(path, counts=None, **how) -> list[str]:
-    """The texts of a file; each document is as it promises to be."""
+    """The texts of a file, after checks of each document: digest, origin, the same pieces twice."""
     found = []
     for document in sources.read(str(path), Reading(**how), counts):
         value = "".join(document.pieces)
@@ -262,7 +267,7 @@ def read(path, counts=None, **how) -> list[str]:
 
 
 def outcome(path, **how):
-    """(texts, counts, None), or (None, counts, the refusal)."""
+    """(texts, counts, None), or (None, counts, the error message)."""
     counts = Counter()
     try:
         return read(path, counts, **how), counts, None
@@ -328,27 +333,27 @@ def test_every_row_is_yielded_or_counted(place, suffix):
 
 
 def never_silent(path, data, suffix, how):
-    """What holds of any bytes under a name."""
+    """Check what must hold for any bytes in a file."""
     try:
-        wanted = [value for value in said(data, suffix) if value.strip()]
+        wanted = [value for value in expected_texts(data, suffix) if value.strip()]
     except Damaged:
         wanted = None
     found, _, refusal = outcome(path)
-    # A table's headers have more in them than is needed to read it; where one is damaged, it may be refused for that.
+    # The headers of a table hold more than is needed to read it: damage there may be an error too.
     may_refuse = not data or suffix in ("parquet", "arrow")
     assert found == wanted or (may_refuse and refusal), (wanted, found, refusal)
     lenient, counts, refusal = outcome(path, **how)
     if wanted is not None and found is not None:
         assert lenient == wanted and sum(counts.values()) == counts["skipped_empty"]
     elif refusal is None and sum(counts.values()) == counts["skipped_empty"]:
-        # Nothing else was left out: what is not UTF-8 stands outside of the texts.
+        # Nothing else was left out: the bytes that are not UTF-8 are outside of the texts.
         repaired = re.sub("[\udc80-\udcff]", "\ufffd", data.decode("utf-8-sig", "surrogateescape"))
-        assert lenient == [value for value in said(repaired.encode(), suffix) if value.strip()]
+        assert lenient == [value for value in expected_texts(repaired.encode(), suffix) if value.strip()]
     elif refusal is not None:
         assert how["on_bad_text"] == "refuse" or how["on_bad_line"] == "refuse" or FATAL.search(refusal), refusal
 
 
-FATAL = re.compile("no column|same name|file is empty")  # what no policy passes over
+FATAL = re.compile("no column|same name|file is empty")  # errors under every policy
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -409,7 +414,7 @@ def test_any_column_name(place, values, suffix, wanted):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_the_cache_is_whole_or_absent(place, suffix, tmp_path):
+def test_the_cache_is_complete_or_absent(place, suffix, tmp_path):
     tokenizer = byte_tokenizer()
 
     @fuzz(25)

@@ -1,4 +1,4 @@
-"""Reading takes a bounded amount of memory and ends, whatever stands under a file's name."""
+"""Reading takes a bounded amount of memory and ends, whatever is in a file."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.errors import UserError
 
 MIB = 1 << 20
-# VmHWM, not ru_maxrss: that one begins with what pytest had, so that nothing below it would be seen.
+# VmHWM, not ru_maxrss: that one starts at the size of pytest, and would hide what is below it.
 READ = """
 import json, re, resource, sys
 from collections import Counter
@@ -25,7 +25,7 @@ import pyarrow.parquet
 from forge_common.data import sources
 from forge_common.data.readers.document import Reading
 from forge_common.errors import UserError
-resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # for the machine's sake, should the bound not hold
+resource.setrlimit(resource.RLIMIT_AS, (12 << 30, 12 << 30))  # protects the machine if the bound does not hold
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 base, counts, message = peak(), Counter(), None
 for policy in ("refuse", "skip"):
@@ -41,14 +41,14 @@ print(json.dumps({"documents": len(sizes), "size": sum(sizes), "message": messag
 
 
 def measured(path):
-    """What refusing says (None: nothing is wrong), what skipping then reads and counts, and the peak of both in bytes."""
+    """The error message (None: no fault), what skipping then reads and counts, and the peak memory of both in bytes."""
     done = subprocess.run([sys.executable, "-c", READ, path], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
 def written(path, *parts):
-    """A file of (bytes, times) one after the other."""
+    """Write a file of parts (bytes, repetitions)."""
     with open(path, "wb") as file:
         for data, times in parts:
             for _ in range(times):
@@ -61,7 +61,7 @@ LINES = b"abc def\n" * (PIECE // 8)
 
 
 @pytest.mark.parametrize(
-    ("suffix", "parts", "said"),
+    ("suffix", "parts", "message"),
     [
         ("jsonl", [(b'{"text": "', 1), (BLOCK, 300), (b'"}\n', 1)], "a.jsonl:1: the line is longer than 32 MiB"),
         ("jsonl", [(b'{"text": "fine"}\n', 1), (b"[" * PIECE, 30)], "a.jsonl:2:1: broken JSON: nested too deeply"),
@@ -74,11 +74,11 @@ LINES = b"abc def\n" * (PIECE // 8)
         ("csv", [(b"abc," * PIECE, 7), (b"d\n1\n", 1)], "a.csv:1: two columns have the same name"),
     ],
 )
-def test_a_huge_record_is_named_within_the_bound(tmp_path, suffix, parts, said):
+def test_a_huge_record_is_named_within_the_bound(tmp_path, suffix, parts, message):
     path = written(tmp_path / f"a.{suffix}", *parts)
     found = measured(path)
-    assert said in found["message"] and found["peak"] < MEMORY_LIMIT / 2
-    assert found["counts"] == ({} if "same name" in said else {"skipped_bad_line": 1})
+    assert message in found["message"] and found["peak"] < MEMORY_LIMIT / 2
+    assert found["counts"] == ({} if "same name" in message else {"skipped_bad_line": 1})
 
 
 @pytest.mark.parametrize(
@@ -119,16 +119,16 @@ def table(tmp_path, suffix, code):
 
 
 @pytest.mark.parametrize(
-    ("suffix", "code", "said"),
+    ("suffix", "code", "message"),
     [
         ("parquet", "parquet(same(word(50), 100))", "a.parquet:row 1: the value is longer than 32 MiB"),
         ("arrow", "arrow(same(word(40), 100), 'zstd')", "a.arrow:row 1: the value is longer than 32 MiB"),
     ],
 )
-def test_a_long_value_that_many_rows_share_is_named_within_the_bound(tmp_path, suffix, code, said):
+def test_a_long_value_that_many_rows_share_is_named_within_the_bound(tmp_path, suffix, code, message):
     path = table(tmp_path, suffix, code)
     found = measured(path)
-    assert said in found["message"] and f"a.{suffix}" in found["message"]
+    assert message in found["message"] and f"a.{suffix}" in found["message"]
     assert found["peak"] < MEMORY_LIMIT / 4
 
 
@@ -160,7 +160,7 @@ def test_rows_that_share_a_long_value_are_all_read(tmp_path, suffix, code):
     assert found["peak"] < MEMORY_LIMIT / 8
 
 
-# ---- What is not a file of text, or not any more ----
+# ---- What is not a text file, or stops being one ----
 
 SAY = """
 import os, sys
@@ -177,9 +177,9 @@ for name in sys.argv[2:]:
 """
 
 
-def answers(*names, who="as we are"):
-    """What reading each says; none may take longer than a moment."""
-    command = [sys.executable, "-c", SAY, who, *map(str, names)]
+def answers(*names, user="same user"):
+    """The result of reading each, in a process that must end within 20 s."""
+    command = [sys.executable, "-c", SAY, user, *map(str, names)]
     how = {"stdin": subprocess.DEVNULL, "env": launch.environment(), "timeout": 20}
     done = subprocess.run(command, capture_output=True, text=True, check=False, **how)
     assert done.returncode == 0, done.stderr
@@ -187,7 +187,7 @@ def answers(*names, who="as we are"):
 
 
 def odd_files(folder):
-    """Things that are no files: all under a name that a reader would take."""
+    """Entries that are not regular files, under names that a reader would accept."""
     os.mkfifo(folder / "pipe.txt")
     (folder / "zero.csv").symlink_to("/dev/zero")
     (folder / "loop.jsonl").symlink_to(folder / "loop.jsonl")
@@ -203,7 +203,7 @@ def test_pipes_devices_sockets_and_loops_are_named_and_not_opened(tmp_path, monk
     odd = odd_files(type(tmp_path)("."))
     for name, answer in answers(*odd, "/dev/zero", "/dev/stdin", "x" * 300).items():
         assert answer.startswith(f"{name}: ") and ("Name a file" in answer or "Check the path" in answer), answer
-    for one in odd:  # in a folder they are not passed over
+    for one in odd:  # in a folder they are not skipped silently
         folder = tmp_path / f"with {one.name}"
         folder.mkdir()
         (folder / "a.txt").write_text("fine")
@@ -220,7 +220,7 @@ def test_a_folder_may_have_a_files_suffix(tmp_path):
     assert [found.pieces for found in sources.read(str(tmp_path), Reading())] == [("fine",)]
 
 
-def test_a_link_to_a_folder_is_not_passed_over(tmp_path):
+def test_a_link_to_a_folder_is_not_skipped_silently(tmp_path):
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "more").symlink_to(tmp_path)
     with pytest.raises(UserError, match="more: a link to a folder is not followed"):
@@ -241,13 +241,13 @@ def test_what_may_not_be_read_is_named(tmp_path):
     for path in (closed, below, tmp_path / "folder" / "unknown"):
         path.chmod(0)
     names = (closed, tmp_path / "folder", below, below / "in.txt", tmp_path / "folder" / "unknown")
-    said = answers(*names, who="as nobody")
-    for name, answer in said.items():
+    results = answers(*names, user="as nobody")
+    for name, answer in results.items():
         assert name in answer and "Permission denied" in answer and ". Check the path and its permissions." in answer
-    assert len(said) == len(names)
+    assert len(results) == len(names)
 
 
-def test_a_disk_that_does_not_give_a_file_back_is_named(tmp_path):
+def test_a_file_that_the_disk_cannot_read_is_named(tmp_path):
     """/proc/self/mem is a regular file; reading its first page is an error."""
     link = tmp_path / "a.jsonl"
     link.symlink_to("/proc/self/mem")
@@ -256,7 +256,7 @@ def test_a_disk_that_does_not_give_a_file_back_is_named(tmp_path):
 
 
 class Changing(Tokenizer):
-    """The byte tokenizer; something happens to a file when it is first used, as by another program."""
+    """The byte tokenizer; at its first use a file changes, as if another program wrote to it."""
 
     def encode_batch(self, texts, *, continued=False):
         while changes:
@@ -275,7 +275,7 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("second", [False, True], ids=["while it is read", "before it is read"])
 @pytest.mark.parametrize("suffix", ["txt", "jsonl", "json", "csv"])
-def test_a_file_that_changes_under_the_reading_is_named(tmp_path, monkeypatch, suffix, second, change):
+def test_a_file_that_changes_while_it_is_read_is_named(tmp_path, monkeypatch, suffix, second, change):
     for module in (document, records, text):  # blocks so small that a file is not read at once
         monkeypatch.setattr(module, "PIECE", 4096)
     monkeypatch.setattr(writer, "BATCH_PIECES", 4)

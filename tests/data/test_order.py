@@ -1,4 +1,4 @@
-"""The order: every window once a pass, the same windows in an update for any division of it, and at any restart."""
+"""The order: every window once an epoch; an update has the same windows for any number of processes and after a restart."""
 
 import itertools
 import json
@@ -57,7 +57,7 @@ def test_every_key_gives_another_permutation(size):
         assert sum(x == y for x, y in zip(a, b, strict=True)) < 12
 
 
-def test_a_size_of_a_trillion_is_only_indexed():
+def test_a_permutation_of_a_trillion_needs_no_memory():
     size = 2**40 - 3
     places = np.concatenate([np.arange(500), size - 1 - np.arange(500)]).astype(np.uint64)
     found = permute(places, size, "large")
@@ -164,7 +164,7 @@ def rounds(mixed, *, count, start=0, batch=8, micro=2, rank=0, processes=1):
 
 
 @pytest.mark.parametrize("weights", [None, [2, 1]])
-def test_a_restart_goes_on_where_it_was(weights):
+def test_a_restart_continues_at_the_same_window(weights):
     mixed = mixture(13, 6, weights=weights)  # 19 windows: updates of 8 run across the ends of epochs
     whole = rounds(mixed, count=9)
     assert list(itertools.chain(*whole)) == seen(mixed, range(72))

@@ -22,7 +22,7 @@ TEXTS = ["one\ntwo\n", "  zwei — Übung\r\n", "三つ 🙂", 'quotes " and, co
 
 
 def read(spec, counts=None, **settings):
-    """[(origin below the folder, text)] of a source."""
+    """[(origin, text)] of a source."""
     documents = sources.read(str(spec), Reading(**settings), counts)
     return [(document.origin, "".join(document.pieces)) for document in documents]
 
@@ -114,7 +114,7 @@ def test_a_torn_file_is_refused_or_its_rest_counted(tmp_path, suffix, write):
 def test_text_files_one_document_a_file(tmp_path):
     (tmp_path / "b.md").write_bytes(b"# B\r\n\r\nend without newline")
     (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfa\n")
-    (tmp_path / "code.zig").write_text("const x = 1;")  # a suffix that nobody listed, but text
+    (tmp_path / "code.zig").write_text("const x = 1;")  # an unknown suffix, but text
     (tmp_path / "picture").write_bytes(b"\x89PNG\r\n\x1a\n\0\0")
     (tmp_path / "weights.pt").write_bytes(b"text by its content")
     (tmp_path / ".hidden.txt").write_text("no")
@@ -336,7 +336,7 @@ def test_json_objects_without_an_array_and_its_lines(tmp_path):
     ],
 )
 def test_json_that_is_nearly_an_array_is_refused(tmp_path, damage, kept):
-    """Between these, a document may have been lost."""
+    """A document may be missing from such a file."""
     path = tmp_path / "a.json"
     path.write_text(damage)
     refused(path, f"{path}:1: broken or cut off JSON")
@@ -390,8 +390,8 @@ def test_a_column_of_numbers_is_refused_or_each_row_counted(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("places", [[0, 1 << 20, 3], [0, -5, 3], [0, 3, 1]], ids=["beyond", "before", "backwards"])
-def test_an_arrow_file_that_points_outside_of_itself_is_refused(tmp_path, places):
-    """pyarrow checks nothing of it by itself: the text would be whatever stands there in memory."""
+def test_an_arrow_file_with_offsets_outside_of_its_data_is_refused(tmp_path, places):
+    """pyarrow does not check it by default: the text would be other memory of the process."""
     path = tmp_path / "a.arrow"
     offsets, data = pyarrow.array(places, pyarrow.int32()).buffers()[1], pyarrow.py_buffer(b"abc")
     column = pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, offsets, data])
@@ -461,7 +461,7 @@ def test_settings_that_do_not_exist_are_refused(tmp_path):
     refused("hf:", "hf:ID")
 
 
-def test_a_hub_data_set_that_cannot_be_reached_says_what_to_do(monkeypatch):
+def test_a_hub_data_set_that_cannot_be_reached_is_an_error_with_the_remedy(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code = (
         "from forge_common.data import sources\nfrom forge_common.data.readers.document import Reading\n"
@@ -511,7 +511,7 @@ def test_local_corpora_are_large_disjoint_and_always_the_same():
         assert not one & other
 
 
-def test_where_there_is_no_perl_its_corpus_says_so(tmp_path, monkeypatch):
+def test_without_perl_its_corpus_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     refused("local:perl", "no perl on this machine", "another corpus")
 

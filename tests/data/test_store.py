@@ -1,4 +1,4 @@
-"""The store: every token of every document, once, on its side; windows that score each label once; a cache that knows."""
+"""The store: every token of every document once, in its split; windows with each label once; a cache that notices changes."""
 
 import hashlib
 import itertools
@@ -80,7 +80,7 @@ def test_the_store_is_the_concatenation_of_the_encodings(tmp_path, tokenizer):
     assert corpus.facts["train"]["tokens"] == len(corpus.train.tokens)
 
 
-def test_copies_of_a_document_are_on_one_side_and_the_share_is_about_right(tmp_path):
+def test_copies_of_a_document_are_in_one_split_of_about_the_right_size(tmp_path):
     texts = write(tmp_path / "a.jsonl", 1500)
     counts = [make(tmp_path / "a.jsonl", tmp_path, val_fraction=f).validation.documents for f in (0, 0.1, 0.5, 1)]
     assert counts[0] == 0
@@ -164,16 +164,16 @@ def test_the_fingerprint_is_the_hash_of_what_decides_the_tokens(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["halve", "remove", "facts"])
-def test_a_damaged_cache_is_made_anew(tmp_path, damage):
+def test_a_damaged_cache_is_written_again(tmp_path, damage):
     write(tmp_path / "a.jsonl")
     corpus = make(tmp_path / "a.jsonl", tmp_path)
     digest, folder = corpus.train.digest, corpus.train.folder
     file = folder / ("facts.json" if damage == "facts" else "train.tokens")
     file.unlink() if damage == "remove" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    said = []
-    again = make(tmp_path / "a.jsonl", tmp_path, report=said.append)
+    lines = []
+    again = make(tmp_path / "a.jsonl", tmp_path, report=lines.append)
     assert again.train.digest == digest == hashlib.sha256(again.train.tokens.tobytes()).hexdigest()
-    assert "damaged" in said[0]
+    assert "damaged" in lines[0]
 
 
 def test_a_refused_source_leaves_nothing_and_no_document_is_refused(tmp_path):
@@ -189,13 +189,13 @@ def test_a_refused_source_leaves_nothing_and_no_document_is_refused(tmp_path):
         make(path, cache, val_fraction=1.5)
 
 
-def test_what_was_skipped_is_counted_and_said(tmp_path):
+def test_what_was_skipped_is_counted_and_reported(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "fine"}\n{"text": 3}\n{"text": " "}\n{"te')
-    said = []
-    corpus = make(path, tmp_path, on_bad_line="skip", report=said.append)
+    lines = []
+    corpus = make(path, tmp_path, on_bad_line="skip", report=lines.append)
     assert corpus.facts["counters"] == {"skipped_bad_line": 2, "skipped_empty": 1}
-    assert "skipped_bad_line 2" in said[-1]
+    assert "skipped_bad_line 2" in lines[-1]
 
 
 def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
@@ -203,7 +203,7 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
     path.write_text('{"text": "a row of text"}\n' * 3000)
 
     class Growing(str):
-        """A --text-column during whose use, as by another program, the file grows."""
+        """A --text-column that lets the file grow when it is used, as if another program wrote to it."""
 
         def __hash__(self):
             with open(path, "a") as file:
@@ -217,11 +217,11 @@ def test_a_source_that_changes_while_it_is_read_is_refused(tmp_path):
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_file_name_that_is_not_utf8_is_no_obstacle(tmp_path):
+def test_a_file_name_that_is_not_utf8_is_accepted(tmp_path):
     (tmp_path / "texts").mkdir()
     with open(os.fsencode(tmp_path / "texts") + b"/caf\xe9.txt", "w") as file:
         file.write("text")
-    for _ in range(2):  # made, then found
+    for _ in range(2):  # written, then from the cache
         corpus = make(tmp_path / "texts", tmp_path / "cache", val_fraction=0.0)
         assert os.fsencode(corpus.train.origin(0)).endswith(b"/caf\xe9.txt")
 
@@ -237,9 +237,9 @@ def test_two_processes_at_once_make_one_cache(tmp_path):
     )
     command = [sys.executable, "-c", code, tmp_path / "a.jsonl", tmp_path / "cache"]
     runs = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(3)]
-    said = {run.communicate(timeout=60)[0] for run in runs}
+    printed = {run.communicate(timeout=60)[0] for run in runs}
     assert [run.returncode for run in runs] == [0, 0, 0]
-    assert len(said) == 1
+    assert len(printed) == 1
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
@@ -345,7 +345,7 @@ def test_spans_of_packed_windows_are_the_documents(corpus):
 
 
 @pytest.mark.parametrize("pack", [True, False])
-def test_a_document_longer_than_the_context_is_cut_and_what_is_dropped_is_told(tmp_path, pack):
+def test_a_document_longer_than_the_context_is_cut_and_what_is_dropped_is_reported(tmp_path, pack):
     (tmp_path / "long.txt").write_text("".join(chr(33 + i % 90) for i in range(1000)))
     settings = Settings(
         data=(str(tmp_path / "long.txt"),),

@@ -1,4 +1,4 @@
-"""Tokenizers: exact round trips, no special id out of a text, and the same ids for whoever loads what was saved."""
+"""Tokenizers: exact round trips, no special id from a text, and the same ids after saving and loading."""
 
 import json
 
@@ -32,7 +32,7 @@ def trained():
 
 
 def pretrained(folder, *, bos=True, eos="</s>", pad=None, config=None, truncation=None, end_too=False):
-    """A folder as others publish them: their own special tokens, a post-processor that puts BOS, perhaps a truncation."""
+    """A folder as others publish it: special tokens of its own, a post-processor that adds BOS, perhaps truncation."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -117,7 +117,7 @@ def test_training_reads_a_bounded_part(monkeypatch):
     assert train_tokenizer(endless(), 300).vocab_size == 300
 
 
-def test_a_vocabulary_out_of_reach_is_refused_with_what_can_be_had():
+def test_a_vocabulary_out_of_reach_is_refused_with_the_largest_possible_one():
     with pytest.raises(UserError, match=r"too little.*train:2"):
         train_tokenizer(iter(["ab ab"]), 4096)
     with pytest.raises(UserError, match="258"):
@@ -125,7 +125,7 @@ def test_a_vocabulary_out_of_reach_is_refused_with_what_can_be_had():
     assert train_tokenizer(iter([]), 258).vocab_size == 258
 
 
-def test_truncation_and_padding_of_others_do_not_touch_training(tmp_path):
+def test_truncation_and_padding_in_the_file_do_not_affect_training(tmp_path):
     tokenizer = load_tokenizer(pretrained(tmp_path / "t", truncation=8))
     (ids, short) = tokenizer.encode_batch([TEXTS[0] * 10, "a"])
     assert tokenizer.decode(ids) == TEXTS[0] * 10
@@ -155,7 +155,7 @@ def test_eos_and_pad_are_found_where_they_are_declared(tmp_path):
         loaded("wrong flag", wanted="</S>")
 
 
-def test_a_post_processor_that_also_ends_documents_is_known(tmp_path):
+def test_a_post_processor_that_adds_eos_adds_it_once(tmp_path):
     tokenizer = load_tokenizer(pretrained(tmp_path / "t", end_too=True))
     assert (tokenizer.prefix, tokenizer.suffix) == ((0,), (1,))
 
