@@ -46,6 +46,7 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/tokenizing.py
 
 # Two hours on two cores. The same command continues an interrupted run.
 compare: $(READY)

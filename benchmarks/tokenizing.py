@@ -2,7 +2,7 @@
 
     python benchmarks/tokenizing.py        # a minute on 2 cores; exit code 1 if a ratio is below 0.8
 
-Ours: a .jsonl and a .parquet file, read, checked, hashed, tokenized, split and written by data/store.py. Alone: encode_batch of
+Ours: a .jsonl and a .parquet file, read, checked, hashed, tokenized, split and written by data/store.py. Alone: encode_batch_fast of
 the same texts, already in memory, in batches of 1,024. They take turns. Printed are the median and the best repetition of
 each in MB of UTF-8 per second, and the ratio of the best ones, which other work on the machine disturbs least.
 """
@@ -38,7 +38,7 @@ def seconds(work, *arguments) -> float:
 
 def alone(tokenizer: Tokenizer, texts: list[str]) -> None:
     for start in range(0, len(texts), BATCH):
-        tokenizer.backend.encode_batch(texts[start : start + BATCH], add_special_tokens=False)
+        tokenizer.backend.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
 
 
 def ours(tokenizer: Tokenizer, path: Path) -> None:

@@ -12,6 +12,7 @@ import torch
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.untrusted import naming, without_links
+from ..model.modules import RoutedExpert
 from ..model.trunk import Trunk
 from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ROUTERS, ContextRouter, LearnedRouter, RidgeRouter, Tuning, UniformRouter
@@ -137,7 +138,10 @@ def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata:
         background = background or _average(statistics)
         return ContextRouter([background, *statistics], prior, trunk.config.eos_token_id, tuning)
     if router == "learned":
-        rows = [[getattr(layer.addition, "row", None) for layer in part.model.model.layers] for part in parts]
+        rows = [
+            [layer.addition.row if isinstance(layer.addition, RoutedExpert) else None for layer in model.model.layers]
+            for model in (part.model for part in parts)
+        ]
         return LearnedRouter(rows, prior)
     if router == "ridge":
         try:

@@ -29,9 +29,8 @@ def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, 
     """cos and sin [T, d] for `positions` [T]. Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama."""
     even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequency = config.rope_theta ** (-even / config.head_dim)
-    if (
-        config.rope_scaling
-    ):  # Llama 3.1: low frequencies are divided by factor, high ones kept, those between interpolated
+    if config.rope_scaling:
+        # Llama 3.1: low frequencies are divided by factor, high ones kept, those between interpolated.
         factor = config.rope_scaling["factor"]
         low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
         turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
