@@ -37,7 +37,7 @@ demo: $(READY)
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "#include" $(SAMPLE)
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,6 +7,12 @@ from pathlib import Path
 import launch
 import pytest
 
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """tests/run first: it has the longest file, whose tests wait more than they compute (xdist keeps this order)."""
+    items.sort(key=lambda item: item.path.parent.name != "run")
+
+
 FUZZ = int(os.environ.get("FORGE_FUZZ", "1"))
 RAGGED = (
     "abc",
