@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -78,13 +79,14 @@ class Tally:
 
 
 class Campaign:
-    """`home`: the folder for all output. steps: updates of a run."""
+    """`home`: the folder for all output. steps: updates of a run. forked: runs are forks, without a launcher."""
 
-    def __init__(self, home: Path, text: Path, domain: Path, steps: int):
+    def __init__(self, home: Path, text: Path, domain: Path, steps: int, forked: bool):
         self.home, self.text, self.domain, self.cache, self.steps = home, text, domain, home / "cache", steps
+        self.forked = forked
         self.seconds: dict[tuple[str, int], float] = {}  # of a whole run
 
-    def command(self, cell: Cell, folder: Path) -> list[str]:
+    def arguments(self, cell: Cell, folder: Path) -> list[object]:
         data = self.text if cell.script == "train_shared" else self.domain
         arguments = ["--data", data, "--output-dir", folder, "--cache-dir", self.cache, *launch.SIZES]
         arguments += ["--steps", self.steps, "--save-every", 1, "--keep", 1, "--val-every", 4]
@@ -92,24 +94,30 @@ class Campaign:
             arguments += launch.SHAPE
         else:
             arguments += ["--trunk", self.trunk, "--name", "cpp", "--general-tokens", 0]
+        return arguments
+
+    def command(self, cell: Cell, folder: Path) -> list[str]:
         if cell.processes == 1:
             launcher = launch.LAUNCH
         else:
             launcher = ("accelerate", "launch", "--multi_gpu", "--num_processes", str(cell.processes))
             launcher += ("--main_process_port", str(launch.free_port()), "--mixed_precision", "no")
-        return launch.command(f"{cell.script}.py", *arguments, launcher=launcher)
+        return launch.command(f"{cell.script}.py", *self.arguments(cell, folder), launcher=launcher)
 
     @property
     def trunk(self) -> Path:
         return self.home / "straight-shared-1" / "trunk"
 
-    def start(self, cell: Cell, folder: Path) -> subprocess.Popen:
-        environment = launch.environment(ACCELERATE_USE_CPU="true", **(launch.slow_disk(0.03) if cell.slow else {}))
+    def start(self, cell: Cell, folder: Path) -> subprocess.Popen | launch.Background:
+        extra = {"ACCELERATE_USE_CPU": "true"} | (launch.slow_disk(0.03) if cell.slow else {})
         folder.parent.mkdir(parents=True, exist_ok=True)
+        if self.forked:
+            line = (launch.ROOT / f"{cell.script}.py", *self.arguments(cell, folder))
+            return launch.Background(*line, out=folder.with_suffix(".out"), processes=cell.processes, **extra)
         with open(folder.with_suffix(".out"), "ab") as out:
             return subprocess.Popen(
                 self.command(cell, folder),
-                env=environment,
+                env=launch.environment(**extra),
                 cwd=launch.ROOT,
                 stdout=out,
                 stderr=out,
@@ -169,8 +177,15 @@ class Campaign:
         tally.rows_lost_or_doubled += sum(row not in found for row in wanted) + abs(len(found) - len(wanted))
 
 
-def kill(running: subprocess.Popen, folder: Path, whom: str, draw: random.Random) -> bool:
+def kill(running: subprocess.Popen | launch.Background, folder: Path, whom: str, draw: random.Random) -> bool:
     """SIGKILL; waits until no process of the run is left. Returns whether it hit a save."""
+    if isinstance(running, launch.Background):  # without a launcher, which would end the other ranks by SIGTERM
+        for pid in [draw.choice(running.pids)] if whom == "trainer" else running.pids:
+            os.kill(pid, signal.SIGKILL)
+        half = bool(list((folder / "checkpoints").glob(".tmp-step-*")))
+        running.terminate()
+        running.wait(launch.PATIENCE)
+        return half
     launcher, trainers = psutil.Process(running.pid), processes_of(folder)
     victims = {
         "launcher": [launcher],
@@ -247,10 +262,11 @@ def campaign(
     kills: int,
     a_run: tuple[int, int],
     workers: int,
+    forked: bool = False,
 ) -> Tally:
     """`kills` kills over `cells`, `a_run` (at least, at most) of them in a run. Runs in kills.jsonl are not repeated."""
     home.mkdir(parents=True, exist_ok=True)
-    all_of_it, log = Campaign(home.absolute(), text, domain, steps), home / "kills.jsonl"
+    all_of_it, log = Campaign(home.absolute(), text, domain, steps, forked), home / "kills.jsonl"
     all_of_it.straight("train_shared", 1)
     for cell in cells:
         all_of_it.straight(cell.script, cell.processes)

@@ -118,12 +118,19 @@ def shared(text, cache):
 
 @pytest.fixture(scope="session")
 def started(text, cache):
-    """Starts train_shared.py on that text in the background, in its own session; prints to `out` or OUTPUT_DIR.out."""
+    """Starts train_shared.py on that text in the background, in its own session; prints to `out` or OUTPUT_DIR.out.
 
-    def call(output: Path, *more, script="train_shared.py", launcher=(), processes=1, out=None, **extra):
+    A single process without a launcher is a fork, unless it must be `new`; several are started by torchrun.
+    """
+
+    def call(output: Path, *more, script="train_shared.py", launcher=(), processes=1, out=None, new=False, **extra):
         fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
+        extra = {"ACCELERATE_USE_CPU": "true"} | extra
+        if not launcher and processes == 1 and not isinstance(out, int) and not new:
+            place = out or output.with_suffix(".out")
+            return launch.Background(launch.ROOT / script, *fixed, *more, out=place, **extra)
         line = launch.command(script, *fixed, *more, launcher=launcher, processes=processes)
-        environment = launch.environment(**{"ACCELERATE_USE_CPU": "true"} | extra)
+        environment = launch.environment(**extra)
         with open(out or output.with_suffix(".out"), "a", closefd=not isinstance(out, int)) as console:
             how = {"stdout": console, "stderr": console, "start_new_session": True}
             return subprocess.Popen(line, env=environment, cwd=launch.ROOT, **how)

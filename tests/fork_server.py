@@ -1,8 +1,9 @@
 """Starts runs as forks of a process that has already imported the libraries, which saves each run about five seconds.
 
 One request a line on stdin, as JSON: {"argv": what follows `python`, "environment", "cwd", "out": a file for stdout and stderr,
-"ranks"}. Replies with the pids, then with the exit codes. Each run is a process of its own that runs the script as __main__ and
-ends as Python ends. Only libraries are imported here, nothing of forge_common.
+"ranks", "background"}. Replies with the pids, then with the exit codes; for a run in the background with the pids alone, and
+the run becomes a child of the nearest ancestor that adopts orphans (launch.py). Each run is a process of its own that runs
+the script as __main__ and ends as Python ends. Only libraries are imported here, nothing of forge_common.
 """
 
 import json
@@ -10,7 +11,9 @@ import os
 import runpy
 import signal
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import accelerate.utils  # noqa: F401
 import safetensors.torch  # noqa: F401
@@ -25,13 +28,35 @@ def children() -> Iterator[tuple[dict, int]]:
         request = json.loads(line)
         pids = []
         for rank in range(request["ranks"]):
-            pid = os.fork()
+            pid = orphan() if request["background"] else os.fork()
             if pid == 0:
                 yield request, rank
                 return
             pids.append(pid)
         print(json.dumps(pids), flush=True)
-        print(json.dumps(exit_codes(set(pids))), flush=True)
+        if not request["background"]:
+            print(json.dumps(exit_codes(set(pids))), flush=True)
+
+
+def orphan() -> int:
+    """os.fork, but the new process is not this one's child: the process between them has ended."""
+    read, write = os.pipe()
+    between = os.fork()
+    if between == 0:
+        parent, pid = os.getpid(), os.fork()
+        if pid:
+            os.write(write, str(pid).encode())
+            os._exit(0)
+        while os.getppid() == parent:
+            time.sleep(0.001)
+        os.close(read)
+        os.close(write)
+        return 0
+    os.close(write)
+    pid = int(os.read(read, 16))
+    os.close(read)
+    os.waitpid(between, 0)
+    return pid
 
 
 def exit_codes(running: set[int]) -> list[int]:
@@ -49,7 +74,7 @@ def exit_codes(running: set[int]) -> list[int]:
 def become(request: dict, rank: int) -> None:
     """Turns this process into `python ARGV`, one rank of the request's."""
     os.setsid()
-    out = os.open(request["out"], os.O_WRONLY | os.O_APPEND)
+    out = os.open(request["out"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
         os.dup2(out, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -58,6 +83,9 @@ def become(request: dict, rank: int) -> None:
     if request["ranks"] > 1:
         os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
     os.chdir(request["cwd"])
+    for folder in os.environ["PYTHONPATH"].split(os.pathsep):
+        if Path(folder, "sitecustomize.py").exists():  # Python would have run it at its start
+            runpy.run_path(str(Path(folder, "sitecustomize.py")))
     argv = request["argv"]
     if argv[0] == "-m":
         sys.argv = argv[1:]

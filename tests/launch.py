@@ -1,6 +1,7 @@
 """Runs the scripts as users run them: processes of their own, real text, one or two ranks."""
 
 import atexit
+import ctypes
 import json
 import os
 import re
@@ -84,11 +85,65 @@ def run(
 
 @cache
 def fork_server() -> subprocess.Popen:
-    """This process's server of tests/fork_server.py; it ends with this process."""
+    """This process's server of tests/fork_server.py; it ends with this process, which adopts the server's orphans."""
+    ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
     line = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
     server = subprocess.Popen(line, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)  # closes its stdin
     return server
+
+
+def request(
+    arguments: tuple[object, ...], processes: int, cwd: Path, out: str, extra: dict[str, str], *, background: bool
+) -> subprocess.Popen:
+    """Asks the fork server to run `python ARGUMENTS`; returns the server, whose stdout has the replies."""
+    if processes > 1:
+        extra = extra | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        extra |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    server = fork_server()
+    assert server.stdin
+    line = {"argv": [str(argument) for argument in arguments], "environment": environment(**extra)}
+    line |= {"cwd": str(cwd), "out": out, "ranks": processes, "background": background}
+    print(json.dumps(line), file=server.stdin, flush=True)
+    return server
+
+
+class Background:
+    """A run in the background, a fork: like subprocess.Popen, but it can be of several ranks. `pid`: of rank 0."""
+
+    def __init__(self, *arguments: object, out: Path, processes: int = 1, cwd: Path = ROOT, **extra: str):
+        server = request(arguments, processes, cwd, str(out), extra, background=True)
+        assert server.stdout
+        self.pids: list[int] = json.loads(server.stdout.readline())
+        self.pid = self.pids[0]
+        self.codes: dict[int, int] = {}
+
+    def poll(self) -> int | None:
+        """None while a rank runs; then 0, or the exit code of the rank that failed first."""
+        for pid in set(self.pids) - self.codes.keys():
+            ended, status = os.waitpid(pid, os.WNOHANG)
+            if ended:
+                self.codes[pid] = os.waitstatus_to_exitcode(status)
+        if len(self.codes) < len(self.pids):
+            return None
+        return next((code for code in self.codes.values() if code), 0)
+
+    def wait(self, timeout: float) -> int:
+        deadline = time.monotonic() + timeout
+        while (code := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired("a run in the background", timeout)
+            time.sleep(0.005)
+        return code
+
+    def send_signal(self, number: int) -> None:
+        """To every rank that runs."""
+        self.poll()
+        for pid in set(self.pids) - self.codes.keys():
+            os.kill(pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
 
 
 def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd: Path = ROOT, **extra: str) -> str:
@@ -96,15 +151,9 @@ def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd:
 
     processes: ranks, with the variables that torchrun sets. fails: it must end non-zero, else zero.
     """
-    if processes > 1:
-        extra |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        extra |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    server = fork_server()
-    assert server.stdin and server.stdout
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as out:
-        request = {"argv": [str(argument) for argument in arguments], "environment": environment(**extra)}
-        request |= {"cwd": str(cwd), "out": out.name, "ranks": processes}
-        print(json.dumps(request), file=server.stdin, flush=True)
+        server = request(arguments, processes, cwd, out.name, extra, background=False)
+        assert server.stdout
         pids = json.loads(server.stdout.readline())
         killer = threading.Timer(PATIENCE, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
         killer.start()
@@ -115,7 +164,7 @@ def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd:
     return printed
 
 
-def wait_for(path: Path, running: subprocess.Popen) -> None:
+def wait_for(path: Path, running: subprocess.Popen | Background) -> None:
     """Waits until `path`, whose last part may be a glob, exists; fails when the process ends before."""
     deadline = time.monotonic() + PATIENCE
     while not any(path.parent.glob(path.name)):

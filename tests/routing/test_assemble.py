@@ -29,13 +29,9 @@ KINDS = {"cpp": "ffn+head", "code": "narrow+head", "low": "lora+head"}
 
 
 def call(command: str, *arguments: object, fails: bool = False) -> str:
-    line = [sys.executable, "-m", f"forge_common.{command}", *map(str, arguments)]
-    result = subprocess.run(
-        line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=False
-    )
-    assert (result.returncode != 0) == fails, result.stdout + result.stderr
-    assert "Traceback" not in result.stderr, result.stderr
-    return result.stdout + result.stderr
+    printed = launch.run_python("-m", f"forge_common.{command}", *arguments, fails=fails)
+    assert "Traceback" not in printed, printed
+    return printed
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ def checkpoints(folder: Path) -> list[int]:
 
 def test_while_it_imports(started, tmp_path):
     """Python handles no signal inside an import. The run ends nevertheless, before it has written anything."""
-    running = started(tmp_path / "run", *MORE)
+    running = started(tmp_path / "run", *MORE, new=True)
     maps = Path(f"/proc/{running.pid}/maps")
     while "libtorch_cpu" not in maps.read_text():
         time.sleep(0.01)
