@@ -84,6 +84,8 @@ class Campaign:
     def __init__(self, home: Path, text: Path, domain: Path, steps: int, forked: bool):
         self.home, self.text, self.domain, self.cache, self.steps = home, text, domain, home / "cache", steps
         self.forked = forked
+        if forked:
+            launch.run_python("-m", "this")  # starts the server, whose imports are not part of a run's time
         self.seconds: dict[tuple[str, int], float] = {}  # of a whole run
 
     def arguments(self, cell: Cell, folder: Path) -> list[object]:
