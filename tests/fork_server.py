@@ -57,6 +57,8 @@ def become(request: dict, rank: int) -> None:
     os.environ.update(request["environment"])
     if request["ranks"] > 1:
         os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
+    if "ENGINES_ON_CPU" in os.environ:
+        runpy.run_path(os.path.join(os.path.dirname(__file__), "engines_on_cpu", "sitecustomize.py"))
     os.chdir(request["cwd"])
     argv = request["argv"]
     if argv[0] == "-m":

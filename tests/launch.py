@@ -1,6 +1,7 @@
 """Runs the scripts as users run them: processes of their own, real text, one or two ranks."""
 
 import atexit
+import contextlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -31,6 +33,9 @@ SIZES += ("--warmup-steps", "2", "--val-fraction", "0.1", "--tracker", "none", "
 STEPS = 12
 LONG = ("--sequence-length", 256)
 MORE = (*LONG, "--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 5)
+ON_CPU = ROOT / "tests" / "engines_on_cpu"  # its sitecustomize.py says what these variables do
+ENGINES_ON_CPU = {"ENGINES_ON_CPU": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
+ENGINES_ON_CPU |= {"PYTHONPATH": f"{ON_CPU}{os.pathsep}{ROOT}"}
 PATIENCE = 600  # seconds after which a run or a wait counts as hanging, on a busy machine too
 TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
 
@@ -121,6 +126,16 @@ def wait_for(path: Path, running: subprocess.Popen) -> None:
     while not any(path.parent.glob(path.name)):
         assert running.poll() is None and time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.005)
+
+
+def kill_tree(launcher: subprocess.Popen) -> None:
+    """kill -9 for a launcher and all processes below it, and waits for their end."""
+    tree = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    launcher.wait()
+    psutil.wait_procs(tree[:-1], PATIENCE)
 
 
 def slow_disk(seconds: float) -> dict[str, str]:
