@@ -40,8 +40,16 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # FSDP2 and DDP on CPUs: the short tests again, and those with four processes, two machines, elastic torchrun and kills (docs/ENGINES.md).
-engines: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engines or not soak" tests/engine/test_engines.py
+engines: $(READY) .engines/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engines or not soak" tests/engine/test_engines.py tests/engine/test_deepspeed.py
+
+# DeepSpeed, in a folder of its own: .venv stays as requirements.txt has it. Its operators are compiled only if they are used.
+.engines/.ready: requirements-engines.txt $(READY)
+	rm -rf .engines
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .engines $(shell grep setuptools requirements-engines.txt)
+	DS_BUILD_OPS=0 PYTHONPATH=.engines $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--upgrade --target .engines -r requirements-engines.txt
+	@touch .engines/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from .errors import UserError
 from .files.atomic import is_full, lack_of_room, read_json, sync, sync_folder, write_json
 from .files.tensors import Tensors
+from .run import zero
 from .run.engines import engine_of, trained
 from .run.progress import Progress, check_same, read_progress
 from .settings import differences
@@ -61,6 +62,8 @@ def _bare(accelerator: Any, model: torch.nn.Module) -> torch.nn.Module:
 
 def full_tensors(accelerator: Any, model: torch.nn.Module) -> Tensors:
     """All tensors of the prepared `model`, whole, under the names that it had before. A collective; on the main process only."""
+    if accelerator.state.deepspeed_plugin:
+        return zero.full_tensors(_bare(accelerator, model), accelerator.is_main_process)
     return accelerator.get_state_dict(_bare(accelerator, model))
 
 

@@ -5,6 +5,7 @@ One request a line on stdin, as JSON: {"argv": what follows `python`, "environme
 ends as Python ends. Only libraries are imported here, nothing of forge_common.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -17,6 +18,9 @@ import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
 import torch._dynamo  # noqa: F401 (torch.optim imports it at the first step)
 import tyro  # noqa: F401
+
+for name in sys.argv[1:]:  # DeepSpeed, for tests of it alone: accelerate uses it wherever it can be imported
+    importlib.import_module(name)
 
 
 def children() -> Iterator[tuple[dict, int]]:

@@ -88,10 +88,11 @@ def run(
 
 
 @cache
-def fork_server() -> subprocess.Popen:
-    """This process's server of tests/fork_server.py; it ends with this process."""
-    line = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
-    server = subprocess.Popen(line, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+def fork_server(*more: str) -> subprocess.Popen:
+    """This process's server of tests/fork_server.py, which imports `more` libraries; it ends with this process."""
+    line = [sys.executable, str(ROOT / "tests" / "fork_server.py"), *more]
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / '.engines'}", "DS_ACCELERATOR": "cpu"} if more else {}
+    server = subprocess.Popen(line, env=environment(**path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)  # closes its stdin
     return server
 
@@ -104,7 +105,7 @@ def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd:
     if processes > 1:
         extra |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         extra |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    server = fork_server()
+    server = fork_server("deepspeed") if "ACCELERATE_USE_DEEPSPEED" in extra else fork_server()
     assert server.stdin and server.stdout
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as out:
         request = {"argv": [str(argument) for argument in arguments], "environment": environment(**extra)}

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, cast
 import torch
 
 from ..files.tensors import Tensors
+from . import zero
 
 
 class Engine(NamedTuple):
@@ -26,11 +27,31 @@ class Engine(NamedTuple):
 
 def engine_of(accelerator: Any) -> Engine | None:
     """The engine that divides the trained state; None where every process has all of it, and save_state writes the format."""
+    if accelerator.state.deepspeed_plugin:
+        return Engine(zero.gather, zero.scatter)
     return Engine(_gather_fsdp2, _scatter_fsdp2) if accelerator.is_fsdp2 else None
 
 
+def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any]:
+    """`accelerator.prepare`, with which the loop's `optimizer.step` applies an update also under DeepSpeed."""
+    if accelerator.state.deepspeed_plugin:
+        return zero.prepare(accelerator, model, optimizer)
+    return accelerator.prepare(model, optimizer)
+
+
+def held(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A frozen tensor as the engine holds it: DeepSpeed's has the 16 bits that it computes with."""
+    rounded = accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "bf16"
+    return tensor.bfloat16() if rounded else tensor
+
+
 def trained(model: torch.nn.Module) -> Tensors:
-    """The parameters that require a gradient, by name: under FSDP2 those that the optimizer updates, never the gathered ones."""
+    """The parameters that require a gradient, by name: under FSDP2 those that the optimizer updates, never the gathered ones.
+
+    Under DeepSpeed, which updates flat tensors of its own: their shapes and dtype, without storage.
+    """
+    if zero.is_used(model):
+        return zero.shapes(model)
     model.state_dict()  # FSDP2 leaves the last forward pass's gathered copies in place of the parameters; this puts them back
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 

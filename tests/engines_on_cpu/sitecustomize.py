@@ -14,5 +14,12 @@ if os.environ.get("ENGINES_ON_CPU") and "LOCAL_RANK" in os.environ:  # a rank, n
 
     state.PartialState._prepare_backend = lambda self, *_, **__: ("gloo", state.DistributedType.MULTI_GPU)
 
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        import deepspeed
+
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = (
+            False  # its own collectives on CPUs: minutes of compilation
+        )
+
 if "SLOW_DISK_SECONDS" in os.environ:  # Python imports the first sitecustomize only
     runpy.run_path(os.path.join(os.path.dirname(__file__), "..", "slow_disk", "sitecustomize.py"))
