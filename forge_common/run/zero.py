@@ -122,12 +122,15 @@ class Optimizer:
             )
 
 
-def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any]:
-    """`accelerator.prepare` under DeepSpeed; returns the engine, and an optimizer that steps when the loop calls it."""
+def prepare(accelerator: Any, model: Any, optimizer: Any) -> tuple[Any, Any]:
+    """`accelerator.prepare` of a Trunk under DeepSpeed; returns the engine, and an optimizer that steps when the loop calls it."""
     weights = {
         name: parameter.detach().clone() for name, parameter in model.named_parameters() if parameter.requires_grad
     }
+    flops = [model.flops_per_token(length) for length in (0, 1)]
     engine, _ = accelerator.prepare(model, optimizer)
+    # ZeRO-3's parameters have no elements outside of a forward pass: from here on their number is known no more.
+    model.flops_per_token = lambda length: flops[0] + length * (flops[1] - flops[0])
     if accelerator.mixed_precision != "no":
         set_weights(model, engine.optimizer, weights)
     accelerator.deepspeed_engine_wrapped = Engine(engine)

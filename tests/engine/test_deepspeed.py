@@ -38,7 +38,8 @@ def deepspeed(stage: int) -> dict[str, str]:
         k: v for k, v in environment.items() if k.startswith(("ACCELERATE_DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"))
     }
     chosen |= {k: environment[k] for k in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING")}
-    return chosen | launch.ENGINES_ON_CPU | {"DS_ACCELERATOR": "cpu"}
+    path = os.pathsep.join((launch.ENGINES_ON_CPU["PYTHONPATH"], str(launch.ROOT / ".engines")))
+    return chosen | launch.ENGINES_ON_CPU | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
 
 
 ENGINES = {"one": {}, "zero2": deepspeed(2), "zero3": deepspeed(3)}
@@ -184,6 +185,18 @@ def test_deepspeed_resumes_with_the_same_bits(name, precision, trained, shared, 
     assert launch.without_times(straight) == launch.without_times(folder)
 
 
+def test_a_killed_run_resumes_with_the_same_bits(trained, started, shared, script, engine, tmp_path):
+    straight, folder = trained("zero2", "bf16"), tmp_path / "run"
+    how = engine("zero2", BF16)
+    running = started(folder, *MORE, *MIXTURE, script=script, **how)
+    launch.wait_for(folder / "checkpoints" / "step-00000002", running)
+    launch.kill_tree(running)
+    assert "resumed" in shared(folder, *MORE, *MIXTURE, script=script, **how)
+    assert same_state(straight, folder, STEPS)
+    assert launch.same_bits(published(straight), published(folder))
+    assert launch.without_times(straight) == launch.without_times(folder)
+
+
 @pytest.mark.parametrize(
     ("before", "after"),
     [
@@ -283,3 +296,12 @@ def test_a_module_starts_from_the_float32_weights_of_the_trunk(module, trunk, en
     copied = published(tmp_path / "run", "module")
     source = load_file(trunk / "model.safetensors")
     assert launch.same_bits(copied, {name: source[name] for name in copied})
+
+
+def test_a_low_rank_module_of_zero_3_is_that_of_one_process(module, engine, tmp_path):
+    """Its head is computed from an embedding that ZeRO-3 gathers for the forward pass only."""
+    more = ("--steps", 2, "--lr", 1e-3, "--kind", "lora+head", "--rank", 2)
+    for name in ("one", "zero3-sharded"):
+        module(tmp_path / name, *more, **engine(name, FLOAT32))
+    one, two = (published(tmp_path / name, "module") for name in ("one", "zero3-sharded"))
+    assert launch.difference(one, two) < 1e-6
