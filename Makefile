@@ -8,7 +8,7 @@ DEMO := runs/demo
 SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
 SAMPLE = --max-new-tokens 60 --show-routing
 
-.PHONY: setup demo test lint bench compare soak clean
+.PHONY: setup demo test lint bench compare engines soak clean
 
 setup: $(READY)
 
@@ -38,6 +38,18 @@ demo: $(READY)
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# FSDP2 and DDP on CPUs: the short tests again, and those with four processes, two machines, elastic torchrun and kills (docs/ENGINES.md).
+engines: $(READY) .engines/.ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engines or not soak" tests/engine/test_engines.py tests/engine/test_deepspeed.py
+
+# DeepSpeed, in a folder of its own: .venv stays as requirements.txt has it. Its operators are compiled only if they are used.
+.engines/.ready: requirements-engines.txt $(READY)
+	rm -rf .engines
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .engines $(shell grep setuptools requirements-engines.txt)
+	DS_BUILD_OPS=0 PYTHONPATH=.engines $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation \
+		--upgrade --target .engines -r requirements-engines.txt
+	@touch .engines/.ready
 
 lint: $(READY)
 	$(BIN)/ruff check .

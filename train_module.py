@@ -79,6 +79,7 @@ def main(settings: Settings) -> int:
     from forge_common.model.config import check_context
     from forge_common.model.modules import chosen_layers, plug_in
     from forge_common.model.trunk import even_load, load_of, parameter_groups
+    from forge_common.run import engines
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
@@ -96,7 +97,7 @@ def main(settings: Settings) -> int:
         project_dir=settings.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the main process may tokenize that long
     )
-    check_launch(accelerator, accumulation, settings.micro_batch_size)
+    check_launch(accelerator, accumulation, settings)
     lock = None if settings.dry_run else claim(accelerator, settings.output_dir)  # no other run writes there
     rank = accelerator.process_index
     processes = accelerator.num_processes
@@ -114,11 +115,11 @@ def main(settings: Settings) -> int:
     trunk = trunk.to(getattr(torch, settings.dtype))
     module_names = plug_in(trunk, settings.kind, layers, width=settings.width, rank=settings.rank)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
-    frozen_before = artifact.digest({name: trunk.state_dict()[name] for name in frozen})
+    frozen_before = artifact.digest({name: engines.held(accelerator, trunk.state_dict()[name]) for name in frozen})
     groups = parameter_groups(trunk, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
-    model, optimizer = accelerator.prepare(trunk, optimizer)
+    model, optimizer = engines.prepare(accelerator, trunk, optimizer)
     checkpoint.checkpoint_trainable_only(accelerator)
 
     # ---- Resume ----
@@ -217,7 +218,7 @@ def main(settings: Settings) -> int:
     else:
         checkpoint.load_best(accelerator, settings, progress, log.print_line)
         losses_after = domain_losses(accelerator, model, domains, settings.micro_batch_size)
-        tensors = accelerator.get_state_dict(model)
+        tensors = checkpoint.full_tensors(accelerator, model)
         if accelerator.is_main_process:
             if artifact.digest({name: tensors[name] for name in frozen}) != frozen_before:
                 raise AssertionError("a frozen tensor of the trunk has changed; the module was not published")

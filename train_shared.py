@@ -88,6 +88,7 @@ def main(settings: Settings) -> int:
     from forge_common.data.order import updates
     from forge_common.model.config import check_context, model_config
     from forge_common.model.trunk import Trunk, even_load, load_of, parameter_groups
+    from forge_common.run import engines
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
@@ -105,7 +106,7 @@ def main(settings: Settings) -> int:
         project_dir=settings.output_dir,
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the main process may tokenize that long
     )
-    check_launch(accelerator, accumulation, settings.micro_batch_size)
+    check_launch(accelerator, accumulation, settings)
     lock = None if settings.dry_run else claim(accelerator, settings.output_dir)  # no other run writes there
     rank = accelerator.process_index
     processes = accelerator.num_processes
@@ -126,7 +127,7 @@ def main(settings: Settings) -> int:
     groups = parameter_groups(trunk, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
-    model, optimizer = accelerator.prepare(trunk, optimizer)
+    model, optimizer = engines.prepare(accelerator, trunk, optimizer)
     checkpoint.checkpoint_trainable_only(accelerator)
 
     # ---- Resume ----
@@ -222,7 +223,7 @@ def main(settings: Settings) -> int:
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:
         checkpoint.load_best(accelerator, settings, progress, log.print_line)
-        tensors = accelerator.get_state_dict(model)
+        tensors = checkpoint.full_tensors(accelerator, model)
         if accelerator.is_main_process:
             path, digest = publish_trunk(settings, progress, corpora, trunk.config, tokenizer, tensors, trunk_metadata)
             log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")

@@ -1,8 +1,9 @@
 """Checkpoints of a run: `accelerator.save_state`, made atomic and verified, and the run's progress as JSON.
 
-OUTPUT/checkpoints/step-00000100/  model.safetensors (the trained tensors only), optimizer.bin, random_states_*.pkl,
-                                   progress.json, manifest.json (size and SHA-256 of every file)
-A folder gets its name only when it is complete and synced. Files that accelerate pickles are opened only after the
+OUTPUT/checkpoints/step-00000100/  model.safetensors (the trained tensors only), optimizer.bin, scaler.pt (fp16),
+                                   random_states_*.pkl, progress.json, manifest.json (size and SHA-256 of every file)
+The format is the same under every engine and for any number of processes: what an engine divides is gathered first (run/engines.py).
+A folder gets its name only when it is complete and synced. No other files are opened, and those that torch pickles only after the
 manifest was verified, and with weights_only=True, so that a manipulated pickle is refused. Checkpoints are private to the
 run; artifacts are what is published.
 """
@@ -12,45 +13,41 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from .errors import UserError
 from .files.atomic import is_full, lack_of_room, read_json, sync, sync_folder, write_json
+from .files.tensors import Tensors
+from .run import zero
+from .run.engines import engine_of, trained
 from .run.progress import Progress, check_same, read_progress
 from .settings import differences
+
+FILES = re.compile(r"model\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|progress\.json|manifest\.json")
 
 
 def checkpoint_trainable_only(accelerator: Any) -> None:
     """Makes save_state write, and load_state expect, only the parameters that require a gradient.
 
-    The names are those of the unwrapped model, so a checkpoint of one process loads into many and back. FSDP and DeepSpeed write their
-    own sharded files instead (accelerate hands these hooks nothing there).
+    The names are those of the unwrapped model, so a checkpoint of one process loads into many and back.
     """
-
-    def trained(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-        bare = accelerator.unwrap_model(model, keep_torch_compile=False)
-        return {name: parameter for name, parameter in bare.named_parameters() if parameter.requires_grad}
 
     def before_save(models: list, weights: list, folder: str) -> None:
         for model, state in zip(models, weights, strict=False):
             state.clear()
-            state.update({name: parameter.detach() for name, parameter in trained(model).items()})
+            state.update({name: parameter.detach() for name, parameter in trained(_bare(accelerator, model)).items()})
 
     def before_load(models: list, folder: str) -> None:
         while models:
-            parameters, stored = trained(models.pop()), load_file(Path(folder, "model.safetensors"))
-            changed = differences(_shapes(parameters), _shapes(stored))
-            for name, (ours, theirs) in changed.items():
-                raise UserError(
-                    f"{folder}: this run trains {name} as {ours}, the checkpoint holds it as {theirs}. "
-                    "Resume with the settings of the checkpoint, or name another --output-dir."
-                )
+            parameters = trained(_bare(accelerator, models.pop()))
+            stored = _stored_weights(Path(folder), parameters)
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(stored[name])
@@ -59,13 +56,36 @@ def checkpoint_trainable_only(accelerator: Any) -> None:
     accelerator.register_load_state_pre_hook(before_load)
 
 
-def _shapes(tensors: dict[str, torch.Tensor]) -> dict[str, str]:
+def _bare(accelerator: Any, model: torch.nn.Module) -> torch.nn.Module:
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
+def full_tensors(accelerator: Any, model: torch.nn.Module) -> Tensors:
+    """All tensors of the prepared `model`, whole, under the names that it had before. A collective; on the main process only."""
+    if accelerator.state.deepspeed_plugin:
+        return zero.full_tensors(_bare(accelerator, model), accelerator.is_main_process)
+    return accelerator.get_state_dict(_bare(accelerator, model))
+
+
+def _stored_weights(folder: Path, parameters: Tensors) -> Tensors:
+    """The tensors of a checkpoint, memory-mapped; UserError where the run trains others than `parameters`."""
+    stored = load_file(folder / "model.safetensors")
+    changed = differences(_shapes(parameters), _shapes(stored))
+    for name, (ours, theirs) in changed.items():
+        raise UserError(
+            f"{folder}: this run trains {name} as {ours}, the checkpoint holds it as {theirs}. "
+            "Resume with the settings of the checkpoint, or name another --output-dir."
+        )
+    return stored
+
+
+def _shapes(tensors: Tensors) -> dict[str, str]:
     return {name: f"{tuple(tensor.shape)} {tensor.dtype}" for name, tensor in tensors.items()}
 
 
 def size(model: torch.nn.Module) -> int:
     """Approximate bytes of a checkpoint of `model`: the trained parameters and AdamW's two moments of them."""
-    return (1 << 16) + 3 * sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    return (1 << 16) + 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
 
 
 def save(
@@ -106,7 +126,7 @@ def save(
             sync_folder(folder)
             _rotate(folder, settings.keep, progress.best_step)
 
-    parts = (begin, lambda: accelerator.save_state(str(partial)), finish)
+    parts = (begin, lambda: _write(accelerator, partial), finish)
     if all(_has_room(accelerator, folder, part) for part in parts):
         return
     if accelerator.is_main_process:
@@ -115,6 +135,26 @@ def save(
     if required:
         raise UserError(f"{message} The older ones are kept. Run the same command to resume from the newest.")
     print_line(f"{message} The older ones are kept, and the run continues (--on-full-disk).")
+
+
+def _write(accelerator: Any, folder: Path) -> None:
+    """Writes the state of what was prepared: by save_state, or on the main process alone what the engine gathers. A collective."""
+    engine = engine_of(accelerator)
+    if engine is None:
+        accelerator.save_state(str(folder))
+        return
+    model, optimizer = _prepared(accelerator)
+    weights, optimizer_state = engine.gather(_bare(accelerator, model), optimizer, accelerator.is_main_process)
+    if accelerator.is_main_process:
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        torch.save(optimizer_state, folder / "optimizer.bin")
+        if accelerator.scaler is not None:
+            torch.save(accelerator.scaler.state_dict(), folder / "scaler.pt")
+
+
+def _prepared(accelerator: Any) -> tuple[torch.nn.Module, Any]:
+    """The model and the optimizer that accelerate prepared, from where its save_state and load_state take them too."""
+    return accelerator._models[0], accelerator._optimizers[0]
 
 
 def _has_room(accelerator: Any, folder: Path, work: Callable[[], None]) -> bool:
@@ -247,19 +287,37 @@ def checkpoints_of(settings: Any) -> Path:
 
 
 def load(accelerator: Any, path: Path) -> None:
-    """Loads a verified checkpoint into what was prepared; UserError, before anything changes, where it holds more than tensors."""
-    custom = sorted(file.name for file in path.glob("custom_checkpoint_*"))
-    if custom:  # accelerate opens these with weights_only=False
+    """Loads a verified checkpoint into what was prepared. A collective.
+
+    UserError, before anything changes, where it holds files that this version does not write, or more than tensors.
+    """
+    foreign = sorted(file.name for file in path.iterdir() if not FILES.fullmatch(file.name))
+    if foreign:  # accelerate and DeepSpeed would open them with weights_only=False
         raise UserError(
-            f"{path / custom[0]} is not written by this program, and is not opened. Do not use this checkpoint."
+            f"{path / foreign[0]} is not part of a checkpoint of this version, and is not opened. If an earlier version wrote it under "
+            "FSDP or DeepSpeed, finish the run with that version; otherwise do not use this checkpoint."
         )
     for file in sorted([*path.glob("*.bin"), *path.glob("*.pt")]):
-        try:
-            torch.load(file, map_location="meta", mmap=True, weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as reason:
-            first = str(reason).split(". ")[0]
-            raise UserError(f"{file} holds objects other than tensors ({first}). Do not use this checkpoint.") from None
-    accelerator.load_state(str(path))
+        _tensors_only(file, map_location="meta")
+    engine = engine_of(accelerator)
+    if engine is None:
+        accelerator.load_state(str(path))
+        return
+    model, optimizer = _prepared(accelerator)
+    bare = _bare(accelerator, model)
+    weights = _stored_weights(path, trained(bare))
+    engine.scatter(bare, optimizer, weights, _tensors_only(path / "optimizer.bin", map_location="cpu"))
+    if accelerator.scaler is not None:
+        accelerator.scaler.load_state_dict(_tensors_only(path / "scaler.pt", map_location="cpu"))
+
+
+def _tensors_only(file: Path, map_location: str) -> Any:
+    """Opens a file of torch.save, memory-mapped; UserError where it holds more than tensors."""
+    try:
+        return torch.load(file, map_location=map_location, mmap=True, weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, ValueError, KeyError, EOFError, OSError) as reason:
+        first = str(reason).split(". ")[0]
+        raise UserError(f"{file} holds objects other than tensors ({first}). Do not use this checkpoint.") from None
 
 
 def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: Callable[[str], None]) -> bool:

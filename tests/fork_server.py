@@ -6,6 +6,7 @@ the run becomes a child of the nearest ancestor that adopts orphans (launch.py).
 the script as __main__ and ends as Python ends. Only libraries are imported here, nothing of forge_common.
 """
 
+import importlib
 import json
 import os
 import runpy
@@ -20,6 +21,9 @@ import safetensors.torch  # noqa: F401
 import tokenizers  # noqa: F401
 import torch._dynamo  # noqa: F401 (torch.optim imports it at the first step)
 import tyro  # noqa: F401
+
+for name in sys.argv[1:]:  # DeepSpeed, for tests of it alone: accelerate uses it wherever it can be imported
+    importlib.import_module(name)
 
 
 def children() -> Iterator[tuple[dict, int]]:
@@ -83,9 +87,9 @@ def become(request: dict, rank: int) -> None:
     if request["ranks"] > 1:
         os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
     os.chdir(request["cwd"])
-    for folder in os.environ["PYTHONPATH"].split(os.pathsep):
-        if Path(folder, "sitecustomize.py").exists():  # Python would have run it at its start
-            runpy.run_path(str(Path(folder, "sitecustomize.py")))
+    customs = [Path(folder, "sitecustomize.py") for folder in os.environ["PYTHONPATH"].split(os.pathsep)]
+    for file in [path for path in customs if path.exists()][:1]:  # Python would have run it at its start
+        runpy.run_path(str(file))
     argv = request["argv"]
     if argv[0] == "-m":
         sys.argv = argv[1:]

@@ -1,6 +1,7 @@
 """Runs the scripts as users run them: processes of their own, real text, one or two ranks."""
 
 import atexit
+import contextlib
 import ctypes
 import json
 import os
@@ -16,6 +17,7 @@ import time
 from functools import cache
 from pathlib import Path
 
+import psutil
 import torch
 from safetensors.torch import load_file
 
@@ -32,6 +34,9 @@ SIZES += ("--warmup-steps", "2", "--val-fraction", "0.1", "--tracker", "none", "
 STEPS = 12
 LONG = ("--sequence-length", 256)
 MORE = (*LONG, "--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 5)
+ON_CPU = ROOT / "tests" / "engines_on_cpu"  # its sitecustomize.py says what these variables do
+ENGINES_ON_CPU = {"ENGINES_ON_CPU": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
+ENGINES_ON_CPU |= {"PYTHONPATH": f"{ON_CPU}{os.pathsep}{ROOT}"}
 PATIENCE = 600  # seconds after which a run or a wait counts as hanging, on a busy machine too
 TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
 
@@ -84,11 +89,15 @@ def run(
 
 
 @cache
-def fork_server() -> subprocess.Popen:
-    """This process's server of tests/fork_server.py; it ends with this process, which adopts the server's orphans."""
+def fork_server(*more: str) -> subprocess.Popen:
+    """This process's server of tests/fork_server.py, which imports `more` libraries.
+
+    It ends with this process, which adopts the server's orphans.
+    """
     ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
-    line = [sys.executable, str(ROOT / "tests" / "fork_server.py")]
-    server = subprocess.Popen(line, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    line = [sys.executable, str(ROOT / "tests" / "fork_server.py"), *more]
+    path = {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / '.engines'}", "DS_ACCELERATOR": "cpu"} if more else {}
+    server = subprocess.Popen(line, env=environment(**path), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(server.communicate)  # closes its stdin
     return server
 
@@ -100,7 +109,7 @@ def request(
     if processes > 1:
         extra = extra | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
         extra |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    server = fork_server()
+    server = fork_server("deepspeed") if "ACCELERATE_USE_DEEPSPEED" in extra else fork_server()
     assert server.stdin
     line = {"argv": [str(argument) for argument in arguments], "environment": environment(**extra)}
     line |= {"cwd": str(cwd), "out": out, "ranks": processes, "background": background}
@@ -170,6 +179,16 @@ def wait_for(path: Path, running: subprocess.Popen | Background) -> None:
     while not any(path.parent.glob(path.name)):
         assert running.poll() is None and time.monotonic() < deadline, f"{path} was not written"
         time.sleep(0.005)
+
+
+def kill_tree(launcher: subprocess.Popen) -> None:
+    """kill -9 for a launcher and all processes below it, and waits for their end."""
+    tree = [*psutil.Process(launcher.pid).children(recursive=True), psutil.Process(launcher.pid)]
+    for process in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    launcher.wait()
+    psutil.wait_procs(tree[:-1], PATIENCE)
 
 
 def slow_disk(seconds: float) -> dict[str, str]:

@@ -162,10 +162,13 @@ def test_every_third_party_import_is_pinned_in_requirements_and_declared_in_pypr
     declared = {requirement.split(">=")[0] for requirement in project["dependencies"]}
     for_tests = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["test"]}
     for_lint = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["lint"]}
-    lines = (launch.ROOT / "requirements.txt").read_text().splitlines()
-    pinned = [line.split("==")[0] for line in lines if not line.startswith("#")]
-    assert needed <= declared
-    assert needed_by_tests <= declared | for_tests
+    for_engines = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["engines"]}
+    pinned, pinned_for_engines = (
+        [line.split("==")[0] for line in (launch.ROOT / file).read_text().splitlines() if not line.startswith("#")]
+        for file in ("requirements.txt", "requirements-engines.txt")
+    )
+    assert needed - declared == for_engines <= set(pinned_for_engines), "DeepSpeed alone is installed where it is used"
+    assert needed_by_tests <= declared | for_tests | for_engines
     assert sorted(pinned) == sorted(declared | for_tests | for_lint), (
         "requirements.txt pins each of pyproject.toml's once"
     )

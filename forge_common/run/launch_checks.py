@@ -1,21 +1,29 @@
 """Checks that the launcher started what its flags and configuration ask for."""
 
+import dataclasses
 import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..errors import UserError
 from ..settings import processes
+from . import zero
 
 
-def check_launch(accelerator: Any, accumulation: int, micro_batch_size: int) -> None:
+def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
     """UserError where the launcher contradicts the script, or started something else than it was asked for.
 
-    Gives DeepSpeed its micro-batch size: it cannot read one, because no data loader is prepared.
+    Completes DeepSpeed's configuration (run/zero.py). Has FSDP2 keep what is exact in float32: accelerate would let it round the sums that `forward` returns, expert_load and the reduced gradients to 16 bits.
     """
     if accelerator.state.deepspeed_plugin:
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = micro_batch_size
+        zero.configure(accelerator, settings)
+    if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
+        plugin = accelerator.state.fsdp_plugin
+        kept = {"reduce_dtype": torch.float32, "output_dtype": None, "cast_forward_inputs": False}
+        plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **kept)
     check_processes()
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if launched not in ("auto", str(accumulation)) or accelerator.gradient_accumulation_steps != accumulation:

@@ -1,0 +1,93 @@
+"""The trained state of a model that an engine has divided over the processes: gathered into whole tensors, and divided again.
+
+A checkpoint has one format, that of accelerate's save_state for one process: model.safetensors has the trained tensors by name,
+optimizer.bin torch's `optimizer.state_dict()`, whole tensors, indexed in the order of `parameter_groups`. So a run resumes under
+another engine and with another number of processes.
+
+To add an engine, write two functions and return them from `engine_of`. All ranks call both:
+- gather(model, optimizer, keep) -> (weights, optimizer_state). The two files' contents on the CPU where `keep` (the main process),
+  in float32 or the dtype that the optimizer updates. What the others return is not read.
+- scatter(model, optimizer, weights, optimizer_state). Every rank is handed both files, memory-mapped: take the own part only.
+`model` is without the wrappers of DDP and torch.compile, the `optimizer` that which `prepare` returned.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import torch
+
+from ..files.tensors import Tensors
+from . import zero
+
+
+class Engine(NamedTuple):
+    gather: Callable[[torch.nn.Module, Any, bool], tuple[Tensors, dict[str, Any]]]
+    scatter: Callable[[torch.nn.Module, Any, Tensors, dict[str, Any]], None]
+
+
+def engine_of(accelerator: Any) -> Engine | None:
+    """The engine that divides the trained state; None where every process has all of it, and save_state writes the format."""
+    if accelerator.state.deepspeed_plugin:
+        return Engine(zero.gather, zero.scatter)
+    return Engine(_gather_fsdp2, _scatter_fsdp2) if accelerator.is_fsdp2 else None
+
+
+def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any]:
+    """`accelerator.prepare`, with which the loop's `optimizer.step` applies an update also under DeepSpeed."""
+    if accelerator.state.deepspeed_plugin:
+        return zero.prepare(accelerator, model, optimizer)
+    return accelerator.prepare(model, optimizer)
+
+
+def held(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A frozen tensor as the engine holds it: DeepSpeed's has the 16 bits that it computes with."""
+    rounded = accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "bf16"
+    return tensor.bfloat16() if rounded else tensor
+
+
+def trained(model: torch.nn.Module) -> Tensors:
+    """The parameters that require a gradient, by name: under FSDP2 those that the optimizer updates, never the gathered ones.
+
+    Under DeepSpeed, which updates flat tensors of its own: their shapes and dtype, without storage.
+    """
+    if zero.is_used(model):
+        return zero.shapes(model)
+    model.state_dict()  # FSDP2 leaves the last forward pass's gathered copies in place of the parameters; this puts them back
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+# ---- FSDP2: a DTensor for each parameter and for each of the optimizer's tensors of its shape ----
+# torch.distributed.tensor is imported where it is used: it takes a second, which other runs need not wait.
+
+
+def _gather_fsdp2(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[Tensors, dict[str, Any]]:
+    from torch.distributed.tensor import DTensor
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, DTensor):  # offloaded ones have to be on the mesh's device for its collective
+            value = cast(DTensor, value.detach().to(value.device_mesh.device_type)).full_tensor()
+        if not keep:
+            return None  # freed before the next one is gathered
+        return value.cpu() if isinstance(value, torch.Tensor) else value
+
+    weights = {name: whole(parameter) for name, parameter in trained(model).items()}
+    state = optimizer.state_dict()
+    entries = state["state"].items()
+    return weights, state | {"state": {index: {k: whole(v) for k, v in entry.items()} for index, entry in entries}}
+
+
+def _scatter_fsdp2(model: torch.nn.Module, optimizer: Any, weights: Tensors, optimizer_state: dict[str, Any]) -> None:
+    from torch.distributed.tensor import distribute_tensor
+
+    def own_part(value: torch.Tensor, parameter: Any) -> torch.Tensor:
+        return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(own_part(weights[name], parameter))
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, entry in optimizer_state["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameters[index].shape:
+                entry[key] = own_part(value, parameters[index]).clone()  # not the mapped file, which rotation deletes
+    optimizer.load_state_dict(optimizer_state)
