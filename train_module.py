@@ -217,7 +217,7 @@ def main(settings: Settings) -> int:
     else:
         checkpoint.load_best(accelerator, settings, progress, log.print_line)
         losses_after = domain_losses(accelerator, model, domains, settings.micro_batch_size)
-        tensors = accelerator.get_state_dict(model)
+        tensors = accelerator.get_state_dict(accelerator.unwrap_model(model, keep_torch_compile=False))
         if accelerator.is_main_process:
             if artifact.digest({name: tensors[name] for name in frozen}) != frozen_before:
                 raise AssertionError("a frozen tensor of the trunk has changed; the module was not published")

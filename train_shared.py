@@ -222,7 +222,7 @@ def main(settings: Settings) -> int:
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:
         checkpoint.load_best(accelerator, settings, progress, log.print_line)
-        tensors = accelerator.get_state_dict(model)
+        tensors = accelerator.get_state_dict(accelerator.unwrap_model(model, keep_torch_compile=False))
         if accelerator.is_main_process:
             path, digest = publish_trunk(settings, progress, corpora, trunk.config, tokenizer, tensors, trunk_metadata)
             log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
