@@ -147,7 +147,7 @@ def main(settings: Settings) -> int:
     )
     model.train()
     # From here on a signal takes effect at the end of an update.
-    stop.phase = "dry run" if settings.dry_run else "training"
+    stop.begin_training(accelerator, trunk.model.layers, dry_run=settings.dry_run)
     if progress.validation_due:  # a signal interrupted the validation of this update before the resume
         result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
         progress.record_validation(result)

@@ -9,6 +9,7 @@ TAKE_WINDOWS = "        windows = next(update_batches)"
 LOSS = "loss = float("
 CHECK_STOP = "        stop.check(accelerator)\n"
 SET_RATE = 'group["lr"] = rate'
+BEGIN_TRAINING = "    stop.begin_training("
 START_LOG = "    log = RunLog("
 OPTIMIZER = 'torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")'
 
