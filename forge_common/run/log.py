@@ -160,7 +160,8 @@ class RunLog:
     def training(self, interval: Interval, progress: Any, *, rate: float, grad_norm: float) -> None:
         """Writes a row and a console line for the updates since the last one. A collective.
 
-        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak.
+        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak; as in tokens per second, only
+        scored tokens count, not padding.
         """
         step, before = progress.global_step, self._lap_step
         nats, tokens, balance, z = interval.take()

@@ -18,7 +18,7 @@ SAME_REQUEST = 1.0  # seconds: a terminal and a launcher both forward one Ctrl-C
 GRACE = 5.0  # seconds that a run outside training, or the other ranks of a hanging one, have before the end by force
 SLOW_FACTOR = 10  # times as long for the first update (it may compile), a validation's first batch, and saving
 NORMAL_FACTOR = 5  # times the longest update so far, where that is longer than --hang-timeout
-BUSY = 0.05  # share of a CPU from which on a process without progress computes, rather than hangs or waits
+BUSY = 0.02  # share of a CPU from which on a process without progress computes; a busy machine may give it little
 
 
 Phase = Literal["starting", "dry run", "training", "publishing", "ended"]

@@ -56,15 +56,17 @@ def test_a_module_is_published_compiled(module, tmp_path):
 @pytest.mark.soak
 def test_inductor_trains_the_same(straight, shared, module, tmp_path):
     """The compiler itself, with an empty cache and little patience for a standstill. Float32, other kernels: weights to 2e-3."""
-    inductor = {"ACCELERATE_DYNAMO_BACKEND": "INDUCTOR", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "inductor")}
+    inductor = (*launch.LAUNCH, "--dynamo_backend", "inductor")
+    cache = str(tmp_path / "inductor")
     folder = tmp_path / "run"
-    printed = shared(folder, *MORE, "--hang-timeout", 5, **inductor)
+    printed = shared(folder, *MORE, "--hang-timeout", 20, launcher=inductor, TORCHINDUCTOR_CACHE_DIR=cache)
     assert "read back and verified" in printed
     assert launch.difference(launch.weights(straight, launch.STEPS), launch.weights(folder, launch.STEPS)) < 2e-3
     one, other = (launch.rows(run, "val/loss")[-1]["val/loss"] for run in (straight, folder))
     assert one == pytest.approx(other, rel=1e-4)
-    for name, how in (("plain", {}), ("compiled", inductor)):
-        module(tmp_path / name, "--steps", 3, "--hang-timeout", 5, **how)
+    for name, launcher in (("plain", ()), ("compiled", inductor)):
+        more = ("--steps", 3, "--hang-timeout", 20)
+        module(tmp_path / name, *more, launcher=launcher, TORCHINDUCTOR_CACHE_DIR=cache)
     plain, compiled = (tmp_path / name / "module" for name in ("plain", "compiled"))
     tensors = [launch.load_file(folder / "module.safetensors") for folder in (plain, compiled)]
     assert launch.difference(*tensors) < 2e-3
