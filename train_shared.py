@@ -137,7 +137,7 @@ def main(settings: Settings) -> int:
 
     # ---- Train ----
     # This chapter is the same text in train_shared.py and train_module.py; a test compares them.
-    last = min(settings.steps, 4) if settings.dry_run else settings.steps
+    last = min(settings.steps, 6) if settings.dry_run else settings.steps
     log = RunLog(accelerator, settings, progress, last, tracker, trunk)
     interval = Interval(accelerator, progress.interval)
     expert_load = even_load(trunk.config, device)  # f of the balance loss; later the previous update's
@@ -148,7 +148,7 @@ def main(settings: Settings) -> int:
     )
     model.train()
     # From here on a signal takes effect at the end of an update.
-    stop.phase = "dry run" if settings.dry_run else "training"
+    stop.begin_training(accelerator, trunk.model.layers, dry_run=settings.dry_run)
     if progress.validation_due:  # a signal interrupted the validation of this update before the resume
         result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
         progress.record_validation(result)
@@ -195,6 +195,7 @@ def main(settings: Settings) -> int:
             progress.expert_counts = expert_counts.tolist()
             expert_load = load_of(expert_counts)
         if settings.dry_run:
+            log.end_warm_up(step)
             continue
 
         # -- now and then: log, validate, save --

@@ -74,8 +74,13 @@ def export(folder: Path) -> None:
             for part, rows in lines.items():
                 (temp_dir / f"{domain}.{part}.jsonl").write_text("".join(rows), encoding="utf-8")
 
+    def read_back(temp_dir: Path) -> None:
+        for path in temp_dir.iterdir():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                json.loads(line)
+
     if not folder.exists():
-        publish(folder, write)
+        publish(folder, write, read_back)
 
 
 class Runs:

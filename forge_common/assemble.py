@@ -44,6 +44,7 @@ class Settings(ReadingSettings):
 
 def main(settings: Settings) -> int:
     from .artifacts.artifact import local_folder
+    from .artifacts.metadata import read_metadata
     from .files.atomic import publish
     from .routing.routers import ROUTERS
 
@@ -58,7 +59,14 @@ def main(settings: Settings) -> int:
         )
     trunk_dir = local_folder(settings.trunk)
     module_dirs = _module_dirs(settings)
-    publish(settings.output_dir, lambda temp_dir: _write(settings, trunk_dir, module_dirs, temp_dir))
+
+    def write(temp_dir: Path) -> None:
+        _write(settings, trunk_dir, module_dirs, temp_dir)
+
+    def read_back(temp_dir: Path) -> None:  # `_write` has read the parts back, one at a time
+        read_metadata(temp_dir / "assembled.json")
+
+    publish(settings.output_dir, write, read_back)
     print(f"assembled   {settings.output_dir}: the trunk and {', '.join(module_dirs)}; router {settings.router}")
     return 0
 
@@ -84,11 +92,11 @@ def _module_dirs(settings: Settings) -> dict[str, Path]:
 
 
 def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], temp_dir: Path) -> None:
-    """Copies the trunk and the modules to `temp_dir`, verifies the copies, and adds assembled.json and the card."""
+    """Copies the trunk and the modules to `temp_dir`, verifies the copies and the router, and adds assembled.json and the card."""
     from safetensors.torch import save_file
 
     from .artifacts.artifact import MODULE_FILES, TRUNK_FILES, read_statistics, read_trunk
-    from .artifacts.assembled import check_router, read_part
+    from .artifacts.assembled import check_router, read_part, route
     from .artifacts.card import model_card
     from .artifacts.metadata import FORMAT_VERSION, smallest_held_out_share
     from .files.atomic import write_json
@@ -110,8 +118,11 @@ def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], te
             part = read_part(trunk, trunk_metadata, copy)
             check_router(settings.router, part, copy)
         module_metadata.append(part.metadata)
-        if settings.calibrate:  # needs all modules in memory at once; otherwise one is enough
+        # To calibrate takes all modules in memory at once, to solve the ridge system all statistics; otherwise one module is enough.
+        if settings.calibrate:
             parts.append(part)
+        elif settings.router == "ridge":
+            parts.append(part._replace(model=trunk))
         del part
     metadata: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -129,9 +140,12 @@ def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], te
         background = _statistics(settings, tokenizer, trunk.config.vocab_size)
         save_file(background, temp_dir / "statistics.safetensors")
         metadata["statistics_digest"] = digest(background)
+        background = read_statistics(temp_dir, metadata, trunk.config)
         origin = "from --trunk-data"
     if settings.calibrate:
         metadata["tuning"] = _calibrated(settings, trunk, tokenizer, parts, background, metadata)
+    if settings.router == "ridge":
+        route(trunk, background, parts, metadata)
     write_json(temp_dir / "assembled.json", metadata)
     (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
     print(f"statistics  of the trunk: {origin}")

@@ -93,7 +93,7 @@ class RunSettings(ReadingSettings):
     max_bad_updates: int = 10
     """Updates in a row with NaN or Inf after which the run ends."""
     hang_timeout: float = 60.0
-    """Seconds without progress after which the run ends, ten times as long at its start and in a save; 0: no limit."""
+    """Seconds without progress after which the run ends; longer where updates are slow, or it computes; 0: no limit."""
     dry_run: bool = False
     """Print the plan, time a few updates, and write nothing."""
 

@@ -30,8 +30,8 @@ def validate(
     """The mean loss over all windows [T + 1] of `stores` (data.windows), without gradients. A collective.
 
     Rank r scores the windows r, r + P, r + 2P, ...; no window is repeated. The sums of nats and tokens are reduced once, at
-    the end. Under FSDP every forward pass is a collective, so all ranks run the same number; a rank without windows left
-    runs padding, which adds 0. None where `stop`, the run's StopRequest, interrupts it.
+    the end. Padding, which adds 0, fills the last batches up: under FSDP every forward pass is a collective, so all ranks run
+    the same number, and torch.compile would compile another shape again. None where `stop`, the run's StopRequest, interrupts it.
     """
     training = model.training
     model.eval()
@@ -46,8 +46,8 @@ def validate(
             model.train(training)
             return None
         batch = places[start + rank : start + processes * batch_size : processes]
-        length = len(places[0][0][0])
-        windows = np.stack([store[i] for store, i in batch] or [np.full(length, bare.config.ignore_index)])
+        padding = np.full_like(places[0][0][0], bare.config.ignore_index)
+        windows = np.stack([*(store[i] for store, i in batch), *[padding] * (batch_size - len(batch))])
         sums = model(torch.from_numpy(windows).to(accelerator.device))
         total += torch.stack((sums.nats, sums.tokens)).to(total.dtype)
         if stop:

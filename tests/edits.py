@@ -10,6 +10,7 @@ LOSS = "loss = float("
 CHECK_STOP = "        stop.check(accelerator)\n"
 SET_RATE = 'group["lr"] = rate'
 CHECK_LAUNCH = "    check_launch(accelerator, accumulation, settings)\n"
+BEGIN_TRAINING = "    stop.begin_training("
 START_LOG = "    log = RunLog("
 OPTIMIZER = 'torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")'
 

@@ -64,7 +64,7 @@ def build(folder: Path, router: str = "context") -> Path:
         names = plug_in(plain, sizes["kind"], [1], width=sizes["width"], rank=sizes["rank"])
         tensors = {key: torch.randn_like(plain.state_dict()[key]) * 0.1 for key in names}
         metadata = {"name": name, "layers": [1], "val_fraction": 0.1, "licence": "mit", "steps": 3, "tokens_seen": 9}
-        artifact.write_module(folder / name, tensors, metadata | sizes | digests, counts(1 + number))
+        artifact.write_module(folder / name, tensors, metadata | sizes | digests, counts(1 + number), CONFIG)
     modules = tuple(folder / name for name in MODULES)
     assemble.main(assemble.Settings(str(folder / "trunk"), modules, folder / "assembled", router=router))
     return folder

@@ -40,7 +40,10 @@ def write_trunk(
     metadata: dict[str, Any],
     statistics: Tensors | None = None,
 ) -> str:
-    """Publishes a trunk as a Transformers checkpoint, with the statistics of its text; returns its digest."""
+    """Publishes a trunk as a Transformers checkpoint, with the statistics of its text; returns its digest.
+
+    It has its name only after it was read back and verified. UserError where that fails; an older trunk then stays.
+    """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     trunk_digest = digest(stored)
     metadata = {
@@ -63,12 +66,21 @@ def write_trunk(
         write_json(temp_dir / "forge.json", metadata)
         (temp_dir / "README.md").write_text(model_card("trunk", metadata), encoding="utf-8")
 
-    publish(folder, write)
+    def read_back(temp_dir: Path) -> None:
+        trunk, _, trunk_metadata = read_trunk(str(temp_dir))
+        read_statistics(temp_dir, trunk_metadata, trunk.config)
+
+    publish(folder, write, read_back)
     return trunk_digest
 
 
-def write_module(folder: Path, tensors: Tensors, metadata: dict[str, Any], statistics: Tensors) -> str:
-    """Publishes a module: its tensors, its metadata, the statistics for routers; returns its digest."""
+def write_module(
+    folder: Path, tensors: Tensors, metadata: dict[str, Any], statistics: Tensors, config: ModelConfig
+) -> str:
+    """Publishes a module: its tensors, its metadata, the statistics for routers; returns its digest.
+
+    config: of the trunk. It has its name only after it was read back and verified, as in write_trunk.
+    """
     if not is_plain(metadata["name"]):
         raise UserError(f"a module cannot be called {quoted(metadata['name'])}. Its name must be {PLAIN[0]}.")
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -88,7 +100,14 @@ def write_module(folder: Path, tensors: Tensors, metadata: dict[str, Any], stati
         write_json(temp_dir / "module.json", metadata)
         (temp_dir / "README.md").write_text(model_card(f"module {metadata['name']}", metadata), encoding="utf-8")
 
-    publish(folder, write)
+    def read_back(temp_dir: Path) -> None:
+        trunk_metadata = {"digest": metadata["trunk_digest"], "tokenizer_digest": metadata["tokenizer_digest"]}
+        tensors, module_metadata = read_module(temp_dir, trunk_metadata)
+        with torch.device("meta"):  # to compare names and shapes; the trunk's weights are not read again
+            put_in(Trunk(config), tensors, **module_arguments(module_metadata))
+        read_statistics(temp_dir, module_metadata, config)
+
+    publish(folder, write, read_back)
     return module_digest
 
 

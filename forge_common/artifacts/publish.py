@@ -1,4 +1,4 @@
-"""Publishes the result of a training run: metadata, statistics and weights, which are then read back."""
+"""Publishes the result of a training run: metadata, statistics and weights, which are read back before they have their name."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from ..data.tokenizer import Tokenizer
 from ..files.tensors import Tensors
 from ..model.config import ModelConfig
 from ..routing import statistics
-from .artifact import read_model, read_trunk, write_module, write_trunk
+from .artifact import read_trunk, write_module, write_trunk
 
 
 def publish_trunk(
@@ -22,7 +22,7 @@ def publish_trunk(
     tensors: Tensors,
     trunk_metadata: dict[str, Any],
 ) -> tuple[Path, str]:
-    """Writes OUTPUT/trunk with its statistics and reads it back; returns its folder and digest.
+    """Writes OUTPUT/trunk with its statistics, verified; returns its folder and digest.
 
     trunk_metadata: of the trunk that the run continued from; {} if it started from scratch.
     """
@@ -38,9 +38,7 @@ def publish_trunk(
         "continued_from": trunk_metadata.get("digest"),
     }
     path = settings.output_dir / "trunk"
-    digest = write_trunk(path, tensors, config, tokenizer, metadata, counts)
-    read_trunk(str(path))
-    return path, digest
+    return path, write_trunk(path, tensors, config, tokenizer, metadata, counts)
 
 
 def publish_module(
@@ -52,7 +50,7 @@ def publish_module(
     losses_after: dict[str, Any],
     device: torch.device,
 ) -> tuple[Path, str]:
-    """Writes OUTPUT/module with its statistics and reads it back; returns its folder and digest.
+    """Writes OUTPUT/module with its statistics, verified; returns its folder and digest.
 
     losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
     """
@@ -79,9 +77,7 @@ def publish_module(
         },
     }
     path = settings.output_dir / "module"
-    digest = write_module(path, tensors, metadata, counts | moments)
-    read_model(settings.trunk, path)
-    return path, digest
+    return path, write_module(path, tensors, metadata, counts | moments, trunk.config)
 
 
 def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[str, Any]:

@@ -49,7 +49,7 @@ def tokenizer_for(settings: Any) -> Tokenizer:
     if folder.is_dir():
         return load_tokenizer(folder)
     tokenizer = resolve(settings.tokenizer, _training_texts(settings), settings.eos_token)
-    publish(folder, tokenizer.save, keep_existing=True)
+    publish(folder, tokenizer.save, load_tokenizer, keep_existing=True)
     return tokenizer
 
 

@@ -1,12 +1,12 @@
-"""Atomic writes: under a temporary name, synced, then renamed. Strict JSON. Recognition of a full disk."""
+"""Atomic writes: under a temporary name, synced, read back, then renamed. Strict JSON. Recognition of a full disk."""
 
 import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -66,11 +66,14 @@ def _finite(text: str) -> float:
     return value
 
 
-def publish(folder: Path, write: Callable[[Path], None], *, keep_existing: bool = False) -> None:
+def publish(
+    folder: Path, write: Callable[[Path], None], read_back: Callable[[Path], Any], *, keep_existing: bool = False
+) -> None:
     """Calls `write` with a temporary folder beside `folder`, syncs it, and renames it; an older `folder` is replaced.
 
+    read_back: reads the temporary folder as a user will read `folder`. UserError where it cannot be read.
     keep_existing: an older one is kept instead, where every process writes the same content.
-    If `write` fails, the temporary folder is removed. UserError if the disk is full or cannot be written.
+    If anything fails, the temporary folder is removed, and an older `folder` stays. UserError if the disk is full or cannot be written.
     """
     temp_dir = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     old_dir = folder.with_name(f".old-{folder.name}")
@@ -79,6 +82,8 @@ def publish(folder: Path, write: Callable[[Path], None], *, keep_existing: bool 
         temp_dir.mkdir(parents=True)
         write(temp_dir)
         sync(temp_dir)
+        with _as_not_written(folder, temp_dir):
+            read_back(temp_dir)
     except BaseException as reason:
         shutil.rmtree(temp_dir, ignore_errors=True)
         if isinstance(reason, Exception) and folder.parent.is_dir() and is_full(folder.parent, reason):
@@ -98,6 +103,19 @@ def publish(folder: Path, write: Callable[[Path], None], *, keep_existing: bool 
     temp_dir.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old_dir, ignore_errors=True)
+
+
+@contextmanager
+def _as_not_written(folder: Path, temp_dir: Path) -> Iterator[None]:
+    """Says of a UserError about the temporary folder that `folder` was not written."""
+    try:
+        yield
+    except UserError as reason:
+        first_sentence = str(reason).replace(str(temp_dir), folder.name).split(". ")[0]
+        raise UserError(
+            f"{folder} was not written, since what was read back is wrong ({first_sentence}). Check the disk, and run the "
+            "same command again."
+        ) from reason
 
 
 def rename_if_absent(partial: Path, folder: Path) -> None:

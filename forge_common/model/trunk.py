@@ -23,6 +23,7 @@ Cache = list[Any]
 # The parameters of a layer in the order of the forward pass, for flops_per_token.
 FLOW = "input_layernorm", "q_proj k_proj v_proj", "q_norm k_norm", "o_proj", "post_attention_layernorm"
 FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
+PARALLEL = {"mlp", "block_sparse_moe", "addition"}  # side by side in a layer: none is the input of another
 
 
 def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -303,14 +304,18 @@ class Trunk(nn.Module):
         experts = self.config.num_local_experts
         idle = 1 - self.config.num_experts_per_tok / experts if experts else 0
         for layer in self.model.layers:
+            trained: set[str] = set()  # the parts of this layer that an earlier stage trains
             for stage in FLOW:
-                part = [(n, p) for n, p in layer.named_parameters() if n.split(".")[-2] in stage.split()]
-                for name, parameter in part:
+                stage_parameters = [(n, p) for n, p in layer.named_parameters() if n.split(".")[-2] in stage.split()]
+                for name, parameter in stage_parameters:
+                    into_input = reached or name.split(".")[0] in trained or name.endswith("lora_B")
                     used = (parameter.ndim == 2) * parameter.numel() * (1 - idle if ".experts." in name else 1)
-                    flops += used * (2 + 2 * reached + 2 * parameter.requires_grad)
-                reached = reached or any(parameter.requires_grad for _, parameter in part)
+                    flops += used * (2 + 2 * into_input + 2 * parameter.requires_grad)
+                trained |= {name.split(".")[0] for name, parameter in stage_parameters if parameter.requires_grad}
+                reached = reached or bool(trained - PARALLEL)
                 if "q_norm" in stage:
                     flops += attention * (1 + 2 * reached)
+            reached = reached or bool(trained)
         return round(flops + self.head.numel() * (2 + 2 * reached + 2 * self.head.requires_grad))
 
 

@@ -1,13 +1,12 @@
 """Memory and speed of the device: peak memory, and the peak FLOP/s that MFU refers to."""
 
-import math
 import resource
 import sys
 import time
 
 import torch
 
-# Dense peak of the matrix units in bfloat16, FLOP/s, from the manufacturers' data sheets.
+# Dense peak of the matrix units in 16 bits, FLOP/s, from the manufacturers' data sheets.
 PEAK_FLOPS = {
     "H200": 989e12,
     "H100": 989e12,
@@ -35,18 +34,31 @@ def process_peak_mb() -> float:
     return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
-def peak_flops(device: torch.device) -> float:
-    """FLOP/s that MFU refers to: the data sheet's for known GPUs, else the speed of a large float32 matrix product."""
-    if device.type == "cuda":
+def compute_dtype(mixed_precision: str, dtype: str) -> torch.dtype:
+    """The type in which matrices are multiplied: that of --mixed_precision, else --dtype."""
+    low: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return low[mixed_precision] if mixed_precision in low else getattr(torch, dtype)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s that MFU refers to: the data sheet's for known GPUs in 16 bits, else of the fastest square matrix product in `dtype`.
+
+    On a CPU small products can be the fastest, since they fit into its cache.
+    """
+    if device.type == "cuda" and dtype.itemsize == 2:
         name = torch.cuda.get_device_name(device)
         for part, flops in PEAK_FLOPS.items():
             if part in name:
                 return flops
-    side = 1024 if device.type == "cpu" else 4096
-    matrix = torch.ones(side, side, device=device)
-    best = math.inf
-    for _ in range(12):  # the fastest of 12: the first ones start threads and raise the clock rate
-        start = time.perf_counter()
-        (matrix @ matrix)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
-    return 2 * side**3 / best
+    best = 0.0
+    for side in (256, 512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
+        matrix = torch.ones(side, side, device=device, dtype=dtype)
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < 0.1:  # the first ones start threads and raise the clock rate
+            start = time.perf_counter()
+            (matrix @ matrix)[0, 0].item()
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * side**3 / min(times))
+        if min(times) > 0.1:  # a larger product takes eight times as long
+            break
+    return best

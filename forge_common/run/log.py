@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from ..files.atomic import is_full, write_text
-from .hardware import peak_flops, peak_memory_mb, process_peak_mb
+from .hardware import compute_dtype, peak_flops, peak_memory_mb, process_peak_mb
 from .trackers import Tracker
 
+WARM_UP = 2  # updates of a dry run that are not timed: they allocate memory, and torch.compile compiles in them
 PARTS = ("nats", "tokens", "balance", "z")  # the fields of loss.Sums that an interval adds up
 
 
@@ -78,7 +79,8 @@ class RunLog:
         self.writes = self.main and not settings.dry_run
         self.tracker: Tracker | None = None
         self.flops_per_token = trunk.flops_per_token(settings.sequence_length) if trunk else 0
-        self.peak_flops = peak_flops(accelerator.device) if trunk else math.inf
+        self.dtype = compute_dtype(accelerator.mixed_precision, settings.dtype) if trunk else torch.float32
+        self.peak_flops = peak_flops(accelerator.device, self.dtype) if trunk else math.inf
         self._unwritten: list[str] = []
         self._mark = time.perf_counter()
         self._lap_step = progress.global_step
@@ -158,7 +160,8 @@ class RunLog:
     def training(self, interval: Interval, progress: Any, *, rate: float, grad_norm: float) -> None:
         """Writes a row and a console line for the updates since the last one. A collective.
 
-        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak.
+        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak; as in tokens per second, only
+        scored tokens count, not padding.
         """
         step, before = progress.global_step, self._lap_step
         nats, tokens, balance, z = interval.take()
@@ -172,7 +175,7 @@ class RunLog:
             "train/tokens": progress.tokens,
             "train/epoch": progress.epoch,
             "train/tokens_per_second": speed,
-            "train/mfu": speed * self.flops_per_token / (self.peak_flops * self.accelerator.num_processes),
+            "train/mfu": self._mfu(speed),
             "train/bad_updates": progress.bad_updates,
             "train/empty_updates": progress.empty_updates,
             "train/scaler_skips": progress.scaler_skips,
@@ -189,6 +192,17 @@ class RunLog:
             f"mfu {values['train/mfu']:.0%}  mem {values['memory/peak_mb']:,.0f} MB  "
             f"eta {duration((self.steps - step) * seconds)}"
         )
+
+    def _mfu(self, speed: float) -> float:
+        """The share of the peak that `speed`, tokens per second of all processes, takes.
+
+        A share above 1 shows that the peak was measured on a busy machine: it is measured again, and is at least what was reached.
+        """
+        reached = speed * self.flops_per_token / self.accelerator.num_processes
+        if reached > self.peak_flops:
+            with self.clock_paused():
+                self.peak_flops = max(reached, peak_flops(self.accelerator.device, self.dtype))
+        return reached / self.peak_flops
 
     def validation(self, result: Any, progress: Any) -> None:
         """Writes a row and a console line for a `Validation`; nothing for None, an interrupted one."""
@@ -209,9 +223,15 @@ class RunLog:
         if progress.patience_is_over(self.patience):
             self.print_line(f"stopping early: no improvement in {self.patience} validations")
 
-    def timing(self, timed: int, steps: int) -> None:
-        """The last line of a dry run: the estimated time of the run, and the peak memory of the updates that were timed."""
-        seconds = self.restart_clock(timed)
+    def end_warm_up(self, step: int) -> None:
+        """Starts the clock of a dry run again where update `step` is the last one that is not timed."""
+        if step == min(WARM_UP, self.steps - 1):
+            self.restart_clock(step)
+
+    def timing(self, last: int, steps: int) -> None:
+        """The last line of a dry run, which ended with update `last`: the estimated time of `steps` updates, and the peak memory."""
+        timed = last - self._lap_step
+        seconds = self.restart_clock(last)
         self.print_line(
             f"time        {seconds:.3f} s an update ({timed} timed), about {duration(seconds * steps)} for {steps:,} "
             f"without validation; peak memory {peak_memory_mb(self.accelerator.device):,.0f} MiB\n"

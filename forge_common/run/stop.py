@@ -7,8 +7,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what accelerate launch and torchrun set
@@ -16,7 +16,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 CHECK_INTERVAL = 1.0  # seconds between two checks of the launcher and the clock
 SAME_REQUEST = 1.0  # seconds: a terminal and a launcher both forward one Ctrl-C
 GRACE = 5.0  # seconds that a run outside training, or the other ranks of a hanging one, have before the end by force
-SLOW_FACTOR = 10  # times --hang-timeout, for slow sections: the first update (it may compile), validation, saving
+SLOW_FACTOR = 10  # times as long for the first update (it may compile), a validation's first batch, and saving
+NORMAL_FACTOR = 5  # times the longest update so far, where that is longer than --hang-timeout
+BUSY = 0.02  # share of a CPU from which on a process without progress computes; a busy machine may give it little
 
 
 Phase = Literal["starting", "dry run", "training", "publishing", "ended"]
@@ -33,7 +35,9 @@ class StopRequest:
 
     A thread reads the signals too, because Python runs no signal handler during a collective or a compilation. It also
     detects that the launcher has ended (a killed `accelerate launch` does not end its trainer, accelerate #929), and a
-    standstill: `hang_timeout` seconds (0: no limit) without `heartbeat` in training.
+    standstill: `hang_timeout` seconds (0: no limit), or NORMAL_FACTOR times the longest update, without progress in training.
+    Progress is a layer, a micro-batch or a batch of validation. A process that uses the CPU without progress (it compiles, or
+    a kernel takes long; an endless loop and NCCL's waiting look the same) has SLOW_FACTOR times as long.
     """
 
     def __init__(self, hang_timeout: float):
@@ -41,8 +45,14 @@ class StopRequest:
         self.exit_code = 0
         self.hang_timeout = hang_timeout
         self._phase: Phase = "starting"
-        self._idle = 0.0
-        self._slow_factor = SLOW_FACTOR
+        self._clock = 0.0  # seconds that the thread has counted
+        self._progress = 0.0  # the clock at the last progress
+        self._seen = 0.0  # `_progress` at the thread's last check
+        self._cpu: tuple[float, float] | None = None  # the clock and the CPU time at the first check without progress
+        self._update = 0.0  # the clock at the end of the last update
+        self._normal = 0.0  # seconds of the longest update; the older it is, the less it counts
+        self._slow = True
+        self._in_section = False
         self._handled_in_main_thread = False
         self._first: float | None = None  # when the thread received the first signal
         self._forced_end: float | None = None  # when a run that was to end at once is ended by force
@@ -61,11 +71,16 @@ class StopRequest:
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
-        self._idle, self._slow_factor = 0.0, SLOW_FACTOR
+        self._progress = self._update = self._clock
+        self._slow = True
         self._phase = phase
 
     def check(self, accelerator: Any) -> bool:
         """Whether any rank has received a signal. A collective: call it at the same update on all ranks."""
+        if not self._in_section:
+            self._normal = max(self._clock - self._update, 0.9 * self._normal)
+            self._update = self._clock
+            self._slow = False
         if self.exit_code:
             accelerator.set_trigger()
         if accelerator.check_trigger():
@@ -83,16 +98,40 @@ class StopRequest:
         self.phase = "ended"
         return self.exit_code if self.reason == "signal" else 0
 
+    def begin_training(self, accelerator: Any, layers: Iterable[Any], *, dry_run: bool) -> None:
+        """From here on a signal takes effect at the end of an update, and each of `layers`, forward and backward, is progress.
+
+        torch.compile would trace the hooks and compile one graph less: there only micro-batches are progress.
+        """
+        self.phase = "dry run" if dry_run else "training"
+        if accelerator.state.dynamo_plugin.backend.value == "NO":
+            for layer in layers:
+                layer.register_forward_hook(self._layer_ended)
+
+    def _layer_ended(self, layer: Any, inputs: Any, outputs: tuple[Any, ...]) -> None:
+        self._progress = self._clock
+        if outputs[0].requires_grad:
+            outputs[0].register_hook(self._gradient_arrived)
+
+    def _gradient_arrived(self, gradient: Any) -> None:
+        self._progress = self._clock
+
     def heartbeat(self) -> None:
-        """Resets the timer of the standstill. Call it after each micro-batch and each batch of validation."""
-        self._idle, self._slow_factor = 0.0, 1
+        """Counts as progress. Call it after each micro-batch and each batch of validation."""
+        self._progress = self._clock
+        if self._in_section:
+            self._slow = False
 
     @contextmanager
     def slow_section(self) -> Iterator[None]:
-        """The code inside may take SLOW_FACTOR times --hang-timeout."""
-        self._idle, self._slow_factor = 0.0, SLOW_FACTOR
+        """The code inside may take SLOW_FACTOR times as long, until a heartbeat."""
+        slow, start = self._slow, self._clock
+        self._in_section = self._slow = True
+        self._progress = start
         yield
-        self.heartbeat()
+        self._in_section, self._slow = False, slow
+        self._progress = self._clock
+        self._update += self._clock - start  # it is no part of an update
 
     def _handle(self, number: int, frame: Any) -> None:
         """The signal handler, in the main thread: ends a run outside training by SystemExit."""
@@ -117,9 +156,9 @@ class StopRequest:
                 self._parent = None
                 os.kill(os.getpid(), signal.SIGTERM)
             # A process that was suspended (Ctrl-Z) and continued has not been idle: a late check counts as one interval.
-            self._idle += min(now - before, CHECK_INTERVAL)
+            self._clock += min(now - before, CHECK_INTERVAL)
             before = now
-            if self.phase == "training" and self.hang_timeout and self._idle > self.hang_timeout * self._slow_factor:
+            if self.phase == "training" and self.hang_timeout and self._stands_still():
                 self._abort()
 
     def _receive(self, number: int, now: float) -> None:
@@ -130,10 +169,27 @@ class StopRequest:
             self._first = now
             self._forced_end = None if self.phase in ("training", "ended") else now + GRACE
 
+    def _stands_still(self) -> bool:
+        """Whether there was no progress for too long. The CPU time is read only where there was none since the last check."""
+        if self._progress != self._seen:
+            self._seen, self._cpu = self._progress, None
+            return False
+        if self._cpu is None:
+            self._cpu = self._clock, _cpu_seconds()
+            return False
+        start, cpu_before = self._cpu
+        limit = max(self.hang_timeout * (SLOW_FACTOR if self._slow else 1), NORMAL_FACTOR * self._normal)
+        if self._clock - start <= limit:
+            return False
+        cpu_now = _cpu_seconds()
+        self._cpu = self._clock, cpu_now  # the next decision is after as long again
+        computes = cpu_now - cpu_before > BUSY * (self._clock - start)
+        return not computes or self._clock - self._progress > SLOW_FACTOR * limit
+
     def _abort(self) -> None:
         """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be interrupted."""
         rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
-        seconds = f"{self._idle:.0f} s (--hang-timeout {self.hang_timeout:g})"
+        seconds = f"{self._clock - self._progress:.0f} s (--hang-timeout {self.hang_timeout:g})"
         _print_unbuffered(f"{rank}: no progress for {seconds}. It hangs, or waits for a rank that does:")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         _print_unbuffered(
@@ -142,6 +198,19 @@ class StopRequest:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(GRACE)  # the end of one rank ends the others: each is to print its own stack first
         os._exit(1)
+
+
+def _cpu_seconds() -> float:
+    """CPU time of this process and of those that it started, such as compilers, running or ended."""
+    import psutil  # accelerate depends on it
+
+    total = 0.0
+    own = psutil.Process()
+    for process in (own, *own.children(recursive=True)):
+        with suppress(psutil.Error):  # it has ended: its parent counts its time
+            times = process.cpu_times()
+            total += times.user + times.system + times.children_user + times.children_system
+    return total
 
 
 def _print_unbuffered(line: str) -> None:

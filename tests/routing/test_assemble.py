@@ -435,7 +435,7 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
         metadata = {"kind": "ffn", "name": f"m{number}", "layers": [0], "trunk_digest": trunk_metadata["digest"]}
         metadata["tokenizer_digest"] = trunk_metadata["tokenizer_digest"]
         folders.append(tmp_path / f"m{number}")
-        artifact.write_module(folders[-1], tensors, metadata, counts)
+        artifact.write_module(folders[-1], tensors, metadata, counts, config)
     size = (folders[0] / "module.safetensors").stat().st_size
     assert size > 20 << 20
     code = (

@@ -1,6 +1,8 @@
 """Ranks that die or hang: all ranks end with a non-zero exit code, and the run resumes from its checkpoint."""
 
 import signal
+import subprocess
+import sys
 import time
 
 import edits
@@ -83,6 +85,80 @@ def test_a_slow_run_is_not_aborted(started, altered, tmp_path):
     running.send_signal(signal.SIGCONT)
     assert running.wait(PATIENCE) == 0, (tmp_path / "run.out").read_text()
     assert launch.rows(folder)[-1]["step"] == 4
+
+
+def test_layers_are_progress(started, altered, tmp_path):
+    """A micro-batch of eight layers takes four times --hang-timeout, and the run goes on; one that hangs in a layer ends."""
+    running = {}
+    for seconds in (1.5, 100_000):
+        sleep = (
+            "    def sleep_in(layer, inputs):\n"
+            f"        __import__('time').sleep({seconds} if progress.global_step == 2 else 0)\n"
+            "    for layer in trunk.model.layers:\n"
+            "        layer.register_forward_pre_hook(sleep_in)\n"
+        )
+        script = altered("train_shared.py", edits.BEGIN_TRAINING, sleep + edits.BEGIN_TRAINING)
+        more = ("--steps", 4, "--micro-batch-size", 64, "--num-hidden-layers", 8, "--hang-timeout", 3)
+        running[seconds] = started(tmp_path / str(seconds), *more, script=script)
+    assert running[1.5].wait(PATIENCE) == 0, (tmp_path / "1.5.out").read_text()
+    assert launch.rows(tmp_path / "1.5")[-1]["step"] == 4
+    assert running[100_000].wait(PATIENCE) == 1
+    printed = (tmp_path / "100000.out").read_text()
+    assert "no progress for" in printed and "in sleep_in" in printed
+
+
+WATCHED = """
+import subprocess, sys, time
+from forge_common.run.stop import StopRequest
+
+class OneProcess:
+    set_trigger = check_trigger = lambda self: False
+
+def update(work, *arguments):
+    work(*arguments)
+    stop.heartbeat()
+    stop.check(OneProcess())
+
+def compute(seconds):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pass
+
+def compile(seconds):
+    subprocess.run([sys.executable, "-c", f"import time\\nend = time.monotonic() + {seconds}\\nwhile time.monotonic() < end: pass"])
+
+stop = StopRequest(float(sys.argv[1]))
+stop.phase = "training"
+"""
+QUICK = "update(time.sleep, 0)\n"
+SLOW = {  # --hang-timeout, what the process does
+    "computes": (3, QUICK + "update(compute, 7)"),
+    "waits for a compiler": (3, QUICK + "update(compile, 7)"),
+    "is as slow as before": (1, 4 * "update(time.sleep, 4)\n"),
+    "saves for long": (1, QUICK + "with stop.slow_section(): time.sleep(5)"),
+}
+HANGING = {
+    "sleeps": (1, QUICK + "update(time.sleep, 1000)"),
+    "computes and then sleeps": (2, QUICK + "compute(3); update(time.sleep, 1000)"),
+    "computes without an end": (0.5, QUICK + "update(compute, 1000)"),
+    "hangs after a save": (1, QUICK + "with stop.slow_section(): pass\nupdate(time.sleep, 1000)"),
+    "sleeps in a later batch of a validation": (
+        1,
+        QUICK + "with stop.slow_section():\n update(time.sleep, 4)\n update(time.sleep, 1000)",
+    ),
+}
+
+
+def test_what_is_slow_goes_on_and_what_hangs_is_ended(tmp_path):
+    """Processes with the watch alone, without a model."""
+    running = {}
+    for name, (timeout, work) in (SLOW | HANGING).items():
+        line = [sys.executable, "-c", WATCHED + work, str(timeout)]
+        with open(tmp_path / name, "w") as out:
+            running[name] = subprocess.Popen(line, cwd=launch.ROOT, stdout=out, stderr=out)
+    for name, process in running.items():
+        assert process.wait(PATIENCE) == (name in HANGING), f"{name}: {(tmp_path / name).read_text()}"
+        assert ("no progress for" in (tmp_path / name).read_text()) == (name in HANGING)
 
 
 @pytest.mark.parametrize("where", ["loss", "labels"])

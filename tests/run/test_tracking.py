@@ -32,7 +32,7 @@ def test_numbers_agree(run):
     folder, _ = run
     for row in launch.rows(folder):
         assert row["train/tokens"] == row["step"] * 64 * 64  # packed: every label is scored
-        assert 0 < row["train/mfu"] < 1.5 and row["train/tokens_per_second"] > 0
+        assert 0 < row["train/mfu"] <= 1 and row["train/tokens_per_second"] > 0
         assert 100 < row["memory/peak_mb"] == row["memory/process_peak_mb"] < 4000
     for row in launch.rows(folder, "val/loss"):
         assert row["val/perplexity"] == pytest.approx(math.exp(row["val/loss"]))

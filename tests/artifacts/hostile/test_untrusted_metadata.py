@@ -244,7 +244,7 @@ def test_an_unsafe_name_is_refused_and_nothing_is_written(root, name, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     if name is not None:
         with pytest.raises(UserError, match="cannot be called"):
-            artifact.write_module(tmp_path / "written", {}, {"name": name}, {})
+            artifact.write_module(tmp_path / "written", {}, {"name": name}, {}, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["a", "law", "cpp-2.1", "Recht_und_Gesetz", "c++", "conx", "x" * 64])

@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_artifacts import ONE, TOKENS, assembling, counts, edit, header, load, refused
+from small_artifacts import CONFIG, ONE, TOKENS, assembling, counts, edit, header, load, refused
 
 from forge_common import assemble
 from forge_common.artifacts import artifact, assembled
@@ -50,7 +50,10 @@ def test_moments_with_nan_or_a_singular_ridge_system_are_refused(valid_artifacts
             save_file(statistics, path)
             edit(folder / name / "module.json", statistics_digest=digest(statistics), tensor_digests={})
         if value == 0:
-            assert assemble.main(assembling(folder, router="ridge")) == 0
+            assert "Use --router context" in refused(assemble.main, assembling(folder, router="ridge"))
+            assert not (folder / "new" / "assembled").exists()
+            assert assemble.main(assembling(folder)) == 0
+            edit(folder / "new" / "assembled" / "assembled.json", router="ridge")
             assert "Use --router context" in refused(load, folder / "new" / "assembled")
         else:
             assert "second holds NaN or Inf" in refused(assemble.main, assembling(folder, router="ridge"))
@@ -137,7 +140,7 @@ def test_replaced_parts_are_refused(root):
     metadata = {
         name: value for name, value in metadata.items() if "digest" not in name or name.startswith(("trunk", "tok"))
     }
-    artifact.write_module(modules / "one", tensors, metadata, counts(9))
+    artifact.write_module(modules / "one", tensors, metadata, counts(9), CONFIG)
     assert "assembled.json says" in refused(load, root / "assembled")
     shutil.rmtree(modules / "one")
     shutil.copytree(root / "two", modules / "one")

@@ -1,0 +1,99 @@
+"""What is published is read back before it has its final name; what cannot be read leaves that name as it was."""
+
+import dataclasses
+
+import pytest
+import torch
+from small_artifacts import CONFIG, MODULES, counts
+
+from forge_common.artifacts import artifact
+from forge_common.errors import UserError
+from forge_common.files import atomic
+
+
+def contents(folder) -> dict:
+    """Every file below, hidden ones too."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def compiled_names(tensors: dict) -> dict:
+    return {f"_orig_mod.{name}": tensor for name, tensor in tensors.items()}
+
+
+def without_one(tensors: dict) -> dict:
+    return dict(list(tensors.items())[1:])
+
+
+def narrower(tensors: dict) -> dict:
+    name = max(tensors)
+    return tensors | {name: tensors[name][..., :-1].contiguous()}
+
+
+def not_finite(tensors: dict) -> dict:
+    name = max(tensors)
+    return tensors | {name: torch.full_like(tensors[name], torch.inf)}
+
+
+WRONG = [compiled_names, without_one, narrower, not_finite]
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["replaces", "new"])
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda change: change.__name__)
+def test_a_trunk_that_cannot_be_read_back_is_not_published(root, tmp_path, wrong, older):
+    place = tmp_path / "out" / "trunk"
+    trunk, tokenizer, _ = artifact.read_trunk(str(root / "trunk"))
+    if older:
+        artifact.write_trunk(place, trunk.state_dict(), CONFIG, tokenizer, {}, counts(0, moments=False))
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="was not written, since what was read back is wrong") as caught:
+        artifact.write_trunk(place, wrong(trunk.state_dict()), CONFIG, tokenizer, {}, counts(0, moments=False))
+    assert str(caught.value).startswith(str(place)) and ".tmp-" not in str(caught.value)
+    assert contents(tmp_path / "out") == before and place.exists() == older
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+@pytest.mark.parametrize("older", [True, False], ids=["replaces", "new"])
+@pytest.mark.parametrize("name", MODULES)
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda change: change.__name__)
+def test_a_module_that_cannot_be_read_back_is_not_published(root, tmp_path, wrong, name, older):
+    place = tmp_path / "out" / "module"
+    tensors, metadata = artifact.read_module(root / name, artifact.read_trunk(str(root / "trunk"))[2])
+    described = {key: metadata[key] for key in ("name", "kind", "layers", "width", "rank")}
+    described |= {key: metadata[key] for key in ("trunk_digest", "tokenizer_digest")}
+    if older:
+        artifact.write_module(place, tensors, described, counts(1), CONFIG)
+    before = contents(tmp_path / "out")
+    with pytest.raises(UserError, match="was not written, since what was read back is wrong"):
+        artifact.write_module(place, wrong(tensors), described, counts(1), CONFIG)
+    with pytest.raises(UserError, match="unigrams are not 258 codes"):
+        artifact.write_module(place, tensors, described, narrower(counts(1)), CONFIG)
+    assert contents(tmp_path / "out") == before and place.exists() == older
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_configuration_tokenizer_and_statistics_are_read_back(root, tmp_path):
+    """A configuration of another size, one with fewer tokens than the tokenizer, statistics of another vocabulary."""
+    trunk, tokenizer, _ = artifact.read_trunk(str(root / "trunk"))
+    for change in ({"intermediate_size": 16}, {"vocab_size": 200}):
+        config = dataclasses.replace(CONFIG, **change)
+        with pytest.raises(UserError, match="was not written"):
+            artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {})
+    with pytest.raises(UserError, match="was not written"):
+        wrong = counts(0, moments=False) | {"unigrams": torch.zeros(9, dtype=torch.uint8)}
+        artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), CONFIG, tokenizer, {}, wrong)
+    assert not (tmp_path / "trunk").exists()
+
+
+def test_a_bit_that_the_disk_changes_is_found_before_the_rename(root, tmp_path, monkeypatch):
+    trunk, tokenizer, _ = artifact.read_trunk(str(root / "trunk"))
+    sync = atomic.sync
+
+    def damage(folder):
+        sync(folder)
+        path = folder / "model.safetensors"
+        path.write_bytes(path.read_bytes()[:-1] + b"\x01")
+
+    monkeypatch.setattr(atomic, "sync", damage)
+    with pytest.raises(UserError, match="the digest is"):
+        artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), CONFIG, tokenizer, {})
+    assert not (tmp_path / "trunk").exists() and not list(tmp_path.glob(".*"))

@@ -1,0 +1,75 @@
+"""torch.compile, as the launcher asks for it: the same training, checkpoints and artifacts, under the names of the model."""
+
+import json
+
+import launch
+import pytest
+from launch import MORE, same_run
+
+# The backend that only runs the graphs that were captured, with torch's own operations: the same numbers, bit for bit.
+EAGER = (*launch.LAUNCH, "--dynamo_backend", "eager")
+
+
+@pytest.fixture(scope="module")
+def compiled(straight, shared, tmp_path_factory):
+    """A run resumed with torch.compile from the sixth update of one without, and what it printed."""
+    folder = tmp_path_factory.mktemp("compiled") / "run"
+    launch.copy_until(straight, folder, 6)
+    return folder, shared(folder, *MORE, launcher=EAGER, TORCH_LOGS="recompiles")
+
+
+def test_a_run_is_continued_and_published_compiled(compiled, straight):
+    """Weights, moments, artifact and log are those of the run without torch.compile."""
+    folder, printed = compiled
+    assert "resumed" in printed and "read back and verified" in printed
+    same_run(straight, folder)
+    assert not any("_orig_mod" in name for name in launch.load_file(folder / "trunk" / "model.safetensors"))
+
+
+def test_a_compiled_run_is_continued_without_torch_compile(compiled, straight, shared, tmp_path):
+    launch.copy_until(compiled[0], tmp_path / "run", 9)
+    shared(tmp_path / "run", *MORE)
+    same_run(straight, tmp_path / "run")
+
+
+def test_no_batch_of_a_validation_compiles_again(compiled):
+    """The last batch has fewer windows. torch reports what it compiles again, and why."""
+    folder, printed = compiled
+    windows = launch.rows(folder, "val/loss")[0]["val/tokens"] / 256
+    assert windows % 16, "the held-out windows fill their last batch: this shows nothing"
+    assert "Recompiling function forward" in printed and "grad_mode" in printed, (
+        "once without gradients, once with them"
+    )
+    assert printed.count("Recompiling function forward") == 1 and "size mismatch" not in printed, printed
+
+
+def test_a_module_is_published_compiled(module, tmp_path):
+    """The same module as without torch.compile, with the same losses before and after."""
+    for name, launcher in (("plain", ()), ("compiled", EAGER)):
+        module(tmp_path / name, "--steps", 3, launcher=launcher)
+    plain, compiled = (tmp_path / name / "module" for name in ("plain", "compiled"))
+    tensors = [launch.load_file(folder / "module.safetensors") for folder in (plain, compiled)]
+    assert launch.same_bits(*tensors)
+    assert (plain / "module.json").read_text() == (compiled / "module.json").read_text()
+
+
+@pytest.mark.soak
+def test_inductor_trains_the_same(straight, shared, module, tmp_path):
+    """The compiler itself, with an empty cache and little patience for a standstill. Float32, other kernels: weights to 2e-3."""
+    inductor = (*launch.LAUNCH, "--dynamo_backend", "inductor")
+    cache = str(tmp_path / "inductor")
+    folder = tmp_path / "run"
+    printed = shared(folder, *MORE, "--hang-timeout", 20, launcher=inductor, TORCHINDUCTOR_CACHE_DIR=cache)
+    assert "read back and verified" in printed
+    assert launch.difference(launch.weights(straight, launch.STEPS), launch.weights(folder, launch.STEPS)) < 2e-3
+    one, other = (launch.rows(run, "val/loss")[-1]["val/loss"] for run in (straight, folder))
+    assert one == pytest.approx(other, rel=1e-4)
+    for name, launcher in (("plain", ()), ("compiled", inductor)):
+        more = ("--steps", 3, "--hang-timeout", 20)
+        module(tmp_path / name, *more, launcher=launcher, TORCHINDUCTOR_CACHE_DIR=cache)
+    plain, compiled = (tmp_path / name / "module" for name in ("plain", "compiled"))
+    tensors = [launch.load_file(folder / "module.safetensors") for folder in (plain, compiled)]
+    assert launch.difference(*tensors) < 2e-3
+    losses = [json.loads((folder / "module.json").read_text())["losses"] for folder in (plain, compiled)]
+    for domain in losses[0]:
+        assert losses[0][domain]["after"] == pytest.approx(losses[1][domain]["after"], rel=1e-4)

@@ -1,0 +1,90 @@
+"""The speed that is reported: MFU, and the time that a dry run estimates."""
+
+import json
+import time
+import types
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from forge_common.model.config import ModelConfig
+from forge_common.model.trunk import Trunk
+from forge_common.run import hardware
+from forge_common.run.log import Interval, RunLog
+from forge_common.run.progress import Progress
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    vocab_size=258,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    eos_token_id=1,
+    pad_token_id=0,
+)
+
+
+def settings(folder, **changes):
+    fixed = {"output_dir": folder, "dry_run": False, "patience": 0, "sequence_length": 32, "dtype": "float32"}
+    return types.SimpleNamespace(**fixed | changes)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that time.perf_counter returns, which only the test advances: [seconds]."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
+
+
+@pytest.mark.parametrize(
+    ("updates", "line"),
+    [
+        ([100, 10, 1, 1, 1, 3], "1.500 s an update (4 timed), about 25m00s for 1,000"),
+        ([100, 10, 2], "2.000 s an update (1 timed), about 33m20s for 1,000"),
+        ([100, 10], "10.000 s an update (1 timed), about 2h46m for 1,000"),
+        ([100], "100.000 s an update (1 timed), about 27h46m for 1,000"),
+    ],
+)
+def test_a_dry_run_leaves_out_its_first_two_updates(updates, line, clock, tmp_path, capsys):
+    """They allocate memory and compile. Where there are fewer updates, the last one is timed."""
+    main = types.SimpleNamespace(is_main_process=True, device=CPU)
+    last = len(updates)
+    log = RunLog(main, settings(tmp_path, dry_run=True), Progress("run", {}, {}), last)
+    log.restart_clock(0)
+    for step, seconds in enumerate(updates, 1):
+        clock[0] += seconds
+        log.end_warm_up(step)
+    log.timing(last, 1000)
+    assert line in capsys.readouterr().out
+
+
+def test_mfu_is_at_most_one_where_the_peak_was_measured_on_a_busy_machine(tmp_path):
+    """The peak is measured again, and the training itself is a measurement of what the machine reaches."""
+    accelerator, trunk, progress = Accelerator(cpu=True), Trunk(CONFIG), Progress("run", {}, {})
+    log = RunLog(accelerator, settings(tmp_path), progress, 2, trunk=trunk)
+    interval = Interval(accelerator, [])
+    for step, peak in ((1, 1.0), (2, log.peak_flops)):
+        log.peak_flops = peak
+        log.restart_clock(progress.global_step)
+        interval.add([trunk(torch.randint(2, 258, (8, 33)))])
+        progress.global_step = step
+        log.training(interval, progress, rate=0.1, grad_norm=1.0)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < row["train/mfu"] <= 1 for row in rows) and log.peak_flops > 1e6
+    for row in rows[1:]:
+        reached = row["train/tokens_per_second"] * trunk.flops_per_token(32)
+        assert row["train/mfu"] == pytest.approx(reached / log.peak_flops)
+
+
+def test_the_peak_is_that_of_the_type_that_is_multiplied():
+    assert hardware.compute_dtype("no", "float32") is torch.float32
+    assert hardware.compute_dtype("no", "float64") is torch.float64
+    assert hardware.compute_dtype("bf16", "float32") is torch.bfloat16
+    assert hardware.compute_dtype("fp16", "float32") is torch.float16
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert 1e6 < hardware.peak_flops(CPU, dtype) < 1e16
