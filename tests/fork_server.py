@@ -1,7 +1,7 @@
 """Starts runs as forks of a process that has already imported the libraries, which saves each run about five seconds.
 
-One request a line on stdin, as JSON: {"argv": what follows `python`, "environment", "cwd", "out": a file for stdout and stderr,
-"ranks"}. Replies with the pids, then with the exit codes. Each run is a process of its own that runs the script as __main__ and
+One request a line on stdin, as JSON: {"ranks": [{"argv": what follows `python`, "cwd", "environment"}, one for each process], "out": a
+file for stdout and stderr}. Replies with the pids, then with the exit codes. Each run is a process of its own that runs the script as __main__ and
 ends as Python ends. Only libraries are imported here, nothing of forge_common.
 """
 
@@ -19,15 +19,15 @@ import torch._dynamo  # noqa: F401 (torch.optim imports it at the first step)
 import tyro  # noqa: F401
 
 
-def children() -> Iterator[tuple[dict, int]]:
-    """(request, rank) in each new child; in the server it ends when stdin is closed."""
+def children() -> Iterator[tuple[dict, str]]:
+    """(its rank, the file for its output) in each new child; in the server it ends when stdin is closed."""
     for line in sys.stdin:
         request = json.loads(line)
         pids = []
-        for rank in range(request["ranks"]):
+        for rank in request["ranks"]:
             pid = os.fork()
             if pid == 0:
-                yield request, rank
+                yield rank, request["out"]
                 return
             pids.append(pid)
         print(json.dumps(pids), flush=True)
@@ -46,22 +46,20 @@ def exit_codes(running: set[int]) -> list[int]:
     return codes
 
 
-def become(request: dict, rank: int) -> None:
-    """Turns this process into `python ARGV`, one rank of the request's."""
+def become(rank: dict, out: str) -> None:
+    """Turns this process into `python ARGV`."""
     os.setsid()
-    out = os.open(request["out"], os.O_WRONLY | os.O_APPEND)
+    output = os.open(out, os.O_WRONLY | os.O_APPEND)
     for stream in (1, 2):
-        os.dup2(out, stream)
+        os.dup2(output, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
-    os.environ.update(request["environment"])
-    if request["ranks"] > 1:
-        os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
-    os.chdir(request["cwd"])
-    argv = request["argv"]
+    os.environ.update(rank["environment"])
+    os.chdir(rank["cwd"])
+    argv = rank["argv"]
     if argv[0] == "-m":
         sys.argv = argv[1:]
-        sys.path[0] = request["cwd"]
+        sys.path[0] = rank["cwd"]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = argv

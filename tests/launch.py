@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
@@ -96,15 +97,28 @@ def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd:
 
     processes: ranks, with the variables that torchrun sets. fails: it must end non-zero, else zero.
     """
-    if processes > 1:
-        extra |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+    argv = [str(argument) for argument in arguments]
+    return _run_ranks([{"argv": argv, "cwd": str(cwd)}] * processes, fails, machines=1, **extra)
+
+
+def run_machines(*machines: tuple[Path, Sequence[object]], fails: bool = False, **extra: str) -> str:
+    """Runs a rank of one run on each of several machines, played by (working directory, what follows `python`); returns their output."""
+    ranks = [{"argv": [str(argument) for argument in arguments], "cwd": str(cwd)} for cwd, arguments in machines]
+    return _run_ranks(ranks, fails, machines=len(machines), ACCELERATE_USE_CPU="true", **extra)
+
+
+def _run_ranks(ranks: list[dict], fails: bool, machines: int, **extra: str) -> str:
+    local_size = len(ranks) // machines
+    if len(ranks) > 1:
+        extra |= {"WORLD_SIZE": str(len(ranks)), "LOCAL_WORLD_SIZE": str(local_size)}
         extra |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for number, rank in enumerate(ranks):
+        own = {"RANK": str(number), "LOCAL_RANK": str(number % local_size)} if len(ranks) > 1 else {}
+        ranks[number] = rank | {"environment": environment(**extra, **own)}
     server = fork_server()
     assert server.stdin and server.stdout
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as out:
-        request = {"argv": [str(argument) for argument in arguments], "environment": environment(**extra)}
-        request |= {"cwd": str(cwd), "out": out.name, "ranks": processes}
-        print(json.dumps(request), file=server.stdin, flush=True)
+        print(json.dumps({"ranks": ranks, "out": out.name}), file=server.stdin, flush=True)
         pids = json.loads(server.stdout.readline())
         killer = threading.Timer(PATIENCE, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
         killer.start()
