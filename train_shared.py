@@ -23,7 +23,7 @@ class Settings(RunSettings):
 
     # -- model --
     trunk_from: str | None = None
-    """Transformers checkpoint to continue from (folder or hub id); it then sets all sizes."""
+    """Transformers checkpoint to continue from (folder or hub id), with its sizes and tokenizer: no other flag of them."""
     preset: str = "small"
     """Sizes: tiny, small, base or large, about 1 M, 25 M, 110 M or 350 M parameters."""
     hidden_size: int | None = None

@@ -190,7 +190,11 @@ def problems(settings: Any) -> list[str]:
 
 def _shape_problems(value: Any) -> list[str]:
     """Problems with the sizes of a model that is initialized, not loaded."""
-    if value("preset") is None or value("trunk_from"):
+    if value("trunk_from"):
+        given = [f"--{name.replace('_', '-')}" for name in MODEL_SETTINGS if is_given(name)]
+        shaped = f"--trunk-from {value('trunk_from')} has its own sizes and tokenizer; leave out {', '.join(given)}"
+        return [shaped] if given else []
+    if value("preset") is None:
         return []
     if value("preset") not in PRESETS:
         return [f"--preset {value('preset')} is not one of {', '.join(PRESETS)}"]
