@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -94,14 +95,15 @@ def sees_lock(accelerator: Any, settings: Any) -> bool:
         if time.monotonic() > deadline:
             return False
         time.sleep(0.1)
+        with suppress(OSError):  # an NFS client that did not find a name looks for it again when its folder is listed
+            os.listdir(path.absolute().parent.parent)
+            os.listdir(path.parent)
     return True
 
 
 def _text(path: Path) -> str | None:
-    """The content of a lock file; None where it cannot be read. An NFS client looks again for a name when it lists the folder."""
+    """The content of a lock file; None where it cannot be read."""
     try:
-        os.listdir(path.parents[1])
-        os.listdir(path.parent)
         return path.read_text(encoding="utf-8")
     except (OSError, ValueError):
         return None

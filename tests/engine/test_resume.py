@@ -196,6 +196,16 @@ def test_more_steps_with_accept_change(straight, shared, tmp_path):
     assert launch.rows(folder)[-1]["step"] == launch.STEPS + 1
 
 
+def test_another_weight_decay_with_accept_change_has_an_effect(straight, shared, tmp_path):
+    """The optimizer's state in a checkpoint holds the decay that it was saved with."""
+    folder = tmp_path / "run"
+    launch.copy_until(straight, folder, 11)
+    shared(folder, *launch.MORE, "--weight-decay", 0.5, "--accept-change", "weight-decay")
+    groups = launch.optimizer_state(folder, launch.STEPS)["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert not launch.same_bits(launch.weights(straight, launch.STEPS), launch.weights(folder, launch.STEPS))
+
+
 @pytest.fixture
 def diverging(altered) -> Path:
     """The script with a rate that grows tenfold each update: the loss improves at first, then diverges."""
