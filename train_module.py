@@ -119,12 +119,12 @@ def main(settings: Settings) -> int:
     groups = parameter_groups(trunk, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
+    fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata, general)  # refuses machines that differ
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
     checkpoint.checkpoint_trainable_only(accelerator)
 
     # ---- Resume ----
-    digests = {**corpora.digests, "tokenizer": tokenizer.digest, "trunk": trunk_metadata.get("digest")}
-    progress = checkpoint.resume(accelerator, settings, begin(settings, digests))
+    progress = checkpoint.resume(accelerator, settings, fresh)
     if progress.global_step == 0 and not settings.dry_run:
         progress.losses_before = domain_losses(accelerator, model, domains, settings.micro_batch_size)
     prepare(accelerator, settings, checkpoint.size(model))

@@ -23,7 +23,7 @@ class Settings(RunSettings):
 
     # -- model --
     trunk_from: str | None = None
-    """Transformers checkpoint to continue from (folder or hub id); it then sets all sizes."""
+    """Transformers checkpoint to continue from (folder or hub id), with its sizes and tokenizer: no other flag of them."""
     preset: str = "small"
     """Sizes: tiny, small, base or large, about 1 M, 25 M, 110 M or 350 M parameters."""
     hidden_size: int | None = None
@@ -127,12 +127,12 @@ def main(settings: Settings) -> int:
     groups = parameter_groups(trunk, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
+    fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata)  # refuses machines that differ
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
     checkpoint.checkpoint_trainable_only(accelerator)
 
     # ---- Resume ----
-    digests = {**corpora.digests, "tokenizer": tokenizer.digest, "trunk": trunk_metadata.get("digest")}
-    progress = checkpoint.resume(accelerator, settings, begin(settings, digests))
+    progress = checkpoint.resume(accelerator, settings, fresh)
     prepare(accelerator, settings, checkpoint.size(model))
 
     # ---- Train ----

@@ -13,6 +13,7 @@ from typing import Any
 from .errors import UserError
 from .files.atomic import lack_of_room
 from .files.untrusted import naming_source, without_links
+from .routing.tuning import CALIBRATED, ROUTERS, Tuning
 from .settings import ReadingSettings, read_settings, run_main
 
 STATISTICS_TOKENS = 1_000_000  # tokens of --trunk-data that are counted at most
@@ -31,7 +32,7 @@ class Settings(ReadingSettings):
 
     # -- router --
     router: str = "context"
-    """Router: a name in ROUTERS of forge_common/routing/routers.py (context, learned, ridge, uniform)."""
+    """Router: a name in ROUTERS of forge_common/routing/tuning.py (context, learned, ridge, uniform)."""
     top_k: int = 0
     """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module."""
     trunk_data: tuple[str, ...] = ()
@@ -43,11 +44,6 @@ class Settings(ReadingSettings):
 
 
 def main(settings: Settings) -> int:
-    from .artifacts.artifact import local_folder
-    from .artifacts.metadata import read_metadata
-    from .files.atomic import publish
-    from .routing.routers import ROUTERS
-
     if settings.router not in ROUTERS:
         raise UserError(f"--router {settings.router} is not a router. Choose one of {', '.join(ROUTERS)}.")
     if settings.output_dir.exists():
@@ -57,6 +53,11 @@ def main(settings: Settings) -> int:
             f"--top-k is {settings.top_k}, --calibrate-tokens is {settings.calibrate_tokens}. "
             "The first must be 0 (all) or more, the second at least 2."
         )
+    # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
+    from .artifacts.artifact import local_folder
+    from .artifacts.metadata import read_metadata
+    from .files.atomic import publish
+
     trunk_dir = local_folder(settings.trunk)
     module_dirs = _module_dirs(settings)
 
@@ -101,7 +102,6 @@ def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], te
     from .artifacts.metadata import FORMAT_VERSION, smallest_held_out_share
     from .files.atomic import write_json
     from .files.tensors import digest, weight_files
-    from .routing.routers import Tuning
 
     copy = temp_dir / "trunk"
     index = "model.safetensors.index.json"
@@ -197,7 +197,6 @@ def _calibrated(settings, trunk, tokenizer, parts, background, metadata) -> dict
 
     from .artifacts.assembled import route
     from .routing.mixture import Mixture
-    from .routing.routers import CALIBRATED
     from .routing.statistics import sample
 
     length = min(trunk.config.max_position_embeddings, 512)

@@ -259,12 +259,20 @@ def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
     if path is None:
         return fresh
     before = read_progress(path / "progress.json")
-    check_same(before, fresh, settings.accept_change, path)
+    check_same(before, fresh, settings, path)
+    decays = [group["weight_decay"] for group in _groups(accelerator)]
     load(accelerator, path)
+    for group, decay in zip(_groups(accelerator), decays, strict=True):  # --accept-change weight-decay
+        group["weight_decay"] = decay
     # accelerate counts micro-batches across runs; with another division of the batch it would be out of step.
     accelerator.step = 0
     accelerator.print(f"resumed     {path} at update {before.global_step} of {settings.steps}")
     return dataclasses.replace(before, settings=fresh.settings)
+
+
+def _groups(accelerator: Any) -> list[dict[str, Any]]:
+    """The parameter groups of the prepared optimizers; a load replaces them with those of the checkpoint."""
+    return [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
 
 
 def _check_fresh(settings: Any, folder: Path, path: Path | None) -> None:

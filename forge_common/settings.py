@@ -19,6 +19,11 @@ from .schedule import SCHEDULES
 
 Settings = TypeVar("Settings")
 
+# The settings of train_shared.py that only shape a new model: a trunk of --trunk-from has its own.
+MODEL_SETTINGS = ("tokenizer", "preset", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+MODEL_SETTINGS += ("num_key_value_heads", "tie_word_embeddings", "cross_document_attention", "num_experts")
+MODEL_SETTINGS += ("experts_per_token", "router_aux_loss_coef", "router_z_loss_coef")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadingSettings:
@@ -87,7 +92,7 @@ class RunSettings(ReadingSettings):
     resume: Literal["auto", "never", "require"] = "auto"
     """Continue from the newest checkpoint: if there is one, never, or end with an error without one."""
     accept_change: tuple[str, ...] = ()
-    """Settings that may differ from those of the checkpoint, such as steps."""
+    """Settings that may differ from those of the checkpoint, such as steps, or the launcher's mixed_precision."""
 
     # -- limits --
     max_bad_updates: int = 10
@@ -175,7 +180,7 @@ def problems(settings: Any) -> list[str]:
     for name, (rule, holds) in {"name": PLAIN, "licence": LINE}.items():
         if value(name) is not None and not holds(value(name)):
             faults.append(f"--{name} {value(name)!r} must be {rule}")
-    known = {field.name for field in dataclasses.fields(settings)}
+    known = {field.name for field in dataclasses.fields(settings)} | {"mixed_precision"}
     for name in value("accept_change"):
         if name.replace("-", "_") not in known:
             near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
@@ -185,7 +190,11 @@ def problems(settings: Any) -> list[str]:
 
 def _shape_problems(value: Any) -> list[str]:
     """Problems with the sizes of a model that is initialized, not loaded."""
-    if value("preset") is None or value("trunk_from"):
+    if value("trunk_from"):
+        given = [f"--{name.replace('_', '-')}" for name in MODEL_SETTINGS if is_given(name)]
+        shaped = f"--trunk-from {value('trunk_from')} has its own sizes and tokenizer; leave out {', '.join(given)}"
+        return [shaped] if given else []
+    if value("preset") is None:
         return []
     if value("preset") not in PRESETS:
         return [f"--preset {value('preset')} is not one of {', '.join(PRESETS)}"]
@@ -228,11 +237,28 @@ def _folder_problems(value: Any) -> list[str]:
     return faults
 
 
+def is_given(name: str) -> bool:
+    """Whether a setting is on the command line, be it at its default."""
+    flag = name.replace("_", "-")
+    words = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]}
+    return not words.isdisjoint({f"--{flag}", f"--no-{flag}"})
+
+
 def to_json(settings: Any) -> dict[str, Any]:
     """A settings dataclass as JSON's types."""
+    return _as_json(vars(settings))
+
+
+def defaults(settings: Any) -> dict[str, Any]:
+    """The defaults of a settings dataclass as JSON's types, without the settings that have none."""
+    fields = dataclasses.fields(settings)
+    return _as_json({field.name: field.default for field in fields if field.default is not dataclasses.MISSING})
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in vars(settings).items()
+        for name, value in values.items()
     }
 
 

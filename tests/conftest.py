@@ -107,11 +107,14 @@ def cache(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared(text, cache):
-    """Runs train_shared.py on that text with a small model: shared(output_dir, *more flags) -> its output."""
+    """Runs train_shared.py on that text with a small model: shared(output_dir, *more flags) -> its output.
 
-    def call(output: Path, *more: object, script: Path | str = "train_shared.py", **how) -> str:
+    shape: the flags of the model; none with --trunk-from.
+    """
+
+    def call(output: Path, *more: object, script: Path | str = "train_shared.py", shape=launch.SHAPE, **how) -> str:
         fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache)
-        return launch.run(script, *fixed, *launch.SHAPE, *launch.SIZES, *more, **how)
+        return launch.run(script, *fixed, *shape, *launch.SIZES, *more, **how)
 
     return call
 

@@ -1,9 +1,9 @@
 """Starts runs as forks of a process that has already imported the libraries, which saves each run about five seconds.
 
-One request a line on stdin, as JSON: {"argv": what follows `python`, "environment", "cwd", "out": a file for stdout and stderr,
-"ranks", "background"}. Replies with the pids, then with the exit codes; for a run in the background with the pids alone, and
-the run becomes a child of the nearest ancestor that adopts orphans (launch.py). Each run is a process of its own that runs
-the script as __main__ and ends as Python ends. Only libraries are imported here, nothing of forge_common.
+One request a line on stdin, as JSON: {"ranks": [{"argv": what follows `python`, "cwd", "environment"}, one for each process], "out": a
+file for stdout and stderr, "background"}. Replies with the pids, then with the exit codes; for a run in the background with the
+pids alone, and the run becomes a child of the nearest ancestor that adopts orphans (launch.py). Each run is a process of its
+own that runs the script as __main__ and ends as Python ends. Only libraries are imported here, nothing of forge_common.
 """
 
 import importlib
@@ -26,15 +26,15 @@ for name in sys.argv[1:]:  # DeepSpeed, for tests of it alone: accelerate uses i
     importlib.import_module(name)
 
 
-def children() -> Iterator[tuple[dict, int]]:
-    """(request, rank) in each new child; in the server it ends when stdin is closed."""
+def children() -> Iterator[tuple[dict, str]]:
+    """(its rank, the file for its output) in each new child; in the server it ends when stdin is closed."""
     for line in sys.stdin:
         request = json.loads(line)
         pids = []
-        for rank in range(request["ranks"]):
+        for rank in request["ranks"]:
             pid = orphan() if request["background"] else os.fork()
             if pid == 0:
-                yield request, rank
+                yield rank, request["out"]
                 return
             pids.append(pid)
         print(json.dumps(pids), flush=True)
@@ -75,25 +75,23 @@ def exit_codes(running: set[int]) -> list[int]:
     return codes
 
 
-def become(request: dict, rank: int) -> None:
-    """Turns this process into `python ARGV`, one rank of the request's."""
+def become(rank: dict, out: str) -> None:
+    """Turns this process into `python ARGV`."""
     os.setsid()
-    out = os.open(request["out"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    output = os.open(out, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for stream in (1, 2):
-        os.dup2(out, stream)
+        os.dup2(output, stream)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.environ.clear()
-    os.environ.update(request["environment"])
-    if request["ranks"] > 1:
-        os.environ.update({name: str(rank) for name in ("RANK", "LOCAL_RANK")})
-    os.chdir(request["cwd"])
+    os.environ.update(rank["environment"])
+    os.chdir(rank["cwd"])
     customs = [Path(folder, "sitecustomize.py") for folder in os.environ["PYTHONPATH"].split(os.pathsep)]
     for file in [path for path in customs if path.exists()][:1]:  # Python would have run it at its start
         runpy.run_path(str(file))
-    argv = request["argv"]
+    argv = rank["argv"]
     if argv[0] == "-m":
         sys.argv = argv[1:]
-        sys.path[0] = request["cwd"]
+        sys.path[0] = rank["cwd"]
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv = argv

@@ -14,8 +14,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
+from typing import IO
 
 import psutil
 import torch
@@ -102,28 +104,28 @@ def fork_server(*more: str) -> subprocess.Popen:
     return server
 
 
-def request(
-    arguments: tuple[object, ...], processes: int, cwd: Path, out: str, extra: dict[str, str], *, background: bool
-) -> subprocess.Popen:
-    """Asks the fork server to run `python ARGUMENTS`; returns the server, whose stdout has the replies."""
-    if processes > 1:
-        extra = extra | {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+def request(ranks: list[dict], out: str, extra: dict[str, str], *, machines: int = 1, background: bool = False) -> IO:
+    """Asks the fork server for the processes of a run, each with "argv" and "cwd"; returns the pipe of its replies."""
+    local_size = len(ranks) // machines
+    if len(ranks) > 1:
+        extra = extra | {"WORLD_SIZE": str(len(ranks)), "LOCAL_WORLD_SIZE": str(local_size)}
         extra |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    for number, rank in enumerate(ranks):
+        own = {"RANK": str(number), "LOCAL_RANK": str(number % local_size)} if len(ranks) > 1 else {}
+        ranks[number] = rank | {"environment": environment(**extra, **own)}
     server = fork_server("deepspeed") if "ACCELERATE_USE_DEEPSPEED" in extra else fork_server()
-    assert server.stdin
-    line = {"argv": [str(argument) for argument in arguments], "environment": environment(**extra)}
-    line |= {"cwd": str(cwd), "out": out, "ranks": processes, "background": background}
-    print(json.dumps(line), file=server.stdin, flush=True)
-    return server
+    assert server.stdin and server.stdout
+    print(json.dumps({"ranks": ranks, "out": out, "background": background}), file=server.stdin, flush=True)
+    return server.stdout
 
 
 class Background:
     """A run in the background, a fork: like subprocess.Popen, but it can be of several ranks. `pid`: of rank 0."""
 
     def __init__(self, *arguments: object, out: Path, processes: int = 1, cwd: Path = ROOT, **extra: str):
-        server = request(arguments, processes, cwd, str(out), extra, background=True)
-        assert server.stdout
-        self.pids: list[int] = json.loads(server.stdout.readline())
+        rank = {"argv": [str(argument) for argument in arguments], "cwd": str(cwd)}
+        replies = request([rank] * processes, str(out), extra, background=True)
+        self.pids: list[int] = json.loads(replies.readline())
         self.pid = self.pids[0]
         self.codes: dict[int, int] = {}
 
@@ -160,13 +162,23 @@ def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd:
 
     processes: ranks, with the variables that torchrun sets. fails: it must end non-zero, else zero.
     """
+    argv = [str(argument) for argument in arguments]
+    return _run_ranks([{"argv": argv, "cwd": str(cwd)}] * processes, fails, machines=1, **extra)
+
+
+def run_machines(*machines: tuple[Path, Sequence[object]], fails: bool = False, **extra: str) -> str:
+    """Runs a rank of one run on each of several machines, played by (working directory, what follows `python`); returns their output."""
+    ranks = [{"argv": [str(argument) for argument in arguments], "cwd": str(cwd)} for cwd, arguments in machines]
+    return _run_ranks(ranks, fails, machines=len(machines), ACCELERATE_USE_CPU="true", **extra)
+
+
+def _run_ranks(ranks: list[dict], fails: bool, machines: int, **extra: str) -> str:
     with tempfile.NamedTemporaryFile("r", encoding="utf-8", errors="replace") as out:
-        server = request(arguments, processes, cwd, out.name, extra, background=False)
-        assert server.stdout
-        pids = json.loads(server.stdout.readline())
+        replies = request(ranks, out.name, extra, machines=machines)
+        pids = json.loads(replies.readline())
         killer = threading.Timer(PATIENCE, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids])
         killer.start()
-        codes = json.loads(server.stdout.readline())
+        codes = json.loads(replies.readline())
         killer.cancel()
         printed = out.read()
     assert any(codes) == fails, f"exit codes {codes}:\n{printed}"

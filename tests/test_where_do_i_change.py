@@ -198,8 +198,8 @@ def test_a_kind_of_module(copy, train, unchanged, tmp_path):
 @changes("a router")
 def test_a_router(copy, unchanged, data, tmp_path):
     """A router that gives every token to the trunk: the assembled model has the trunk's loss."""
+    copy.insert("forge_common/routing/tuning.py", '    "uniform": (', '    "trunk": (),\n')
     file = "forge_common/routing/routers.py"
-    copy.insert(file, '    "uniform": (', '    "trunk": (),\n')
     router = (
         "class TrunkRouter:\n"
         "    def __init__(self, candidates):\n"
@@ -211,7 +211,7 @@ def test_a_router(copy, unchanged, data, tmp_path):
     )
     copy.insert(file, "class UniformRouter:", router)
     file = "forge_common/artifacts/assembled.py"
-    copy.replace(file, "RidgeRouter, Tuning,", "RidgeRouter, TrunkRouter, Tuning,")
+    copy.replace(file, "RidgeRouter, UniformRouter\n", "RidgeRouter, TrunkRouter, UniformRouter\n")
     branch = '    if router == "trunk":\n        return TrunkRouter(len(prior))\n'
     copy.insert(file, '    if router == "uniform":\n', branch)
     _, trunk, module = unchanged

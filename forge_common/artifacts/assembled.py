@@ -15,7 +15,8 @@ from ..files.untrusted import naming, without_links
 from ..model.modules import RoutedExpert
 from ..model.trunk import Trunk
 from ..routing.mixture import Mixture, with_module
-from ..routing.routers import ROUTERS, ContextRouter, LearnedRouter, RidgeRouter, Tuning, UniformRouter
+from ..routing.routers import ContextRouter, LearnedRouter, RidgeRouter, UniformRouter
+from ..routing.tuning import ROUTERS, Tuning
 from .artifact import Tensors, module_arguments, read_metadata, read_module, read_statistics, read_trunk
 from .metadata import leave_out
 

@@ -28,7 +28,7 @@ from ..files.untrusted import (
     without_links,
 )
 from ..model.modules import KINDS
-from ..routing.routers import ROUTERS, Tuning
+from ..routing.tuning import ROUTERS, Tuning
 
 FORMAT_VERSION = 1
 COUNT = integer(0, 1 << 62)

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import socket
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,6 +16,8 @@ import psutil
 from ..errors import UserError
 from ..files.atomic import MIB, amount, sync_folder, write_json
 from ..settings import to_json
+
+WAIT = 10.0  # seconds until a network file system has shown a file to other machines
 
 
 def claim(accelerator: Any, folder: Path) -> TextIO | None:
@@ -73,6 +77,36 @@ def _write(file: TextIO, owner: dict[str, Any] | None) -> None:
     file.truncate()
     file.write(json.dumps(owner) + "\n" if owner else "")
     file.flush()
+    os.fsync(file.fileno())  # other machines read it
+
+
+def sees_lock(accelerator: Any, settings: Any) -> bool:
+    """Whether this process reads, in its --output-dir, the lock that the main process has written. A collective.
+
+    If it does not, the machines have no common file system there. A dry run has no lock: True.
+    """
+    import torch
+
+    path = settings.output_dir / ".lock"
+    written = [_text(path) if accelerator.is_main_process and not settings.dry_run else None]
+    torch.distributed.broadcast_object_list(written, src=0)
+    deadline = time.monotonic() + WAIT
+    while written[0] is not None and _text(path) != written[0]:
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+        with suppress(OSError):  # an NFS client that did not find a name looks for it again when its folder is listed
+            os.listdir(path.absolute().parent.parent)
+            os.listdir(path.parent)
+    return True
+
+
+def _text(path: Path) -> str | None:
+    """The content of a lock file; None where it cannot be read."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def _started(pid: int) -> float:

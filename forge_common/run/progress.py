@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..files.atomic import read_json
-from ..settings import differences, to_json
+from ..settings import MODEL_SETTINGS, defaults, differences, to_json
+from .agreement import check_agreement
 
 # Settings that a resumed run may change: they affect neither the updates nor the order of the data.
 FREE = {"output_dir", "resume", "accept_change", "micro_batch_size", "log_every", "save_every", "val_every", "keep"}
@@ -17,6 +18,7 @@ FREE |= {"tracker", "project", "run_name", "cache_dir", "dry_run", "patience", "
 FREE |= {"on_full_disk"}
 # Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
 ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
+ACCEPTABLE |= {"mixed_precision"}  # of the launcher
 # Fields of progress.json that earlier versions wrote and nothing read.
 REMOVED = {"seconds"}
 
@@ -133,9 +135,19 @@ class Progress:
         }
 
 
-def begin(settings: Any, data: dict[str, Any]) -> Progress:
-    """The progress of a run before its first update, with a new run id."""
-    return Progress(run_id=secrets.token_hex(4), settings=to_json(settings), data=data)
+def begin(
+    accelerator: Any, settings: Any, corpora: Any, tokenizer: Any, trunk_metadata: dict[str, Any], general: Any = ()
+) -> Progress:
+    """The progress of a run before its first update, with a new run id. A collective.
+
+    trunk_metadata: {} for a new trunk. general: the windows of a general sample. UserError where the processes of the run have
+    other settings, data or versions than the main process, or do not see its output directory.
+    """
+    data = {**corpora.digests, "tokenizer": tokenizer.digest, "trunk": trunk_metadata.get("digest")}
+    general_digests = {f"general sample {i}": windows.tokens.digest for i, windows in enumerate(general)}
+    check_agreement(accelerator, settings, data | general_digests)
+    identity = to_json(settings) | {"mixed_precision": accelerator.mixed_precision}
+    return Progress(run_id=secrets.token_hex(4), settings=identity, data=data)
 
 
 def read_progress(file: Path) -> Progress:
@@ -152,17 +164,24 @@ def read_progress(file: Path) -> Progress:
         ) from None
 
 
-def check_same(before: Progress, fresh: Progress, accepted: tuple[str, ...], where: Path) -> None:
-    """UserError where the settings or data differ from the checkpoint's; the message lists the differences."""
-    changed = differences(before.settings, fresh.settings) | {
+def check_same(before: Progress, fresh: Progress, settings: Any, where: Path) -> None:
+    """UserError where the settings or data differ from the checkpoint's; the message lists the differences.
+
+    A setting that the checkpoint's version did not have counts as its default; such a checkpoint does not tell its precision.
+    """
+    precision = {"mixed_precision": fresh.settings["mixed_precision"]}
+    changed = differences(defaults(settings) | precision | before.settings, fresh.settings) | {
         f"digest of {name}": (str(old)[:12], str(new)[:12])
         for name, (old, new) in differences(before.data, fresh.data).items()
     }
-    allowed = FREE | ({name.replace("-", "_") for name in accepted} & ACCEPTABLE)
+    acceptable = ACCEPTABLE - ({"mixed_precision"} if fresh.settings["mixed_precision"] == "fp16" else set())
+    allowed = FREE | ({name.replace("-", "_") for name in settings.accept_change} & acceptable)
+    if before.settings.get("trunk_from"):
+        allowed |= set(MODEL_SETTINGS)  # earlier versions ignored them then; now they are refused
     refused = {name: pair for name, pair in changed.items() if name not in allowed}
     if refused:
         lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in refused.items())
-        flags = [f"--accept-change {name.replace('_', '-')}" for name in refused if name in ACCEPTABLE]
+        flags = [f"--accept-change {name.replace('_', '-')}" for name in refused if name in acceptable]
         remedy = f"Accept with {' '.join(flags)}" if len(flags) == len(refused) else "Restore them"
         raise UserError(
             f"{where} belongs to a run with other settings or data:\n{lines}\n"

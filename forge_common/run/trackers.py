@@ -23,7 +23,7 @@ from ..errors import UserError
 
 LIMIT = 10.0  # seconds that a tracker may delay the end of a run, in total
 WAIT = 7.0  # of LIMIT, to process the rows in the queue
-UPLOAD = 5.0  # of WAIT, for W&B to send the rest; what is not sent stays on disk for `wandb sync`
+UPLOAD = 5.0  # of WAIT, for W&B to send the rest; `wandb sync` sends the rest that is on disk
 UNWIND = 1.0  # of LIMIT, for the thread of a disabled tracker to return
 LEAVING = LIMIT - WAIT - UNWIND  # for hooks at the process's exit
 STUCK = 60.0  # seconds after which a call that does not return disables the tracker; training does not wait for it
@@ -237,10 +237,11 @@ class Tracker:
                 wandb.finish(exit_code=1 if self._exit_code is None else self._exit_code)
                 wandb.teardown()
             except TimeoutError:
-                _end_wandb()  # what was not sent is on disk
+                _end_wandb()  # it stores rows in blocks of 32 KiB: the last ones may not be on disk
                 self._lines.put(
                     f"tracker wandb: the server did not accept everything within {UPLOAD:.0f} s. "
-                    f"`wandb sync --no-skip-online {self._local_folder}` sends the rest."
+                    f"`wandb sync --no-skip-online {self._local_folder}` sends what it had stored on disk; its last rows may be "
+                    "missing there, metrics.jsonl has every row."
                 )
             return
         for tracker in self._accelerator.trackers:

@@ -10,6 +10,9 @@ import launch
 import pytest
 
 from forge_common import checkpoint
+from forge_common.errors import UserError
+from forge_common.run.progress import Progress, check_same
+from forge_common.settings import RunSettings, to_json
 
 
 def test_the_run_passes_an_epochs_end(straight):
@@ -121,6 +124,47 @@ def test_a_changed_run_is_refused(change, named, straight, shared, tmp_path):
     assert named in printed and "Traceback" not in printed
 
 
+def test_another_precision_is_refused_unless_it_is_accepted(straight, shared, tmp_path):
+    """It is the launcher's, and not among the flags."""
+    folder = tmp_path / "run"
+    launch.copy_until(straight, folder, 11)
+    printed = shared(folder, *launch.MORE, fails=True, ACCELERATE_MIXED_PRECISION="bf16")
+    assert "mixed_precision: 'no' -> 'bf16'" in printed and "Accept with --accept-change mixed-precision" in printed
+    shared(folder, *launch.MORE, "--accept-change", "mixed-precision", ACCELERATE_MIXED_PRECISION="bf16")
+    assert launch.rows(folder)[-1]["step"] == launch.STEPS
+    written = json.loads((folder / "checkpoints" / "step-00000012" / "progress.json").read_text())
+    assert written["settings"]["mixed_precision"] == "bf16"
+
+
+SETTINGS = RunSettings(output_dir=Path("run"), accept_change=("mixed_precision",))
+
+
+def identity(**settings: object) -> Progress:
+    return Progress("run", to_json(SETTINGS) | {"mixed_precision": "no"} | settings, {})
+
+
+def test_a_setting_that_the_checkpoints_version_did_not_have_is_at_its_default():
+    before = identity()
+    del before.settings["statistics_min_documents"], before.settings["mixed_precision"]
+    check_same(before, identity(mixed_precision="fp16"), SETTINGS, Path("step"))
+    with pytest.raises(UserError, match="statistics_min_documents: 2 -> 3"):
+        check_same(before, identity(statistics_min_documents=3), SETTINGS, Path("step"))
+
+
+def test_fp16_cannot_be_accepted():
+    """Its loss scale is not in a checkpoint of another precision."""
+    check_same(identity(mixed_precision="fp16"), identity(mixed_precision="bf16"), SETTINGS, Path("step"))
+    with pytest.raises(UserError, match="mixed_precision: 'no' -> 'fp16'\nRestore them"):
+        check_same(identity(), identity(mixed_precision="fp16"), SETTINGS, Path("step"))
+
+
+def test_a_run_of_trunk_from_resumes_without_the_flags_that_had_no_effect():
+    before, now = {"preset": "tiny", "num_experts": 4}, {"preset": "small", "num_experts": 0}
+    check_same(identity(trunk_from="x", **before), identity(trunk_from="x", **now), SETTINGS, Path("step"))
+    with pytest.raises(UserError, match="num_experts: 4 -> 0"):
+        check_same(identity(trunk_from=None, **before), identity(trunk_from=None, **now), SETTINGS, Path("step"))
+
+
 def test_changed_text_is_refused(shared, text, tmp_path):
     """The same flags and file names with one more sentence: the digests of the tokens and of the tokenizer differ."""
     folder, copy = tmp_path / "run", tmp_path / "text"
@@ -150,6 +194,16 @@ def test_more_steps_with_accept_change(straight, shared, tmp_path):
     launch.copy_until(straight, folder, launch.STEPS)
     shared(folder, *launch.MORE, "--steps", launch.STEPS + 1, "--accept-change", "steps")
     assert launch.rows(folder)[-1]["step"] == launch.STEPS + 1
+
+
+def test_another_weight_decay_with_accept_change_has_an_effect(straight, shared, tmp_path):
+    """The optimizer's state in a checkpoint holds the decay that it was saved with."""
+    folder = tmp_path / "run"
+    launch.copy_until(straight, folder, 11)
+    shared(folder, *launch.MORE, "--weight-decay", 0.5, "--accept-change", "weight-decay")
+    groups = launch.optimizer_state(folder, launch.STEPS)["param_groups"]
+    assert [group["weight_decay"] for group in groups] == [0.5, 0.0]
+    assert not launch.same_bits(launch.weights(straight, launch.STEPS), launch.weights(folder, launch.STEPS))
 
 
 @pytest.fixture

@@ -209,7 +209,7 @@ def test_a_damaged_trunk_is_refused(trunk, domain, cache, module, tmp_path):
 
 def test_a_trunk_can_be_continued(trunk, shared, tmp_path):
     """--trunk-from: starts at the trunk's loss, not at a uniform guess."""
-    shared(tmp_path / "run", "--trunk-from", trunk, "--steps", 2, "--lr", 1e-9)
+    shared(tmp_path / "run", "--trunk-from", trunk, "--steps", 2, "--lr", 1e-9, shape=())
     metadata = json.loads((trunk / "forge.json").read_text())
     last = launch.rows(tmp_path / "run", "val/loss")[-1]
     assert last["val/loss"] == pytest.approx(metadata["validation_loss"], abs=1e-4)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from forge_common.routing import statistics
-from forge_common.routing.routers import ContextRouter, Tuning
+from forge_common.routing.routers import ContextRouter
+from forge_common.routing.tuning import Tuning
 
 VOCABULARY, EOS = 300, 1
 

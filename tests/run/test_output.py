@@ -23,7 +23,7 @@ from forge_common.artifacts import artifact
 from forge_common.errors import UserError
 from forge_common.run import folder as output
 from forge_common.run import log as run_log
-from forge_common.run import progress
+from forge_common.run.progress import Progress
 
 MAIN = types.SimpleNamespace(is_main_process=True)
 
@@ -173,7 +173,7 @@ def test_a_disk_that_fills_up_during_a_run(then, disk, started, shared, straight
 def test_rows_are_kept_until_there_is_space(disk, capsys):
     """On a full disk a row is neither lost nor partial: it is written, in order, as soon as there is space."""
     settings = types.SimpleNamespace(output_dir=disk, dry_run=False, patience=0)
-    log = run_log.RunLog(MAIN, settings, progress.begin(settings, {}), last=9)
+    log = run_log.RunLog(MAIN, settings, Progress("run", {}, {}), last=9)
     log.row(1, {"train/loss": 1.0})
     filler = fill(disk, leaving=0)
     for step in range(2, 900):  # what fits into the last page of the file still does

@@ -10,7 +10,9 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
+from forge_common.model.config import model_config
 from forge_common.run import launch_checks
+from forge_common.settings import MODEL_SETTINGS
 
 
 def test_all_problems_in_one_message(shared, tmp_path):
@@ -61,7 +63,6 @@ def test_for_an_unknown_flag_the_nearest_is_named(shared, tmp_path):
     ("more", "expected"),
     [
         (("--tokenizer", "nothing.json"), "--tokenizer nothing.json"),
-        (("--trunk-from", "no/such/place"), "no/such/place"),
         (("--val-fraction", 0.0001), "Raise --val-fraction"),
         (("--sequence-length", 100_000), "fewer than one update"),
         (("--resume", "require"), "--resume require"),
@@ -73,6 +74,35 @@ def test_refused_before_the_first_update(more, expected, shared, tmp_path):
     printed = shared(tmp_path / "run", *more, fails=True)
     assert expected.replace("_", "-") in printed.replace("_", "-") and "Traceback (most" not in printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_trunk_from_nowhere_is_refused(shared, tmp_path):
+    printed = shared(tmp_path / "run", "--trunk-from", "no/such/place", shape=(), fails=True)
+    assert "no/such/place is not a folder" in printed and "Traceback" not in printed
+
+
+def test_flags_of_a_new_model_are_refused_beside_trunk_from(shared, tmp_path):
+    """Also at their defaults, and in each form that the command line has."""
+    more = ("--preset", "small", "--num_experts=0", "--no-tie-word-embeddings", "--cross-document-attention")
+    more += ("--tokenizer", "train:4096", "--hidden-size", 32, "--router-aux-loss-coef", 0.01)
+    printed = shared(tmp_path / "run", "--trunk-from", "somewhere", *more, shape=(), fails=True)
+    expected = "--tokenizer, --preset, --hidden-size, --tie-word-embeddings, --cross-document-attention, --num-experts"
+    assert f"leave out {expected}, --router-aux-loss-coef" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_setting_that_shapes_a_new_model_is_refused_beside_trunk_from():
+    """What model_config reads of the settings, but for the length of the windows, and the tokenizer."""
+    read = set()
+
+    class Recorder:
+        def __getattr__(self, name):
+            read.add(name)
+            return "tiny" if name == "preset" else 4
+
+    model_config(Recorder(), Recorder())
+    tokenizer = {"vocab_size", "pad_token_id", "eos_token_id"}
+    assert read - tokenizer - {"sequence_length"} | {"tokenizer"} == set(MODEL_SETTINGS)
 
 
 @pytest.mark.parametrize("content", [None, "", "  \n\n "], ids=["no file", "empty file", "blank file"])
@@ -207,6 +237,21 @@ print("HEAVY", sorted({{"torch", "accelerate", "datasets", "numpy", "transformer
     assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout
 
 
+def test_an_unknown_router_is_reported_before_heavy_imports(tmp_path):
+    code = f"""
+import runpy, sys
+sys.argv = ["assemble", "--trunk", "x", "--modules", "x", "--output-dir", {str(tmp_path / "new")!r}, "--router", "magic"]
+try:
+    runpy.run_module("forge_common.assemble", run_name="__main__")
+except SystemExit as ended:
+    assert ended.code == 1
+print("HEAVY", sorted({{"torch", "accelerate", "datasets", "numpy", "transformers"}} & sys.modules.keys()))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, text=True, capture_output=True, check=True)
+    assert "--router magic is not a router. Choose one of context, learned, ridge, uniform." in done.stderr
+    assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout
+
+
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(shared, tmp_path):
     config_ = LlamaConfig(
         vocab_size=258, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2
@@ -216,7 +261,7 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(shared, tmp_pa
     backend = byte_tokenizer().backend
     backend.add_tokens(["one more", "and another"])
     Tokenizer(backend, 1, 0).save(checkpoint)
-    printed = shared(tmp_path / "run", "--trunk-from", checkpoint, "--steps", 2, fails=True)
+    printed = shared(tmp_path / "run", "--trunk-from", checkpoint, "--steps", 2, fails=True, shape=())
     assert "the tokenizer has 260 tokens, the model 258" in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 

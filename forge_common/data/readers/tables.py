@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from ...errors import UserError
@@ -157,16 +157,22 @@ def _parts(spec: str) -> tuple[str, str | None, str]:
     return identity, config or None, split or "train"
 
 
-def hub_commit(spec: str) -> str:
-    """The commit that the repository of hf:ID is at now. UserError where the hub cannot be asked."""
+@cache
+def _commit_of(identity: str) -> str:
+    """The hub is asked once: all that a process reads of a repository is of one commit."""
     from huggingface_hub import HfApi
 
+    commit = HfApi().dataset_info(identity).sha
+    if commit is None:
+        raise ValueError("the hub names no commit")
+    return commit
+
+
+def hub_commit(spec: str) -> str:
+    """The commit that the repository of hf:ID was at when this process first asked. UserError where the hub cannot be asked."""
     identity, _, _ = _parts(spec)
     try:
-        commit = HfApi().dataset_info(identity).sha
-        if commit is None:
-            raise ValueError("the hub names no commit")
-        return commit
+        return _commit_of(identity)
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -176,7 +182,7 @@ def hub_commit(spec: str) -> str:
 
 
 def _hub_rows(spec: str, column: str) -> Rows:
-    """The rows at the repository's present commit; `datasets` holds as much of a file as it reads at once."""
+    """The rows at the repository's commit; `datasets` holds as much of a file as it reads at once."""
     identity, config, split = _parts(spec)
     commit = hub_commit(spec)
     number = 0
