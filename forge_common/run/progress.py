@@ -17,6 +17,8 @@ FREE |= {"tracker", "project", "run_name", "cache_dir", "dry_run", "patience", "
 FREE |= {"on_full_disk"}
 # Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
 ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
+# Settings that earlier versions did not have -> the values that give what those versions did.
+ADDED = {"val_tokens": 0, "val_documents": False}
 # Fields of progress.json that earlier versions wrote and nothing read.
 REMOVED = {"seconds"}
 
@@ -60,6 +62,7 @@ class Progress:
     data: dict[str, Any]  # digests of the tokens of each source, and of the tokenizer and the trunk
     global_step: int = 0  # updates done; the next one takes the windows from global_step * batch_size on
     epoch: float = 0.0
+    passes: dict[str, float] = dataclasses.field(default_factory=dict)  # of each source of a weighted mixture
     tokens: int = 0  # scored tokens seen
     best_val_loss: float | None = None
     best_step: int = 0
@@ -78,6 +81,7 @@ class Progress:
         """Counts one update by its outcome. UserError, naming the documents, after too many bad ones in a row."""
         self.global_step += 1
         self.epoch = training.epoch(self.global_step * settings.batch_size)
+        self.passes = training.passes(self.global_step * settings.batch_size)
         if outcome.finite:
             self.tokens += outcome.num_scored
             self.empty_updates += outcome.num_scored == 0
@@ -141,6 +145,7 @@ def read_progress(file: Path) -> Progress:
     if "notes" in content:
         notes = content.pop("notes")
         content["losses_before"] = {name: {"tokens": n["tokens"], "loss": n["before"]} for name, n in notes.items()}
+    content["settings"] = ADDED | content.get("settings", {})
     try:
         return Progress(**content)
     except TypeError as reason:
@@ -155,6 +160,8 @@ def check_same(before: Progress, fresh: Progress, accepted: tuple[str, ...], whe
         f"digest of {name}": (str(old)[:12], str(new)[:12])
         for name, (old, new) in differences(before.data, fresh.data).items()
     }
+    if not any(name.startswith("digest of held out") for name in changed):
+        changed.pop("val_tokens", None)  # both score everything that is held out
     allowed = FREE | ({name.replace("-", "_") for name in accepted} & ACCEPTABLE)
     refused = {name: pair for name, pair in changed.items() if name not in allowed}
     if refused:
