@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import random
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -123,7 +124,8 @@ def test_the_bytes_are_those_of_the_scored_labels(kind, pack, tmp_path):
     assert len(whole) == len(places)
     assert whole.bytes == sum(int(sizes[labels].sum()) for labels in places)
     first = HeldOut.first("a", windows, 100, lengths)
-    assert first.bytes == sum(int(sizes[labels].sum()) for labels in places[: len(first)]) > 50
+    assert len(first) == 7  # of 16 tokens each
+    assert first.bytes == sum(int(sizes[labels].sum()) for labels in places[:7]) > 50
     drawn = HeldOut.drawn("a", windows, 333, lengths)
     counted = 0
     for window in (drawn[i] for i in range(len(drawn))):
@@ -193,6 +195,14 @@ def test_a_choice_scores_exactly_so_many_labels_each_source_with_its_share(label
         assert thirds == {0, 1, 2}
         smaller = choose(windows, 777, ByteLengths(byte_tokenizer()))[0]
         assert all((smaller[i] == law[i]).all() for i in range(len(smaller) - 1))
+
+
+def test_a_choice_of_all_labels_but_one_repeats_none(sources):
+    windows = Windows(sources["law"], 3, pack=True, filler=FILLER, tail=True)
+    drawn = HeldOut.drawn("law", windows, windows.labels - 1, ByteLengths(byte_tokenizer()))
+    counts = Counter(label for i in range(len(drawn)) for label in drawn[i][1:].tolist() if label != FILLER)
+    assert len(drawn) > 3000 and (Counter(sources["law"].tokens[1:].tolist()) - counts).total() == 1
+    assert counts.total() == windows.labels - 1
 
 
 @pytest.mark.parametrize("labels", [0, 10**9])
