@@ -53,6 +53,10 @@ class RunSettings(ReadingSettings):
     """Sources to validate on. None: a part of --data is held out."""
     val_fraction: float = 0.01
     """Share of the documents of --data that is held out, by the hash of their content (without --val-data)."""
+    val_tokens: int = 262_144
+    """Held-out tokens that a validation scores, the same ones each time, from all over the held-out text; 0: all."""
+    val_documents: bool = False
+    """Validate on each document by itself, as forge_common.evaluate does. Default: on windows as training reads them."""
     eos_token: str | None = None
     """Token at the end of a document, where the tokenizer's files do not name it."""
     pack: bool = True
@@ -151,6 +155,8 @@ def problems(settings: Any) -> list[str]:
     for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts", "width"):
         if (value(name) or 0) < 0:
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
+    if value("val_tokens") < 0:
+        faults.append(f"--val-tokens is {value('val_tokens')}; it cannot be negative (0 means all)")
     for name in ("lr", "max_grad_norm"):
         if not (value(name) > 0 and math.isfinite(value(name))):
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")

@@ -53,6 +53,7 @@ COMMON: dict[str, Field] = {
     "tokens_seen": COUNT,
     "bad_updates": COUNT,
     "validation_loss": number(0, 1e9),
+    "validation_tokens": COUNT,
     "sources": list_of(("a string", lambda text: isinstance(text, str))),
     "data": dict_of(ANY),
     "losses": dict_of(ANY),

@@ -35,6 +35,7 @@ def publish_trunk(
         "statistics": sample_size,
         **_training_metadata(settings, progress, corpora),
         "validation_loss": progress.best_val_loss,
+        "validation_tokens": sum(part.labels for part in corpora.held_out),
         "continued_from": trunk_metadata.get("digest"),
     }
     path = settings.output_dir / "trunk"

@@ -3,15 +3,16 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from ..errors import UserError
 from ..files.atomic import publish
+from .byte_lengths import ByteLengths
+from .held_out import HeldOut, choose
 from .order import Mixture
 from .readers.document import reading_of
 from .sources import facts, parse, read
@@ -28,9 +29,20 @@ class Corpora(NamedTuple):
     """training: the endless stream. held_out: windows to validate on (may be []). digests: source -> SHA-256 of its tokens."""
 
     training: Mixture
-    held_out: list[Windows]
+    held_out: list[HeldOut]
     digests: dict[str, str]
     report: list[str]
+
+
+def log_names(sources: Sequence[str]) -> list[str]:
+    """A name of each source for the keys of the log: the end of its path that tells it from the others, such as law.jsonl."""
+    specs = [parse(source)[0].rstrip("/").split("/") for source in sources]
+    names: list[str] = []
+    for depth in range(1, max(map(len, specs), default=0) + 1):
+        names = [re.sub(r"[^A-Za-z0-9._-]+", "_", "/".join(parts[-depth:])).strip("_") for parts in specs]
+        if len(set(names)) == len(names) and all(names):
+            return names
+    return [f"{name}_{number}" for number, name in enumerate(names)]
 
 
 def held_out_fraction(settings: Any) -> float:
@@ -104,59 +116,57 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, print_l
             f"{settings.batch_size}. Add text, or lower --batch-size or --sequence-length."
         )
     validation: list[Tokens] = outside or [corpus.validation for corpus in corpora if fraction > 0]
-    held_out = [
-        Windows(tokens, T, pack=pack, filler=ignore_index, tail=pack) for tokens in validation if len(tokens.tokens) > 1
-    ]
+    opened = _held_out(settings, validation, settings.val_data or settings.data, ignore_index)
+    held_out = choose(opened, settings.val_tokens, ByteLengths(tokenizer))
     if validation and not held_out:
         raise UserError(
             f"no document was held out: --val-fraction {settings.val_fraction} of {sum(c.train.documents for c in corpora)} "
             "documents is none. Raise --val-fraction, name --val-data, or split a text file with --document-separator."
         )
     digests = {source: corpus.train.digest for source, corpus in zip(settings.data, corpora, strict=True)}
-    digests |= {f"held out {i}": windows.tokens.digest for i, windows in enumerate(held_out)}
-    mixture = Mixture(training, [weight or 0.0 for weight in weights] if any(weights) else None, settings.seed)
+    for i, part in enumerate(held_out):
+        digest = part.tokens.digest
+        digests[f"held out {i}"] = digest if part.is_whole else f"{part.labels:,} tokens of {digest}"
+    shares = [weight or 0.0 for weight in weights] if any(weights) else None
+    mixture = Mixture(training, shares, settings.seed, log_names(settings.data))
     return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out))
 
 
-class Excerpt:
-    """The first windows of a store, up to `labels` tokens. `tokens.bytes` counts the whole store, so bits per byte are unknown."""
-
-    def __init__(self, windows: Windows, labels: int):
-        self.windows, self.tokens = windows, windows.tokens
-        self.length = min(len(windows), -(-labels // windows.sequence_length))
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> np.ndarray:
-        return self.windows[index]
+def _held_out(settings: Any, stores: list[Tokens], sources: Sequence[str], ignore_index: int) -> dict[str, Windows]:
+    """The windows to validate on, by the sources' names in the log; a source without any is left out."""
+    pack = settings.pack and not settings.val_documents
+    opened = {
+        name: Windows(tokens, settings.sequence_length, pack=pack, filler=ignore_index, tail=pack)
+        for name, tokens in zip(log_names(sources), stores, strict=False)  # no stores where nothing is held out
+    }
+    return {name: windows for name, windows in opened.items() if len(windows)}
 
 
 def general_sample(
     settings: Any, tokenizer: Tokenizer, ignore_index: int, print_line: Callable[[str], None]
-) -> list[Excerpt]:
+) -> list[HeldOut]:
     """Held-out windows of --general-data, of at most --general-tokens tokens in all; [] if that is 0."""
     if not settings.general_tokens:
         return []
     options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": print_line}
-    share = settings.general_tokens // len(settings.general_data)
     stores = [
         prepare(parse(source)[0], tokenizer, reading_of(settings), val_fraction=GENERAL_FRACTION, **options).validation
         for source in settings.general_data
     ]
-    opened = [
-        Windows(t, settings.sequence_length, pack=settings.pack, filler=ignore_index, tail=settings.pack)
-        for t in stores
-    ]
-    return [Excerpt(windows, share) for windows in opened if len(windows)]
+    share = settings.general_tokens // len(settings.general_data)
+    byte_lengths = ByteLengths(tokenizer)
+    opened = _held_out(settings, stores, settings.general_data, ignore_index)
+    return [HeldOut.first(name, windows, share, byte_lengths) for name, windows in opened.items()]
 
 
-def _report(sources: tuple[str, ...], training: list[Windows], held_out: list[Windows]) -> list[str]:
+def _report(sources: tuple[str, ...], training: list[Windows], held_out: list[HeldOut]) -> list[str]:
     lines = [
         f"data        {source}: {w.tokens.documents:,} documents, {len(w):,} windows, {w.labels:,} tokens to learn "
         f"({w.dropped} too few for a window at the end)"
         for source, w in zip(sources, training, strict=True)
     ]
-    labels = sum(windows.labels for windows in held_out)
-    documents = sum(windows.tokens.documents for windows in held_out)
-    return [*lines, f"held out    {documents:,} documents, {labels:,} tokens"]
+    labels = sum(part.windows.labels for part in held_out)
+    scored = sum(part.labels for part in held_out)
+    documents = sum(part.tokens.documents for part in held_out)
+    chosen = "" if scored == labels else f", {scored:,} of which a validation scores (--val-tokens)"
+    return [*lines, f"held out    {documents:,} documents, {labels:,} tokens{chosen}"]

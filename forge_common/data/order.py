@@ -42,23 +42,34 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(index: np.ndarray, size: int, *key: object) -> np.ndarray:
-    """The values of a permutation of range(size), chosen by `key`, at each of `index` (uint64, < size).
+    """The values of a permutation of range(size), chosen by `key`, at each of `index` (uint64, < size)."""
+    return _permute(index, np.zeros(len(index), dtype=np.int64), [(size, key)])
 
-    A Feistel network over the next power of four, applied until the result is below size (at most four times on average).
+
+def _permute(
+    index: np.ndarray, group: np.ndarray, permutations: Sequence[tuple[int, tuple[object, ...]]]
+) -> np.ndarray:
+    """The values of several permutations, each a (size, key), at once: of number `group[i]` at `index[i]`, int64 [N].
+
+    A Feistel network over the next power of four, applied until the result is below the size (at most four times on average).
     Source: Black & Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002.
     """
-    half = np.uint64(max(1, (max(size - 1, 1).bit_length() + 1) // 2))
-    low = (np.uint64(1) << half) - np.uint64(1)
-    keys = _key("permutation", size, *key)
+    sizes = np.array([size for size, _ in permutations], dtype=np.uint64)
+    halves = np.array([max(1, (max(size - 1, 1).bit_length() + 1) // 2) for size, _ in permutations], dtype=np.uint64)
+    masks = (np.uint64(1) << halves) - np.uint64(1)
+    round_keys = np.stack([_key("permutation", size, *key) for size, key in permutations], axis=1)
     result = index.astype(np.uint64)
-    outside = np.ones(len(result), dtype=bool)
-    with np.errstate(over="ignore"):
-        while outside.any():
-            left, right = result[outside] >> half, result[outside] & low
-            for round_key in keys:
-                left, right = right, left ^ (_mix(right ^ round_key) & low)
-            result[outside] = (left << half) | right
-            outside = result >= np.uint64(size)
+    outside = np.arange(len(result))
+    while len(outside):
+        of = group[outside] if len(permutations) > 1 else np.zeros(1, dtype=np.int64)
+        half, low = halves[of], masks[of]
+        value = result[outside]
+        left, right = value >> half, value & low
+        for keys in round_keys[:, of]:
+            left, right = right, left ^ (_mix(right ^ keys) & low)
+        value = (left << half) | right
+        result[outside] = value
+        outside = outside[value >= sizes[of]]
     return result.astype(np.int64)
 
 
@@ -70,12 +81,22 @@ class Mixture:
     an order that differs from block to block.
     """
 
-    def __init__(self, sources: Sequence[WindowStore], weights: Sequence[float] | None, seed: int):
+    def __init__(
+        self,
+        sources: Sequence[WindowStore],
+        weights: Sequence[float] | None,
+        seed: int,
+        names: Sequence[str] | None = None,
+    ):
+        """names: of the sources, for `passes`; None: their numbers."""
         self.sources, self.seed = list(sources), seed
+        self.names = list(names or map(str, range(len(self.sources))))
         self.lengths = np.array([len(source) for source in sources], dtype=np.int64)
         self.size = int(self.lengths.sum())
         self._starts = np.concatenate(([0], np.cumsum(self.lengths)))
         self._pattern = None if weights is None else self._shares(np.asarray(weights, dtype=np.float64))
+        self._counts = self.lengths if self._pattern is None else np.bincount(self._pattern)
+        self._last_block = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
     @staticmethod
     def _shares(weights: np.ndarray) -> np.ndarray:
@@ -92,38 +113,76 @@ class Mixture:
 
     def shares(self) -> list[tuple[Any, float]]:
         """The tokens of each source and its fraction of the stream; the fractions sum to 1."""
-        counts = self.lengths if self._pattern is None else np.bincount(self._pattern)
-        return [(source.tokens, float(part)) for source, part in zip(self.sources, counts / counts.sum(), strict=True)]
+        fractions = self._counts / self._counts.sum()
+        return [(source.tokens, float(part)) for source, part in zip(self.sources, fractions, strict=True)]
 
     def locate(self, position: int) -> tuple[int, int, int]:
         """(source, window of that source, how often the source was seen whole before)."""
-        position = int(position)  # a NumPy integer has another repr, so another key
+        source, window, seen = self.places(np.array([position], dtype=np.int64))[0].tolist()
+        return source, window, seen
+
+    def places(self, positions: np.ndarray) -> np.ndarray:
+        """`locate` of each of `positions` [N], int64: [N, 3]."""
         if self._pattern is None:
-            epoch, place = divmod(position, self.size)
-            window = int(permute(np.array([place]), self.size, self.seed, epoch)[0])
-            source = int(np.searchsorted(self._starts, window, side="right") - 1)
-            return source, window - int(self._starts[source]), epoch
-        block, place = divmod(position, BLOCK)
-        order = self._pattern[permute(np.arange(BLOCK), BLOCK, self.seed, "block", block)]
-        source = int(order[place])
-        drawn = block * int((self._pattern == source).sum()) + int((order[:place] == source).sum())
-        epoch, place = divmod(drawn, int(self.lengths[source]))
-        window = permute(np.array([place]), int(self.lengths[source]), self.seed, "source", source, epoch)
-        return source, int(window[0]), epoch
+            epochs, place = np.divmod(positions, self.size)
+            distinct, group = np.unique(epochs, return_inverse=True)
+            permutations = [(self.size, (self.seed, epoch)) for epoch in distinct.tolist()]
+            window = _permute(place, group, permutations)
+            source = np.searchsorted(self._starts, window, side="right") - 1
+            return np.stack((source, window - self._starts[source], epochs), axis=1)
+        blocks, place = np.divmod(positions, BLOCK)
+        source = np.empty(len(positions), dtype=np.int64)
+        drawn = np.empty(len(positions), dtype=np.int64)
+        for block in np.unique(blocks).tolist():
+            order, before = self._block(block)
+            here = blocks == block
+            source[here] = order[place[here]]
+            drawn[here] = block * self._counts[source[here]] + before[place[here]]
+        epochs, place = np.divmod(drawn, self.lengths[source])
+        distinct, group = np.unique(epochs * len(self.sources) + source, return_inverse=True)
+        permutations = []
+        for epoch, number in (divmod(value, len(self.sources)) for value in distinct.tolist()):
+            permutations.append((int(self.lengths[number]), (self.seed, "source", number, epoch)))
+        return np.stack((source, _permute(place, group, permutations), epochs), axis=1)
+
+    def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
+        """The sources of a block of a weighted mixture, and how often each came before in the block: both [BLOCK]."""
+        number, order, before = self._last_block  # read at once: the thread that reads ahead sets it too
+        if number != block:
+            assert self._pattern is not None
+            order = self._pattern[permute(np.arange(BLOCK), BLOCK, self.seed, "block", block)]
+            by_source = np.argsort(order, kind="stable")
+            before = np.empty(BLOCK, dtype=np.int64)
+            before[by_source] = np.arange(BLOCK) - np.repeat(np.cumsum(self._counts) - self._counts, self._counts)
+            self._last_block = (block, order, before)
+        return order, before
 
     def __getitem__(self, position: int) -> np.ndarray:
         source, window, _ = self.locate(position)
         return self.sources[source][window]
 
+    def windows(self, positions: np.ndarray) -> np.ndarray:
+        """The windows at `positions` [N], int64 [N, T + 1]."""
+        return np.stack([self.sources[source][window] for source, window, _ in self.places(positions).tolist()])
+
     def epoch(self, positions: int) -> float:
-        """Epochs after that many positions: positions / windows."""
+        """Epochs after that many positions: positions / windows. With weights, `passes` tells what is repeated."""
         return positions / self.size
+
+    def passes(self, positions: int) -> dict[str, float]:
+        """How many times the first `positions` positions hold the windows of each source; {} without weights: `epoch` tells."""
+        if self._pattern is None:
+            return {}
+        blocks, rest = divmod(positions, BLOCK)
+        drawn = blocks * self._counts
+        if rest:
+            drawn = drawn + np.bincount(self._block(blocks)[0][:rest], minlength=len(self.sources))
+        return dict(zip(self.names, (drawn / self.lengths).tolist(), strict=True))
 
     def origins(self, positions: range) -> list[str]:
         """Origins of the documents in the windows at `positions`, each once."""
         origins: dict[str, None] = {}
-        for position in positions:
-            source, window, _ = self.locate(position)
+        for source, window, _ in self.places(np.arange(positions.start, positions.stop)).tolist():
             origins |= dict.fromkeys(self.sources[source].documents_of(window))
         return list(origins)
 
@@ -152,7 +211,7 @@ def updates(
 
     def read(update: int) -> torch.Tensor:
         places = rows_of(update, batch_size, micro_batch_size, rank, processes)
-        windows = np.stack([mixture[int(position)] for position in places.ravel()])
+        windows = mixture.windows(places.ravel())
         share = torch.from_numpy(windows).view(*places.shape, -1)
         return share.pin_memory() if pinned else share
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ..data.byte_lengths import ByteLengths
 from ..data.readers.document import reading_of
 from ..data.sources import parse
 from ..data.store import prepare
@@ -37,7 +38,7 @@ class Piece:
 class Column:
     pieces: list[Piece]
     bytes: int | None
-    """Size of the text; None if only a part of it is scored."""
+    """Bytes of the text that is scored; None where the tokenizer does not tell."""
 
 
 def read_columns(
@@ -48,11 +49,12 @@ def read_columns(
     config: of the model. share: of the documents, that is scored.
     """
     length = settings.sequence_length or min(config.max_position_embeddings, 2048)
+    byte_lengths = ByteLengths(tokenizer)
     columns = {}
     stores = {}
     for name, source in sources.items():
         stores[name] = held_out(source, tokenizer, settings, share)
-        columns[name] = _documents(source, stores[name], length, config, settings, share)
+        columns[name] = _documents(source, stores[name], length, config, settings, share, byte_lengths)
     if settings.spliced:
         columns["spliced"] = spliced(list(stores.values()), length, settings.spliced)[0]
     return columns
@@ -70,7 +72,9 @@ def held_out(source: str, tokenizer: Any, settings: Any, fraction: float) -> lis
     return [corpus.validation] if fraction < 1 else [corpus.validation, corpus.train]
 
 
-def _documents(source: str, stores: list[Any], length: int, config: Any, settings: Any, share: float) -> Column:
+def _documents(
+    source: str, stores: list[Any], length: int, config: Any, settings: Any, share: float, byte_lengths: ByteLengths
+) -> Column:
     """The windows of `length` of each document, sorted by their size, so that a batch of short ones is narrow."""
     memory = max(settings.router_memory, 1)
     pieces = []
@@ -85,8 +89,13 @@ def _documents(source: str, stores: list[Any], length: int, config: Any, setting
         pieces = pieces[: int(np.searchsorted(total, settings.max_tokens)) + 1]
     if not pieces:
         raise UserError(f"{source}: no document to score among the first {share:.2%}. Use --val-fraction 1 for all.")
+    sizes = []
+    for part, store in enumerate(stores):
+        windows = (piece.tokens() for piece in pieces if piece.document[0] == part)
+        sizes.append(byte_lengths.count(store, windows, config.ignore_index))
     pieces.sort(key=lambda piece: piece.scored)
-    return Column(pieces, None if settings.max_tokens else sum(store.bytes for store in stores))
+    known = [size for size in sizes if size is not None]
+    return Column(pieces, sum(known) if len(known) == len(sizes) else None)
 
 
 def spliced(domains: list[list[Any]], length: int, every: int) -> tuple[Column, np.ndarray]:

@@ -182,6 +182,7 @@ class RunLog:
             "memory/peak_mb": peak_memory_mb(self.accelerator.device),
             "memory/process_peak_mb": process_peak_mb(),
         }
+        values |= {f"train/passes/{source}": times for source, times in progress.passes.items()}
         if progress.expert_counts:
             values |= {"train/balance_loss": balance / count, "train/z_loss": z / count}
         self.row(step, values)
@@ -214,6 +215,8 @@ class RunLog:
             "val/perplexity": result.perplexity,
             "val/bits_per_byte": result.bits_per_byte,
         }
+        if len(result.losses) > 1:
+            values |= {f"val/loss/{source}": loss for source, loss in result.losses.items()}
         self.row(progress.global_step, values)
         self.print_line(
             f"step {progress.global_step}/{self.steps}  validation {result.loss:.4f} nats  perplexity "

@@ -2,10 +2,13 @@
 
 from typing import Any
 
+MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
+
 
 def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: int, tracking: str) -> str:
     """The lines that a run prints first: data, parameters, updates, epochs, estimated memory of a device (MiB), tracking."""
     training = corpora.training
+    positions = settings.steps * settings.batch_size
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
@@ -23,10 +26,28 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
             f"model       {total:,} parameters, {trained:,} trained; vocabulary {config.vocab_size:,}, context {T}",
             f"update      {settings.batch_size} windows = up to {settings.batch_size * T:,} tokens: {processes} process(es) x "
             f"{accumulation} micro-batch(es) x {B}",
-            f"run         {settings.steps:,} updates = {settings.steps * settings.batch_size:,} windows = "
-            f"{settings.steps * settings.batch_size / windows:.2f} epochs of {windows:,} windows ({labels:,} tokens)",
+            f"run         {settings.steps:,} updates = {positions:,} windows = "
+            f"{positions / windows:.2f} epochs of {windows:,} windows ({labels:,} tokens)",
+            *_repetition(training, positions),
             f"memory      about {(states + activations + logits) / 2**20:,.0f} MiB a device: {states / 2**20:,.0f} weights, "
             f"gradients and optimizer, {activations / 2**20:,.0f} activations, {logits / 2**20:,.0f} logits",
             f"tracking    {tracking}",
         )
     )
+
+
+def _repetition(training: Any, positions: int) -> list[str]:
+    """How often the run sees the windows of each source of a weighted mixture, and a warning for what it sees too often."""
+    lines = []
+    passes = training.passes(positions)
+    if passes:
+        each = ", ".join(f"{source} {times:.2f}" for source, times in passes.items())
+        lines.append(f"passes      {each} (times that the windows of each source are seen)")
+    passes = passes or {"all windows": training.epoch(positions)}
+    often = ", ".join(f"{source} {times:.1f} times" for source, times in passes.items() if times > MANY_PASSES)
+    if often:
+        lines.append(
+            f"warning     the run sees {often}: more than {MANY_PASSES} times teaches little. Add text, lower its weight, or "
+            "lower --steps"
+        )
+    return lines

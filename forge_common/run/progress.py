@@ -19,6 +19,8 @@ FREE |= {"on_full_disk"}
 # Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
 ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
 ACCEPTABLE |= {"mixed_precision"}  # of the launcher
+# Settings that earlier versions did not have -> the values that give what those versions did.
+ADDED = {"val_tokens": 0, "val_documents": False}
 # Fields of progress.json that earlier versions wrote and nothing read.
 REMOVED = {"seconds"}
 
@@ -45,14 +47,11 @@ PENDING = UpdateOutcome(math.nan, math.nan, 0, finite=False, overflow=False, app
 def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
     """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
 
-    With fp16's `scaler` the optimizer is also called after an overflow: the scaler skips the update and lowers its scale. Where the
-    optimizer is not called, the scaler is told that the update is over; its scale stays.
+    With fp16's `scaler` the optimizer is always called: the scaler itself skips a gradient that is not finite.
     """
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     overflow = scaler is not None and not finite and math.isfinite(loss)
-    applied = num_scored > 0 and (finite or overflow)
-    if scaler is not None and not applied:
-        scaler.update(scaler.get_scale())
+    applied = (finite and num_scored > 0) or scaler is not None
     return UpdateOutcome(loss, grad_norm, num_scored, finite, overflow, applied)
 
 
@@ -65,6 +64,7 @@ class Progress:
     data: dict[str, Any]  # digests of the tokens of each source, and of the tokenizer and the trunk
     global_step: int = 0  # updates done; the next one takes the windows from global_step * batch_size on
     epoch: float = 0.0
+    passes: dict[str, float] = dataclasses.field(default_factory=dict)  # of each source of a weighted mixture
     tokens: int = 0  # scored tokens seen
     best_val_loss: float | None = None
     best_step: int = 0
@@ -83,6 +83,7 @@ class Progress:
         """Counts one update by its outcome. UserError, naming the documents, after too many bad ones in a row."""
         self.global_step += 1
         self.epoch = training.epoch(self.global_step * settings.batch_size)
+        self.passes = training.passes(self.global_step * settings.batch_size)
         if outcome.finite:
             self.tokens += outcome.num_scored
             self.empty_updates += outcome.num_scored == 0
@@ -156,6 +157,7 @@ def read_progress(file: Path) -> Progress:
     if "notes" in content:
         notes = content.pop("notes")
         content["losses_before"] = {name: {"tokens": n["tokens"], "loss": n["before"]} for name, n in notes.items()}
+    content["settings"] = ADDED | content.get("settings", {})
     try:
         return Progress(**content)
     except TypeError as reason:
@@ -174,6 +176,8 @@ def check_same(before: Progress, fresh: Progress, settings: Any, where: Path) ->
         f"digest of {name}": (str(old)[:12], str(new)[:12])
         for name, (old, new) in differences(before.data, fresh.data).items()
     }
+    if not any(name.startswith("digest of held out") for name in changed):
+        changed.pop("val_tokens", None)  # both score everything that is held out
     acceptable = ACCEPTABLE - ({"mixed_precision"} if fresh.settings["mixed_precision"] == "fp16" else set())
     allowed = FREE | ({name.replace("-", "_") for name in settings.accept_change} & acceptable)
     if before.settings.get("trunk_from"):

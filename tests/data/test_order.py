@@ -1,5 +1,6 @@
 """The order: every window once an epoch; an update has the same windows for any number of processes and after a restart."""
 
+import hashlib
 import itertools
 import json
 from collections import Counter
@@ -138,6 +139,43 @@ def test_a_weight_too_small_for_its_source_to_be_seen_is_refused():
     with pytest.raises(UserError, match="never be seen"):
         mixture(10, 10, weights=[10_000, 1])
     assert Counter(source for source, _ in seen(mixture(10, 10, weights=[1000, 1]), range(BLOCK)))[1] == 1
+
+
+# Of the first 5,000 positions, 300 after a resume in the middle, 50 far out; made by the first implementation, position by position.
+ORDERS = [
+    ((1,), None, 0, "7016548f80a04ed7 18787561df4ecb8d 5a5380cce15ae024"),
+    ((7,), None, 42, "955de0bdfb797933 29c1c315229316cf b51dad8b46468171"),
+    ((5, 1, 20), None, 42, "ada220a3ceecd159 0edf347f89c4592d f4749432fd53f528"),
+    ((1000, 37), None, 7, "e32b6f9d5cb170a8 50deffee2d4f958d 2699d321467f82f6"),
+    ((40_589, 133_413), None, 4294966295, "e4eff1210ec5356b dfd1eb1f740f4b37 ae8d9c00400642a4"),
+    ((3_000_000_000,), None, 1, "0aa75c7afe93fc4a d48c43e9084a5f42 edea410318bf5cc1"),
+    ((50, 300, 7), (7, 2, 1), 42, "8b703520cc86aeb5 162a39da97b97a5a 52a3ad3738d9c910"),
+    ((1000, 1000), (3, 1), 0, "07f37e340c45eb22 118d54eb1f377ed2 66f767c01e02a51b"),
+    ((13,), (2.5,), 5, "6b133ff01a7f3923 3076d0ca8dbb6690 122f768ece4452b2"),
+    ((40_589, 133_413, 999), (0.5, 0.3, 0.2), 4294966295, "43a39d116311ce0d f256ca5527fde8a3 055fade67aba7c7e"),
+    ((2, 3_000_000_000), (1, 1000), 3, "56a05dc1861f044a 3ae4c641d9f3498c f5a21c077d6d6de9"),
+]
+
+
+@pytest.mark.parametrize(("lengths", "weights", "seed", "digests"), ORDERS)
+def test_the_order_is_the_one_of_every_version(lengths, weights, seed, digests):
+    """Otherwise a resumed run would see some windows twice and others never."""
+    mixed = mixture(*lengths, weights=weights, seed=seed)
+    for (start, count), digest in zip(((0, 5000), (1_000_003, 300), (10**12, 50)), digests.split(), strict=True):
+        places = mixed.places(np.arange(start, start + count))
+        assert hashlib.sha256(places.astype("<i8").tobytes()).hexdigest()[:16] == digest
+        for i in (0, count // 3, count - 1):  # alone, in another order, after positions of other blocks and epochs
+            assert mixed.locate(start + i) == tuple(places[i])
+        scattered = np.arange(start, start + count)[::-7]
+        assert mixed.places(scattered).tolist() == places[::-7].tolist()
+
+
+@pytest.mark.parametrize("positions", [0, 1, 777, BLOCK, 2 * BLOCK + 5])
+def test_passes_count_what_was_seen_of_each_source(positions):
+    mixed = Mixture([Store(0, 50), Store(1, 3000)], [3, 1], 0, ["law", "docs"])
+    seen_of = Counter(mixed.locate(position)[0] for position in range(positions))
+    assert mixed.passes(positions) == {"law": seen_of[0] / 50, "docs": seen_of[1] / 3000}
+    assert mixture(50, 3000).passes(positions) == {}  # each source is seen as often as the epoch says
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -28,7 +28,10 @@ def test_a_checkpoint_of_the_version_before_resumes(script, kind, more, tmp_path
     before = FIXTURE / "runs" / kind
     shutil.copytree(launch.ROOT / before, tmp_path / kind)
     rows = launch.rows(tmp_path / kind, "val/loss")
-    printed = launch.run(script, *SIZES, *more, "--output-dir", tmp_path / kind, "--cache-dir", tmp_path / "cache")
+    line = (script, *SIZES, *more, "--output-dir", tmp_path / kind, "--cache-dir", tmp_path / "cache")
+    if kind == "trunk":  # that version scored all held-out tokens, and so do the defaults where there are fewer
+        assert "val_tokens: 0 -> 300" in launch.run(*line, "--val-tokens", 300, fails=True)
+    printed = launch.run(*line)
     assert "at update 6 of 12" in printed
     resumed = launch.rows(tmp_path / kind, "val/loss")
     assert [row["step"] for row in resumed] == [5, 10, 12]

@@ -131,7 +131,7 @@ def test_evaluate_is_a_plain_loop_over_the_documents(made, trunk, domain, cache,
             if int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2**64 >= 0.1:
                 continue
             ids = torch.tensor(tokenizer(text)["input_ids"] + [tokenizer.eos_token_id])
-            size += len(text.encode())
+            size += len(text.encode()) - 1  # the tokens are bytes, and the first one is no label
             for start in range(0, len(ids) - 1, 64):
                 window = ids[start : start + 65]
                 log_p = model(window[None, :-1]).logits[0].log_softmax(-1)

@@ -29,6 +29,8 @@ def test_all_problems_in_one_message(shared, tmp_path):
         2,
         "--accept-change",
         "stepz",
+        "--val-tokens",
+        -1,
     )
     printed = shared(tmp_path / "run", *more, fails=True)
     for expected in (
@@ -38,6 +40,7 @@ def test_all_problems_in_one_message(shared, tmp_path):
         "--num-attention-heads 5",
         "--min-lr-ratio",
         "did you mean steps",
+        "--val-tokens is -1; it cannot be negative",
     ):
         assert expected in printed
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
@@ -120,8 +123,15 @@ def test_too_long_for_the_trunk(module, tmp_path):
     assert "context of 64 tokens" in printed and "Traceback" not in printed
 
 
-def test_a_dry_run_plans_and_writes_nothing(shared, tmp_path):
-    printed = shared(tmp_path / "run", "--dry-run", "--steps", 1000)
+def test_a_dry_run_plans_and_writes_nothing(shared, text, domain, tmp_path):
+    weighted = ("--data", f"{text}@0.98", f"{domain}@0.02")
+    printed = shared(tmp_path / "run", "--dry-run", "--steps", 1000, *weighted)
+    windows = [int(number.replace(",", "")) for number in re.findall(r"^data .* ([\d,]+) windows", printed, re.M)]
+    passes = [share * 64_000 / number for share, number in zip((0.98, 0.02), windows, strict=True)]
+    found = re.search(r"^passes +text0 ([\d.]+), domain0 ([\d.]+) ", printed, re.M)
+    assert found and [float(number) for number in found.groups()] == pytest.approx(passes, rel=0.03)  # 20 of 1,024
+    warned = re.search(r"^warning +the run sees text0 ([\d.]+) times: more than 4 times", printed, re.M)
+    assert warned and float(warned[1]) == pytest.approx(passes[0], rel=0.01) and passes[1] < 4
     for expected in (
         "parameters",
         "4 micro-batch(es) x 16",

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 
 import edits
 import launch
@@ -51,9 +52,11 @@ def test_train_loss_is_the_mean_over_the_interval(run, shared, tmp_path):
         before = row["step"]
 
 
-@pytest.mark.parametrize("packing", ["--pack", "--no-pack"])
-@pytest.mark.parametrize("processes", [1, 2])
-def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes, shared, text, tmp_path):
+@pytest.mark.parametrize(
+    ("packing", "processes"),
+    [("--pack", 1), ("--pack", 2), ("--no-pack", 1), ("--no-pack", 2), ("--val-documents", 2)],
+)
+def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes, shared, text, cache, tmp_path):
     """For one and two processes: Transformers' model on a document, or on the whole stream, at a time."""
     import hashlib
 
@@ -70,7 +73,7 @@ def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes,
         if int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") / 2**64 < 0.1:
             texts.append(tokenizer(content)["input_ids"] + [tokenizer.eos_token_id])
     streams = [list(itertools.chain(*texts))] if packing == "--pack" else texts
-    nats, tokens = 0.0, 0
+    nats, tokens, size = 0.0, 0, 0
     for stream in streams:
         for start in range(0, len(stream) - 1, 64):
             window = torch.tensor(stream[start : start + 65])
@@ -80,9 +83,28 @@ def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes,
                     log_p = model(window[None, first:last]).logits[0].log_softmax(-1)
                     nats -= log_p.gather(1, window[first + 1 : last + 1, None]).sum().item()
             tokens += len(window) - 1
+            size += int((window[1:] != tokenizer.eos_token_id).sum())  # the other tokens are bytes
     row = launch.rows(folder, "val/loss")[-1]
     assert row["val/tokens"] == tokens > 1000 and len(texts) > 2
     assert row["val/loss"] == pytest.approx(nats / tokens, abs=2e-6)
+    assert row["val/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, abs=1e-5)
+    assert json.loads((folder / "trunk" / "forge.json").read_text())["validation_tokens"] == tokens
+    if packing == "--val-documents":  # what evaluate gives
+        line = (
+            "--model",
+            folder / "trunk",
+            "--data",
+            f"text={text}",
+            "--cache-dir",
+            cache,
+            "--json",
+            tmp_path / "json",
+        )
+        launch.run_python("-m", "forge_common.evaluate", *line)
+        (found,) = json.loads((tmp_path / "json").read_text())["rows"]
+        assert found["tokens"] == tokens
+        assert row["val/loss"] == pytest.approx(found["loss"], rel=1e-6)
+        assert row["val/bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=1e-6)
 
 
 def test_nan_never_reaches_the_weights(shared, tmp_path, altered):
@@ -104,7 +126,28 @@ def test_a_diverging_run_ends_and_names_its_documents(shared, text, tmp_path, al
 
 
 def test_weighted_sources(shared, text, domain, tmp_path):
-    printed = shared(tmp_path / "run", "--steps", 2, "--data", f"{text}@0.75", f"{domain}@0.25")
-    assert str(domain) in printed
+    """The log has the passes over each source, and the loss on each; a choice of held-out tokens is the same for two processes."""
+    more = ("--steps", 2, "--data", f"{text}@0.75", f"{domain}@0.25", "--val-tokens", 1500)
+    losses = []
+    for processes in (1, 2):
+        folder = tmp_path / str(processes)
+        printed = shared(folder, *more, processes=processes)
+        assert str(domain) in printed and "1,500 of which a validation scores" in printed
+        rows = launch.rows(folder)
+        windows = [int(number.replace(",", "")) for number in re.findall(r"^data .* ([\d,]+) windows", printed, re.M)]
+        for row in rows:
+            seen = [
+                row[f"train/passes/{name}"] * number for name, number in zip(("text0", "domain0"), windows, strict=True)
+            ]
+            assert sum(seen) == pytest.approx(row["step"] * 64) and seen[0] > 1.5 * seen[1] > 0
+        (row,) = launch.rows(folder, "val/loss")
+        losses.append([row["val/loss"], row["val/loss/text0"], row["val/loss/domain0"], row["val/bits_per_byte"]])
+        whole, first, second, bits = losses[-1]
+        assert row["val/tokens"] == 1500 and min(first, second) < whole < max(first, second)
+        assert bits == pytest.approx(whole / math.log(2), rel=0.01)  # of the tokens that were scored
+        assert json.loads((folder / "trunk" / "forge.json").read_text())["validation_tokens"] == 1500
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    printed = shared(folder, *more, "--val-tokens", 1400, fails=True)
+    assert "val_tokens: 1500 -> 1400" in printed and "Traceback" not in printed
     printed = shared(tmp_path / "bad", "--steps", 2, "--data", f"{text}@0.75", domain, fails=True)
     assert "every source a weight" in printed
