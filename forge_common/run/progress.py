@@ -47,11 +47,14 @@ PENDING = UpdateOutcome(math.nan, math.nan, 0, finite=False, overflow=False, app
 def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
     """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
 
-    With fp16's `scaler` the optimizer is always called: the scaler itself skips a gradient that is not finite.
+    With fp16's `scaler` the optimizer is also called after an overflow: the scaler skips the update and lowers its scale. Where the
+    optimizer is not called, the scaler is told that the update is over; its scale stays.
     """
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     overflow = scaler is not None and not finite and math.isfinite(loss)
-    applied = (finite and num_scored > 0) or scaler is not None
+    applied = num_scored > 0 and (finite or overflow)
+    if scaler is not None and not applied:
+        scaler.update(scaler.get_scale())
     return UpdateOutcome(loss, grad_norm, num_scored, finite, overflow, applied)
 
 
