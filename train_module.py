@@ -111,6 +111,7 @@ def main(settings: Settings) -> int:
         corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
         general = general_sample(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     domains = {"own": corpora.held_out, "general": general}
+    config = trunk.config  # of the trunk alone
     trunk = trunk.to(getattr(torch, settings.dtype))
     module_names = plug_in(trunk, settings.kind, layers, width=settings.width, rank=settings.rank)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
@@ -222,8 +223,9 @@ def main(settings: Settings) -> int:
             if artifact.digest({name: tensors[name] for name in frozen}) != frozen_before:
                 raise AssertionError("a frozen tensor of the trunk has changed; the module was not published")
             log.print_line(f"frozen      {len(frozen)} tensors, digest {frozen_before[:12]} before and after")
-            module_tensors = {name: tensors[name] for name in module_names}
-            path, digest = publish_module(settings, progress, corpora, module_tensors, layers, losses_after, device)
+            path, digest = publish_module(
+                settings, progress, corpora, config, tensors, module_names, trunk_metadata, layers, losses_after, device
+            )
             log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
         accelerator.wait_for_everyone()
     exit_code = stop.end()

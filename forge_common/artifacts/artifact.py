@@ -223,6 +223,27 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
     return tensors, metadata
 
 
+def check_module(folder: Path, trunk_metadata: dict[str, Any], config: ModelConfig) -> None:
+    """UserError where a module's folder is not valid for the trunk with these metadata, which is not read."""
+    tensors, metadata = read_module(folder, trunk_metadata)
+    with naming(folder), torch.device("meta"):
+        put_in(Trunk(config), tensors, **module_arguments(metadata))
+    read_statistics(folder, metadata, config)
+
+
+def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], metadata: dict[str, Any]) -> Tensors:
+    """The layers' tensors of the trunk that a module has replaced in memory, from the trunk's files. metadata: of read_trunk."""
+    with torch.device("meta"):
+        own = {name for name, _ in Trunk(config).named_parameters() if name.startswith("model.")}
+    names = [name for name in module_names if name in own]
+    if not names:
+        return {}
+    folder = without_links(local_folder(place))
+    tensors = _read_weights(weight_files(folder), config)
+    verify(folder, tensors, metadata, "digest", "the metadata read at the start of the run")
+    return {name: tensors[name] for name in names}
+
+
 def read_statistics(folder: Path, metadata: dict[str, Any], config: ModelConfig) -> Tensors | None:
     """The verified statistics in the folder of a trunk or a module; None if it has none. config: of the trunk."""
     path = folder / "statistics.safetensors"

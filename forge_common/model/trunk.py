@@ -190,10 +190,9 @@ class Decoder(nn.Module):
         past = seen.shape[1] - inputs.shape[1]
         if cache is not None:
             cache[:1] = [(seen,)]
-        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=inputs.device))
+        rope, mask = self.rope_and_mask(seen, past)
         x = self.embed_tokens(inputs)
         routers = []
-        mask = self._mask(seen, past)
         if scored is None:
             scored = torch.ones_like(inputs, dtype=torch.bool)
         if load is None and self.config.num_local_experts:
@@ -203,6 +202,11 @@ class Decoder(nn.Module):
             x, router = layer(x, rope, mask, scored, layer_load, cache, index, feeds and feeds[index])
             routers.append(router)
         return self.norm(x), [router for router in routers if router is not None]
+
+    def rope_and_mask(self, seen, past: int = 0):
+        """cos and sin [T, d] and the mask of `_mask`, for the tokens of seen [B, past + T] after the first `past`."""
+        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=seen.device))
+        return rope, self._mask(seen, past)
 
     def _mask(self, seen, past: int):
         """seen [B, past + T] -> None for plain causal attention; else bool [B or 1, 1, T, past + T], True: may attend."""

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from forge_common.artifacts import artifact
+from forge_common.errors import UserError
+from forge_common.model.modules import MATRICES, plug_in
 
 STEPS = 8
 KINDS = {"ffn": 6, "ffn+head": 7}  # tensors of a module of two layers
@@ -68,6 +70,24 @@ def test_a_new_module_does_not_change_the_loss(module, altered, tmp_path):
     module(tmp_path / "run", "--steps", 1, "--warmup-steps", 0, "--weight-decay", 0, script=script)
     losses = json.loads((tmp_path / "run" / "module" / "module.json").read_text())["losses"]["own"]
     assert losses["before"] == losses["after"]
+
+
+def test_what_a_module_replaced_is_read_again_from_the_trunk(root):
+    """For the moments of the trunk alone: its feed-forwards under a module of kind ffn, and nothing for the other kinds."""
+    _, _, metadata = artifact.read_trunk(str(root / "trunk"))
+    own = load_file(root / "trunk" / "model.safetensors")
+    for kind in ("ffn", "ffn+head", "narrow+head", "lora+head", "expert"):
+        trunk, _, _ = artifact.read_trunk(str(root / "trunk"))
+        config, names = trunk.config, plug_in(trunk, kind, [1])
+        again = artifact.replaced_tensors(str(root / "trunk"), config, names, metadata)
+        assert sorted(again) == sorted(name for name in names if ".mlp." in name and kind.startswith("ffn"))
+        assert all(torch.equal(again[name], own[name]) for name in again)
+    own["model.norm.weight"][0] += 1
+    save_file(own, root / "trunk" / "model.safetensors")
+    with pytest.raises(UserError, match="the metadata read at the start of the run"):
+        artifact.replaced_tensors(
+            str(root / "trunk"), config, [f"model.layers.1.mlp.{m}.weight" for m in MATRICES], metadata
+        )
 
 
 def test_a_changed_frozen_weight_is_detected(module, altered, tmp_path):
