@@ -8,11 +8,11 @@
 from dataclasses import dataclass
 
 from forge_common.run.stop import StopRequest
-from forge_common.settings import RunSettings, accumulation_steps, problems, read_settings, run_main
+from forge_common.settings import OptimizerSettings, RunSettings, accumulation_steps, problems, read_settings, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings):
+class Settings(OptimizerSettings, RunSettings):
     # -- data --
     trunk: str
     """Folder that train_shared.py published, or another Transformers checkpoint (folder or hub id)."""
@@ -39,7 +39,7 @@ class Settings(RunSettings):
     licence: str | None = None
     """Licence of the module, for its metadata, such as apache-2.0."""
 
-    # -- optimizer and schedule --
+    # -- updates --
     steps: int = 1_000
     """Optimizer updates."""
     batch_size: int = 64
@@ -48,16 +48,6 @@ class Settings(RunSettings):
     """Windows that a device holds at once."""
     lr: float = 3e-3
     """Peak learning rate. 3e-3 suits a domain that the trunk hardly saw, 1e-3 to 3e-4 one that it knows."""
-    schedule: str = "cosine"
-    """Learning-rate curve: a name in SCHEDULES of forge_common/schedule.py (cosine, linear, constant, wsd)."""
-    warmup_steps: int = 100
-    """Updates of linear warm-up."""
-    min_lr_ratio: float = 0.0
-    """Learning rate at the end, as a share of --lr."""
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices; norms, biases and embeddings have none."""
-    max_grad_norm: float = 1.0
-    """Norm to which a larger gradient is clipped."""
 
 
 def main(settings: Settings) -> int:
@@ -71,14 +61,14 @@ def main(settings: Settings) -> int:
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-    from forge_common import checkpoint, schedule
+    from forge_common import checkpoint, optimizers, schedule
     from forge_common.artifacts import artifact
     from forge_common.artifacts.publish import publish_module
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
     from forge_common.model.config import check_context
     from forge_common.model.modules import chosen_layers, plug_in
-    from forge_common.model.trunk import even_load, load_of, parameter_groups
+    from forge_common.model.trunk import even_load, load_of
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
@@ -116,8 +106,7 @@ def main(settings: Settings) -> int:
     module_names = plug_in(trunk, settings.kind, layers, width=settings.width, rank=settings.rank)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
     frozen_before = artifact.digest({name: trunk.state_dict()[name] for name in frozen})
-    groups = parameter_groups(trunk, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")
+    optimizer = optimizers.make(trunk, settings, accelerator)
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     model, optimizer = accelerator.prepare(trunk, optimizer)
     checkpoint.checkpoint_trainable_only(accelerator)
@@ -154,9 +143,7 @@ def main(settings: Settings) -> int:
         windows = next(update_batches)  # [micro-batches, micro_batch_size, sequence_length + 1]
         step = progress.global_step + 1
         set_seed(settings.seed + step * processes + rank)  # for dropout: a resumed run draws the same numbers
-        rate = settings.lr * schedule.factor(
-            settings.schedule, step, settings.steps, warmup_steps=settings.warmup_steps, floor=settings.min_lr_ratio
-        )
+        rate = schedule.rate(settings, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
 

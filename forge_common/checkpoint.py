@@ -219,7 +219,7 @@ def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
     if path is None:
         return fresh
     before = read_progress(path / "progress.json")
-    check_same(before, fresh, settings.accept_change, path)
+    check_same(before, fresh, settings, path)
     load(accelerator, path)
     # accelerate counts micro-batches across runs; with another division of the batch it would be out of step.
     accelerator.step = 0

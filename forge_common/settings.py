@@ -98,6 +98,32 @@ class RunSettings(ReadingSettings):
     """Print the plan, time a few updates, and write nothing."""
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """The optimizer and the curve of its rate. Both scripts inherit it and add --steps and --lr, whose defaults differ."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the layers' matrices; everything else has AdamW. muon: one process or DDP, with the same --lr as adamw."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient, in an update."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient, in an update."""
+    eps: float = 1e-8
+    """Added to the root of the mean squared gradient, by which AdamW divides its rate."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms, biases and embeddings have none."""
+    max_grad_norm: float = 1.0
+    """Norm to which a larger gradient is clipped."""
+    schedule: str = "cosine"
+    """Learning-rate curve: a name in SCHEDULES of forge_common/schedule.py (cosine, linear, constant, wsd)."""
+    warmup_steps: int = 100
+    """Updates of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end, as a share of --lr."""
+    wsd_decay_share: float = 0.2
+    """Share of the updates, at the end, in which the schedule wsd lowers the rate."""
+
+
 def read_settings(
     kind: type[Settings], description: str | None, check: Callable[[Any], list[str]] = lambda settings: []
 ) -> Settings:
@@ -146,7 +172,7 @@ def problems(settings: Any) -> list[str]:
     for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts", "width"):
         if (value(name) or 0) < 0:
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
-    for name in ("lr", "max_grad_norm"):
+    for name in ("lr", "max_grad_norm", "eps"):
         if not (value(name) > 0 and math.isfinite(value(name))):
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
     if not value("hang_timeout") >= 0:
@@ -155,6 +181,11 @@ def problems(settings: Any) -> list[str]:
         faults.append(f"--weight-decay is {value('weight_decay')}; it must lie in [0, 1)")
     if not 0 <= value("min_lr_ratio") <= 1:
         faults.append(f"--min-lr-ratio is {value('min_lr_ratio')}; it must lie in [0, 1]")
+    for name in ("beta1", "beta2"):
+        if not 0 <= value(name) < 1:
+            faults.append(f"--{name} is {value(name)}; it must lie in [0, 1)")
+    if not 0 < value("wsd_decay_share") <= 1:
+        faults.append(f"--wsd-decay-share is {value('wsd_decay_share')}; it must lie in (0, 1]")
     if not 0 <= value("val_fraction") < 1:
         faults.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
     if value("warmup_steps") > value("steps"):
@@ -230,9 +261,19 @@ def _folder_problems(value: Any) -> list[str]:
 
 def to_json(settings: Any) -> dict[str, Any]:
     """A settings dataclass as JSON's types."""
+    return _as_json(vars(settings))
+
+
+def defaults(settings: Any) -> dict[str, Any]:
+    """The defaults of a settings dataclass as JSON's types, without the settings that have none."""
+    fields = dataclasses.fields(settings)
+    return _as_json({field.name: field.default for field in fields if field.default is not dataclasses.MISSING})
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
     return {
         name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in vars(settings).items()
+        for name, value in values.items()
     }
 
 

@@ -11,7 +11,7 @@ LOSS = "loss = float("
 CHECK_STOP = "        stop.check(accelerator)\n"
 SET_RATE = 'group["lr"] = rate'
 START_LOG = "    log = RunLog("
-OPTIMIZER = 'torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")'
+OPTIMIZER = "optimizers.make(trunk, settings, accelerator)"
 
 
 def scaled_by(factor: str) -> str:

@@ -329,13 +329,3 @@ def even_load(config: ModelConfig, device: torch.device) -> torch.Tensor | None:
 def load_of(counts: torch.Tensor) -> torch.Tensor | None:
     """f [L, E] from counts of assignments [L, E]: each layer sums to 1. None without a router."""
     return counts / counts.sum(-1, keepdim=True).clamp(min=1) if counts.numel() else None
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups of the trained parameters: weight decay for matrices, none for norms, biases and embeddings."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in embeddings]
-    not_decayed = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in embeddings]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

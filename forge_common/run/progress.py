@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..files.atomic import read_json
-from ..settings import differences, to_json
+from ..settings import defaults, differences, to_json
 
 # Settings that a resumed run may change: they affect neither the updates nor the order of the data.
 FREE = {"output_dir", "resume", "accept_change", "micro_batch_size", "log_every", "save_every", "val_every", "keep"}
@@ -17,6 +17,7 @@ FREE |= {"tracker", "project", "run_name", "cache_dir", "dry_run", "patience", "
 FREE |= {"on_full_disk"}
 # Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
 ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
+ACCEPTABLE |= {"beta1", "beta2", "eps", "wsd_decay_share"}
 # Fields of progress.json that earlier versions wrote and nothing read.
 REMOVED = {"seconds"}
 
@@ -149,13 +150,16 @@ def read_progress(file: Path) -> Progress:
         ) from None
 
 
-def check_same(before: Progress, fresh: Progress, accepted: tuple[str, ...], where: Path) -> None:
-    """UserError where the settings or data differ from the checkpoint's; the message lists the differences."""
-    changed = differences(before.settings, fresh.settings) | {
+def check_same(before: Progress, fresh: Progress, settings: Any, where: Path) -> None:
+    """UserError where the settings or data differ from the checkpoint's; the message lists the differences.
+
+    A setting that the checkpoint's version did not have counts as its default.
+    """
+    changed = differences(defaults(settings) | before.settings, fresh.settings) | {
         f"digest of {name}": (str(old)[:12], str(new)[:12])
         for name, (old, new) in differences(before.data, fresh.data).items()
     }
-    allowed = FREE | ({name.replace("-", "_") for name in accepted} & ACCEPTABLE)
+    allowed = FREE | ({name.replace("-", "_") for name in settings.accept_change} & ACCEPTABLE)
     refused = {name: pair for name, pair in changed.items() if name not in allowed}
     if refused:
         lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in refused.items())
