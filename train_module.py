@@ -74,6 +74,7 @@ def main(settings: Settings) -> int:
     from forge_common.run.log import Interval, RunLog
     from forge_common.run.plan import plan
     from forge_common.run.progress import PENDING, begin, due, update_outcome
+    from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
     from forge_common.validation import domain_losses, validate
 
@@ -137,10 +138,12 @@ def main(settings: Settings) -> int:
         progress.record_validation(result)
         log.validation(result, progress)
     stop.end_early(progress.patience_is_over(settings.patience))
+    following = next(update_batches)  # [micro-batches, micro_batch_size, sequence_length + 1]
+    num_scored = int(accelerator.reduce((following[..., 1:] != trunk.config.ignore_index).sum(), "sum"))
     log.restart_clock(progress.global_step)
     while progress.global_step < last and not stop.reason:
         # -- take the update's windows --
-        windows = next(update_batches)  # [micro-batches, micro_batch_size, sequence_length + 1]
+        windows, following = following, next(update_batches)
         step = progress.global_step + 1
         set_seed(settings.seed + step * processes + rank)  # for dropout: a resumed run draws the same numbers
         rate = schedule.rate(settings, step)
@@ -150,8 +153,7 @@ def main(settings: Settings) -> int:
         # -- forward and backward --
         # accelerate divides by the micro-batches and DDP by the processes. The factor P * N / n undoes both, so that the
         # gradient is the mean over the n scored tokens of the whole update, however the update is divided.
-        num_scored = accelerator.reduce((windows[..., 1:] != trunk.config.ignore_index).sum(), "sum")
-        scale = processes * accumulation / num_scored.clamp(min=1)
+        scale = processes * accumulation / max(num_scored, 1)
         sums = []
         outcome = PENDING  # until the last micro-batch, where the gradients are in sync
         for micro_batch in windows:
@@ -161,25 +163,26 @@ def main(settings: Settings) -> int:
 
                 # -- apply or skip --
                 if accelerator.sync_gradients:
-                    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
-                    loss = float(accelerator.reduce(sum(part.objective.detach() for part in sums), "sum"))
-                    outcome = update_outcome(loss, grad_norm, int(num_scored), accelerator.scaler)
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                    ahead = (following[..., 1:] != trunk.config.ignore_index).sum()
+                    totals = update_totals(accelerator, sums, grad_norm, ahead, stop)
+                    outcome = update_outcome(totals.loss, totals.grad_norm, num_scored, accelerator.scaler)
                 if not accelerator.sync_gradients or outcome.applied:
                     optimizer.step()
                 optimizer.zero_grad()
             stop.heartbeat()
         progress.record(outcome, settings, corpora.training, log.print_line)
+        num_scored = totals.num_scored
         if outcome.finite:
             interval.add(sums)
         if outcome.finite and expert_load is not None:
-            expert_counts = accelerator.reduce(sum(part.expert_counts for part in sums), "sum")
-            progress.expert_counts = expert_counts.tolist()
-            expert_load = load_of(expert_counts)
+            progress.expert_counts = totals.expert_counts
+            expert_load = load_of(torch.tensor(totals.expert_counts, device=device))
         if settings.dry_run:
             continue
 
         # -- now and then: log, validate, save --
-        stop.check(accelerator)
+        stop.agree(totals.stop > 0)
         improved = False
         if due(step, settings.log_every, last):
             log.training(interval, progress, rate=rate, grad_norm=outcome.grad_norm)

@@ -123,11 +123,16 @@ class SparseFeedForward(nn.Module):
         probabilities = logits.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(-1, keepdim=True)
-        y = torch.zeros_like(rows)
-        for index, expert in enumerate(self.experts):  # also without tokens: DDP needs every parameter in the graph
-            row, slot = (chosen == index).nonzero(as_tuple=True)
-            y = y.index_add(0, row, (expert(rows[row]) * weights[row, slot, None]).to(y.dtype))
-        counts = F.one_hot(chosen, len(self.experts)).sum(1)[scored].sum(0)
+        assigned = chosen.unsqueeze(-1) == torch.arange(len(self.experts), device=chosen.device)  # [R, k, E]
+        # Sorted by expert, the assignments are one product for each expert, and their sizes the only thing the host waits for.
+        order = chosen.flatten().argsort(stable=True)
+        sizes = assigned.sum((0, 1)).tolist()
+        sorted_rows = rows.repeat_interleave(self.top_k, dim=0).index_select(0, order)
+        parts = zip(self.experts, sorted_rows.split(sizes), strict=True)
+        outputs = torch.cat([expert(part) for expert, part in parts])  # also without tokens: DDP needs every parameter
+        outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)
+        y = (outputs * weights.unsqueeze(-1)).to(rows.dtype).sum(1)
+        counts = (assigned & scored[:, None, None]).sum((0, 1))
         return y.view_as(x), balance_sum(probabilities, load, scored), z_sum(logits, scored), counts
 
 

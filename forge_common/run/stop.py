@@ -68,10 +68,14 @@ class StopRequest:
         """Whether any rank has received a signal. A collective: call it at the same update on all ranks."""
         if self.exit_code:
             accelerator.set_trigger()
-        if accelerator.check_trigger():
+        self.agree(accelerator.check_trigger())
+        return self.reason == "signal"
+
+    def agree(self, any_rank: bool) -> None:
+        """Makes the signal that any rank has received the reason to stop, on all ranks at the same update."""
+        if any_rank:
             self.exit_code = self.exit_code or 128 + signal.SIGTERM
             self.reason = "signal"
-        return self.reason == "signal"
 
     def end_early(self, patience_is_over: bool) -> None:
         """Ends the training before its last update when validation no longer improves; a signal has precedence."""

@@ -18,7 +18,7 @@ from forge_common.errors import UserError
 from forge_common.loss import CHUNK_ROWS
 from forge_common.model.config import PRESETS, ModelConfig
 from forge_common.model.modules import chosen_layers, plug_in, put_in, untie
-from forge_common.model.trunk import Trunk, even_load, load_of
+from forge_common.model.trunk import SparseFeedForward, Trunk, even_load, load_of
 from forge_common.optimizers import parameter_groups
 
 SIZES = {
@@ -340,6 +340,38 @@ def test_an_expert_without_tokens_has_a_zero_gradient():
             for name in ("w1", "w2", "w3"):
                 gradient = found[f"model.layers.{layer}.block_sparse_moe.experts.{index}.{name}.weight"]
                 assert gradient.any() == (index == expert)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_experts_are_those_of_a_loop_over_tokens(top_k):
+    """Values and gradients, also with an expert that no token chooses."""
+    config = config_of("mixtral", num_experts_per_tok=top_k)
+    torch.manual_seed(0)
+    sparse = SparseFeedForward(config).double()
+    with torch.no_grad():
+        sparse.gate.weight[3] = -sparse.gate.weight[:3].sum(0) - 3  # far from the others for half of all inputs
+    x, scored = torch.randn(2, 9, 32, dtype=torch.float64).abs().requires_grad_(), torch.rand(2, 9) < 0.8
+    load = torch.rand(4).double()
+
+    def loop():
+        rows = []
+        for row in x.flatten(0, 1):
+            p = (sparse.gate.weight @ row).softmax(0)
+            best = p.topk(top_k).indices.tolist()
+            rows.append(sum(p[e] / p[best].sum() * sparse.experts[e](row) for e in best))
+        return torch.stack(rows).view_as(x)
+
+    y, _, _, counts = sparse(x, scored, load)
+    assert (counts[3] == 0) == (top_k < 4)
+    torch.testing.assert_close(y, loop(), rtol=1e-12, atol=1e-13)
+    wanted = {"x": x, **dict(sparse.named_parameters())}
+    towards = torch.randn_like(x)
+    for value, other in ((y, loop()), (y.square(), loop().square())):
+        found = torch.autograd.grad((value * towards).sum(), wanted.values(), retain_graph=True)
+        expected = torch.autograd.grad((other * towards).sum(), wanted.values(), allow_unused=True)
+        for name, ours, theirs in zip(wanted, found, expected, strict=True):
+            theirs = torch.zeros_like(ours) if theirs is None else theirs
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13, msg=name)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
