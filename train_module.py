@@ -6,6 +6,7 @@
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 from forge_common.run.stop import StopRequest
 from forge_common.settings import OptimizerSettings, RunSettings, accumulation_steps, problems, read_settings, run_main
@@ -16,6 +17,8 @@ class Settings(OptimizerSettings, RunSettings):
     # -- data --
     trunk: str
     """Folder that train_shared.py published, or another Transformers checkpoint (folder or hub id)."""
+    trunk_dtype: Literal["bf16"] | None = None
+    """Type of the frozen matrices in memory; None: that of --dtype. bf16 needs the launcher's --mixed_precision bf16."""
     name: str
     """Name of the module."""
     data: tuple[str, ...]
@@ -70,7 +73,7 @@ def main(settings: Settings) -> int:
     from forge_common.model.modules import chosen_layers, plug_in
     from forge_common.model.trunk import even_load, load_of
     from forge_common.run.folder import claim, prepare, release
-    from forge_common.run.launch_checks import check_launch
+    from forge_common.run.launch_checks import check_launch, check_trunk_dtype
     from forge_common.run.log import Interval, RunLog
     from forge_common.run.plan import plan
     from forge_common.run.progress import PENDING, begin, due, update_outcome
@@ -88,6 +91,7 @@ def main(settings: Settings) -> int:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the main process may tokenize that long
     )
     check_launch(accelerator, accumulation, settings.micro_batch_size)
+    check_trunk_dtype(accelerator, settings.trunk_dtype)
     lock = None if settings.dry_run else claim(accelerator, settings.output_dir)  # no other run writes there
     rank = accelerator.process_index
     processes = accelerator.num_processes
@@ -96,17 +100,18 @@ def main(settings: Settings) -> int:
     # ---- Data, model, optimizer ----
     set_seed(settings.seed)
     with accelerator.local_main_process_first():
-        trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk, settings.eos_token)
+        dtype = settings.trunk_dtype or settings.dtype
+        trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk, settings.eos_token, dtype)
         check_context(settings, trunk.config)
         layers = chosen_layers(settings.layers, trunk.config.num_hidden_layers)
         corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
         general = general_sample(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     domains = {"own": corpora.held_out, "general": general}
     config = trunk.config  # of the trunk alone
-    trunk = trunk.to(getattr(torch, settings.dtype))
     module_names = plug_in(trunk, settings.kind, layers, width=settings.width, rank=settings.rank)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
     frozen_before = artifact.digest({name: trunk.state_dict()[name] for name in frozen})
+    trunk.activation_checkpointing = settings.activation_checkpointing
     optimizer = optimizers.make(trunk, settings, accelerator)
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     model, optimizer = accelerator.prepare(trunk, optimizer)

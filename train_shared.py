@@ -114,6 +114,7 @@ def main(settings: Settings) -> int:
         check_context(settings, trunk.config)
         corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     trunk = trunk.to(getattr(torch, settings.dtype))
+    trunk.activation_checkpointing = settings.activation_checkpointing
     optimizer = optimizers.make(trunk, settings, accelerator)
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     model, optimizer = accelerator.prepare(trunk, optimizer)

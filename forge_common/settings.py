@@ -58,6 +58,8 @@ class RunSettings(ReadingSettings):
     # -- precision and statistics --
     dtype: Literal["float32", "float64"] = "float32"
     """Type of the weights; bf16 is the launcher's --mixed_precision."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping its activations: less memory, a third more time."""
     statistics_tokens: int = 1_000_000
     """Tokens of the training text, at most, that the router's statistics are counted on."""
     statistics_min_documents: int = 2

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..loss import CHUNK_ROWS, Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
 from .config import ModelConfig
@@ -165,11 +166,13 @@ class DecoderLayer(nn.Module):
             y, router = self.addition(normed, y, scored, router)
         return y, router
 
-    def forward(self, x, rope, mask, scored, load, cache, layer, feed=None):
+    def forward(self, x, rope, mask, scored, load, cache, layer, feed=None, recompute=False):
         """x [B, T, D] -> x [B, T, D] and the router's (balance, z, counts), or None without a router.
 
-        feed: replaces this layer's `feed`, in an assembled model.
+        feed: replaces this layer's `feed`, in an assembled model. recompute: keep x alone for the backward pass.
         """
+        if recompute and torch.is_grad_enabled():  # inside the layer's forward, so that FSDP's hooks are around it
+            return checkpoint(self.forward, x, rope, mask, scored, load, cache, layer, feed, use_reentrant=False)
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
         y, router = (feed or self.feed)(self.post_attention_layernorm(x), scored, load)
         return x + y, router
@@ -186,17 +189,17 @@ class Decoder(nn.Module):
         self.layers = cast(Sequence[DecoderLayer], layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None):
+    def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None, recompute=False):
         """inputs [B, T] -> hidden [B, T, D] after the last norm, and (balance, z, counts) of each layer with a router.
 
-        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds: one for each layer, or None.
+        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds: one for each layer, or None. recompute: of DecoderLayer.
         """
         seen = torch.cat((cache[0][0], inputs), dim=1) if cache else inputs
         past = seen.shape[1] - inputs.shape[1]
         if cache is not None:
             cache[:1] = [(seen,)]
         rope, mask = self.rope_and_mask(seen, past)
-        x = self.embed_tokens(inputs)
+        x = self.embed_tokens(inputs).to(self.norm.weight.dtype)  # wider than a frozen embedding that is stored in bf16
         routers = []
         if scored is None:
             scored = torch.ones_like(inputs, dtype=torch.bool)
@@ -204,7 +207,8 @@ class Decoder(nn.Module):
             load = even_load(self.config, x.device)
         for index, layer in enumerate(self.layers):
             layer_load = None if load is None else load[index]
-            x, router = layer(x, rope, mask, scored, layer_load, cache, index, feeds and feeds[index])
+            feed = feeds and feeds[index]
+            x, router = layer(x, rope, mask, scored, layer_load, cache, index, feed, recompute)
             routers.append(router)
         return self.norm(x), [router for router in routers if router is not None]
 
@@ -234,6 +238,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # of `forward`: keep the layers' inputs alone, compute the rest again
         self.names = ("trunk",)  # LanguageModel: one candidate, so no gate weights
         self.weights: torch.Tensor | None = None
         self.model = Decoder(config)
@@ -267,7 +272,7 @@ class Trunk(nn.Module):
         """
         inputs, labels = self.split(tokens)
         scored = labels != self.config.ignore_index
-        hidden, routers = self.model(inputs, scored, expert_load)
+        hidden, routers = self.model(inputs, scored, expert_load, recompute=self.activation_checkpointing)
         nats = head_cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten(), self.config.ignore_index)
         none = nats.new_zeros(())
         if not routers:

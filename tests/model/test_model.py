@@ -443,6 +443,69 @@ def test_flops_are_those_that_torch_counts(kind, trained):
     assert trunk.flops_per_token(32) - attention == products / 64
 
 
+# ---- Memory ----
+
+
+def saved_bytes(trunk, tokens):
+    """Bytes of the different tensors that the graph of one forward pass keeps, without the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in trunk.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sums = trunk(tokens)
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own), sums
+
+
+@every_kind
+@pytest.mark.parametrize("module", [None, "ffn"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_activation_checkpointing_keeps_less_and_changes_no_bit(kind, module, autocast):
+    trunk, tokens = make(kind, num_hidden_layers=6, cross_document_attention=False), text(4, 65)
+    if module:
+        plug_in(trunk, module, [2, 4])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        usual, sums = saved_bytes(trunk, tokens)
+        expected = gradients(trunk, sums.objective)
+        trunk.activation_checkpointing = True
+        less, sums_again = saved_bytes(trunk, tokens)
+        found = gradients(trunk, sums_again.objective)
+    assert torch.equal(sums.objective, sums_again.objective)
+    for name, gradient in expected.items():
+        assert (gradient is None and found[name] is None) or torch.equal(gradient, found[name]), name
+    assert less < 0.4 * usual
+
+
+@pytest.mark.parametrize("module", ["ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert"])
+def test_a_trunk_stored_in_bf16_trains_modules_in_float32(module):
+    """Under autocast its loss is that of a float32 trunk with the same rounded matrices."""
+    tokens = text(2, 60)
+    rounded, low = make("qwen2"), make("qwen2")
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16() if parameter.ndim > 1 else parameter)
+        for parameter in low.parameters():
+            parameter.data = parameter.data.bfloat16() if parameter.ndim > 1 else parameter.data
+    for trunk in (rounded, low):
+        torch.manual_seed(2)
+        plug_in(trunk, module, [1, 2], rank=4)
+    for name, parameter in low.named_parameters():
+        expected = torch.bfloat16 if parameter.ndim > 1 and not parameter.requires_grad else torch.float32
+        assert parameter.dtype == expected, name
+    with torch.autocast("cpu", torch.bfloat16):
+        sums, reference = low(tokens), rounded(tokens)
+        assert sums.nats.dtype == torch.float32
+        assert sums.nats.item() == pytest.approx(reference.nats.item(), rel=1e-3)
+        found, expected = gradients(low, sums.nats), gradients(rounded, reference.nats)
+    for name, gradient in expected.items():
+        if gradient is not None:
+            assert found[name].dtype == torch.float32
+            assert (found[name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-6, name
+
+
 # ---- Modules ----
 
 

@@ -121,6 +121,19 @@ def test_stopped_and_resumed(made, module, altered, tmp_path):
     assert metadata[0] == metadata[1]
 
 
+def test_a_trunk_stored_in_bf16(module, tmp_path):
+    """Its module is in float32, and needs bf16 activations; the frozen matrices do not change."""
+    more = ("--trunk-dtype", "bf16", "--kind", "lora+head", "--steps", 4)
+    printed = module(tmp_path / "run", *more, fails=True)
+    assert "Launch with --mixed_precision bf16" in printed and not (tmp_path / "run").exists()
+    printed = module(tmp_path / "run", *more, ACCELERATE_MIXED_PRECISION="bf16")
+    assert "before and after" in printed
+    tensors = load_file(tmp_path / "run" / "module" / "module.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    losses = json.loads((tmp_path / "run" / "module" / "module.json").read_text())["losses"]["own"]
+    assert losses["after"] < losses["before"]
+
+
 def test_only_the_chosen_layers(module, tmp_path):
     module(tmp_path / "run", "--steps", 2, "--kind", "ffn", "--layers", "top:1")
     assert all(name.startswith("model.layers.1.mlp.") for name in launch.weights(tmp_path / "run", 2))
