@@ -116,9 +116,9 @@ class SparseFeedForward(nn.Module):
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
 
     def forward(self, x, scored, load):
-        """x [B, T, D], scored [B, T] bool, load [E] -> y [B, T, D], balance sum, z sum, counts [E] of scored tokens."""
+        """x [B, T, D], scored [B, T] bool (None: all), load [E] -> y [B, T, D], balance sum, z sum, counts [E] of scored tokens."""
         rows = x.reshape(-1, x.shape[-1])
-        scored = scored.reshape(-1)
+        scored = torch.ones_like(rows[:, 0], dtype=torch.bool) if scored is None else scored.reshape(-1)
         logits = self.gate(rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probabilities = logits.softmax(-1)

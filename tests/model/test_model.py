@@ -20,6 +20,8 @@ from forge_common.model.config import PRESETS, ModelConfig
 from forge_common.model.modules import chosen_layers, plug_in, put_in, untie
 from forge_common.model.trunk import SparseFeedForward, Trunk, even_load, load_of
 from forge_common.optimizers import parameter_groups
+from forge_common.routing.mixture import Mixture, with_module
+from forge_common.routing.routers import UniformRouter
 
 SIZES = {
     "vocab_size": 258,
@@ -372,6 +374,19 @@ def test_experts_are_those_of_a_loop_over_tokens(top_k):
         for name, ours, theirs in zip(wanted, found, expected, strict=True):
             theirs = torch.zeros_like(ours) if theirs is None else theirs
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("module", ["ffn", "narrow"])
+@pytest.mark.parametrize("top_k", [0, 1])
+def test_modules_are_assembled_on_a_mixture_of_experts(module, top_k):
+    """New modules change nothing, so neither does their mixture."""
+    trunk, tokens = make("mixtral"), text(2, 30)
+    new = make("mixtral")
+    names = plug_in(new, module, [1])
+    tensors = {name: new.state_dict()[name] for name in names}
+    modules = {name: with_module(trunk, tensors, module, [1]) for name in ("one", "other")}
+    mixture = Mixture(trunk, modules, UniformRouter(torch.full((3,), 1 / 3)), top_k=top_k)
+    torch.testing.assert_close(mixture.nats(tokens), trunk.nats(tokens), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
