@@ -24,7 +24,7 @@ def update_totals(accelerator: Any, sums: list[Any], grad_norm: Any, num_scored:
     num_scored: this rank's labels in the next update. stop: the run's StopRequest.
     """
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
-    counts = sum(part.expert_counts for part in sums)
+    counts = torch.stack([part.expert_counts for part in sums]).sum(0)
     values = (sum(part.objective.detach() for part in sums), num_scored, bool(stop.exit_code))
     scalars = [torch.as_tensor(value, dtype=dtype, device=accelerator.device) for value in values]
     total = accelerator.reduce(torch.cat((torch.stack(scalars), counts.flatten().to(dtype))), "sum")
