@@ -8,11 +8,11 @@
 from dataclasses import dataclass
 
 from forge_common.run.stop import StopRequest
-from forge_common.settings import RunSettings, accumulation_steps, problems, read_settings, run_main
+from forge_common.settings import OptimizerSettings, RunSettings, accumulation_steps, problems, read_settings, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(RunSettings):
+class Settings(OptimizerSettings, RunSettings):
     # -- data --
     data: tuple[str, ...]
     """Sources: file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs|perl. SOURCE@0.7 weights one."""
@@ -49,7 +49,7 @@ class Settings(RunSettings):
     router_z_loss_coef: float = 0.001
     """Weight of the router's z loss."""
 
-    # -- optimizer and schedule --
+    # -- updates --
     steps: int = 10_000
     """Optimizer updates."""
     batch_size: int = 64
@@ -58,16 +58,6 @@ class Settings(RunSettings):
     """Windows that a device holds at once."""
     lr: float = 3e-4
     """Peak learning rate."""
-    schedule: str = "cosine"
-    """Learning-rate curve: a name in SCHEDULES of forge_common/schedule.py (cosine, linear, constant, wsd)."""
-    warmup_steps: int = 100
-    """Updates of linear warm-up."""
-    min_lr_ratio: float = 0.0
-    """Learning rate at the end, as a share of --lr."""
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices; norms, biases and embeddings have none."""
-    max_grad_norm: float = 1.0
-    """Norm to which a larger gradient is clipped."""
 
 
 def main(settings: Settings) -> int:
@@ -81,19 +71,20 @@ def main(settings: Settings) -> int:
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
-    from forge_common import checkpoint, schedule
+    from forge_common import checkpoint, optimizers, schedule
     from forge_common.artifacts import artifact
     from forge_common.artifacts.publish import publish_trunk
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.model.config import check_context, model_config
-    from forge_common.model.trunk import Trunk, even_load, load_of, parameter_groups
+    from forge_common.model.trunk import Trunk, even_load, load_of
     from forge_common.run import engines
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
     from forge_common.run.plan import plan
     from forge_common.run.progress import PENDING, begin, due, update_outcome
+    from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
     from forge_common.validation import validate
 
@@ -124,8 +115,8 @@ def main(settings: Settings) -> int:
         check_context(settings, trunk.config)
         corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     trunk = trunk.to(getattr(torch, settings.dtype))
-    groups = parameter_groups(trunk, settings.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")
+    trunk.activation_checkpointing = settings.activation_checkpointing
+    optimizer = optimizers.make(trunk, settings, accelerator)
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata)  # refuses machines that differ
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
@@ -154,23 +145,22 @@ def main(settings: Settings) -> int:
         progress.record_validation(result)
         log.validation(result, progress)
     stop.end_early(progress.patience_is_over(settings.patience))
+    following = next(update_batches)  # [micro-batches, micro_batch_size, sequence_length + 1]
+    num_scored = int(accelerator.reduce((following[..., 1:] != trunk.config.ignore_index).sum(), "sum"))
     log.restart_clock(progress.global_step)
     while progress.global_step < last and not stop.reason:
         # -- take the update's windows --
-        windows = next(update_batches)  # [micro-batches, micro_batch_size, sequence_length + 1]
+        windows, following = following, next(update_batches)
         step = progress.global_step + 1
         set_seed(settings.seed + step * processes + rank)  # for dropout: a resumed run draws the same numbers
-        rate = settings.lr * schedule.factor(
-            settings.schedule, step, settings.steps, warmup_steps=settings.warmup_steps, floor=settings.min_lr_ratio
-        )
+        rate = schedule.rate(settings, step)
         for group in optimizer.param_groups:
             group["lr"] = rate
 
         # -- forward and backward --
         # accelerate divides by the micro-batches and DDP by the processes. The factor P * N / n undoes both, so that the
         # gradient is the mean over the n scored tokens of the whole update, however the update is divided.
-        num_scored = accelerator.reduce((windows[..., 1:] != trunk.config.ignore_index).sum(), "sum")
-        scale = processes * accumulation / num_scored.clamp(min=1)
+        scale = processes * accumulation / max(num_scored, 1)
         sums = []
         outcome = PENDING  # until the last micro-batch, where the gradients are in sync
         for micro_batch in windows:
@@ -180,26 +170,27 @@ def main(settings: Settings) -> int:
 
                 # -- apply or skip --
                 if accelerator.sync_gradients:
-                    grad_norm = float(accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm))
-                    loss = float(accelerator.reduce(sum(part.objective.detach() for part in sums), "sum"))
-                    outcome = update_outcome(loss, grad_norm, int(num_scored), accelerator.scaler)
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
+                    ahead = (following[..., 1:] != trunk.config.ignore_index).sum()
+                    totals = update_totals(accelerator, sums, grad_norm, ahead, stop)
+                    outcome = update_outcome(totals.loss, totals.grad_norm, num_scored, accelerator.scaler)
                 if not accelerator.sync_gradients or outcome.applied:
                     optimizer.step()
                 optimizer.zero_grad()
             stop.heartbeat()
         progress.record(outcome, settings, corpora.training, log.print_line)
+        num_scored = totals.num_scored
         if outcome.finite:
             interval.add(sums)
         if outcome.finite and expert_load is not None:
-            expert_counts = accelerator.reduce(sum(part.expert_counts for part in sums), "sum")
-            progress.expert_counts = expert_counts.tolist()
-            expert_load = load_of(expert_counts)
+            progress.expert_counts = totals.expert_counts
+            expert_load = load_of(torch.tensor(totals.expert_counts, device=device))
         if settings.dry_run:
             log.end_warm_up(step)
             continue
 
         # -- now and then: log, validate, save --
-        stop.check(accelerator)
+        stop.agree(totals.stop > 0)
         improved = False
         if due(step, settings.log_every, last):
             log.training(interval, progress, rate=rate, grad_norm=outcome.grad_norm)

@@ -6,6 +6,7 @@ To add a curve, add a function and an entry in SCHEDULES; the parametrized tests
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 
 def _warmup(step: float, warmup_steps: int) -> float:
@@ -40,23 +41,32 @@ def constant(step: float, *, warmup_steps: int, total_steps: float, floor: float
     return _warmup(step, warmup_steps)
 
 
-def wsd(step: float, *, warmup_steps: int, total_steps: float, floor: float = 0.0) -> float:
-    """Warm-up, stable, decay: 1 until the last fifth of the run, then linear to `floor` at `total_steps`.
+def wsd(step: float, *, warmup_steps: int, total_steps: float, floor: float = 0.0, decay_share: float = 0.2) -> float:
+    """Warm-up, stable, decay: 1 until the last `decay_share` of the run, then linear to `floor` at `total_steps`.
 
     Source: Hu et al., MiniCPM, arXiv 2404.06395. The length of the decay follows Hägele et al., arXiv 2405.18392.
     """
     if step < warmup_steps:
         return _warmup(step, warmup_steps)
-    decay_start = max(warmup_steps, 0.8 * total_steps)
+    decay_start = max(warmup_steps, (1.0 - decay_share) * total_steps)
     return floor + (1.0 - floor) * (1.0 - _progress(step, decay_start, total_steps))
 
 
 SCHEDULES: dict[str, Callable[..., float]] = {"cosine": cosine, "linear": linear, "constant": constant, "wsd": wsd}
 
 
-def factor(name: str, update: int, steps: int, *, warmup_steps: int, floor: float) -> float:
+def rate(settings: Any, update: int) -> float:
+    """The learning rate of `update`, counted from 1, by the settings of a script."""
+    curve = {"warmup_steps": settings.warmup_steps, "floor": settings.min_lr_ratio}
+    if settings.schedule == "wsd":
+        curve["decay_share"] = settings.wsd_decay_share
+    return settings.lr * factor(settings.schedule, update, settings.steps, **curve)
+
+
+def factor(name: str, update: int, steps: int, *, warmup_steps: int, floor: float, **shape: float) -> float:
     """The factor of the peak rate at `update`, counted from 1, of `steps` updates.
 
-    No update has the rate 0: the first has 1 / warmup_steps, and the curve ends at steps + 1, after the last one.
+    No update has the rate 0: the first has 1 / warmup_steps, and the curve ends at steps + 1, after the last one. shape: what
+    only this curve has.
     """
-    return SCHEDULES[name](update, warmup_steps=warmup_steps, total_steps=steps + 1, floor=floor)
+    return SCHEDULES[name](update, warmup_steps=warmup_steps, total_steps=steps + 1, floor=floor, **shape)

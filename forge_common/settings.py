@@ -67,6 +67,8 @@ class RunSettings(ReadingSettings):
     # -- precision and statistics --
     dtype: Literal["float32", "float64"] = "float32"
     """Type of the weights; bf16 is the launcher's --mixed_precision."""
+    activation_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping its activations: less memory, a third more time."""
     statistics_tokens: int = 1_000_000
     """Tokens of the training text, at most, that the router's statistics are counted on."""
     statistics_min_documents: int = 2
@@ -105,6 +107,32 @@ class RunSettings(ReadingSettings):
     """Seconds without progress after which the run ends; longer where updates are slow, or it computes; 0: no limit."""
     dry_run: bool = False
     """Print the plan, time a few updates, and write nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerSettings:
+    """The optimizer and the curve of its rate. Both scripts inherit it and add --steps and --lr, whose defaults differ."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of the layers' matrices; everything else has AdamW. muon: one process or DDP, with the same --lr as adamw."""
+    beta1: float = 0.9
+    """AdamW's decay of the mean gradient, in an update."""
+    beta2: float = 0.95
+    """AdamW's decay of the mean squared gradient, in an update."""
+    eps: float = 1e-8
+    """Added to the root of the mean squared gradient, by which AdamW divides its rate."""
+    weight_decay: float = 0.1
+    """Decay of matrices; norms, biases and embeddings have none."""
+    max_grad_norm: float = 1.0
+    """Norm to which a larger gradient is clipped."""
+    schedule: str = "cosine"
+    """Learning-rate curve: a name in SCHEDULES of forge_common/schedule.py (cosine, linear, constant, wsd)."""
+    warmup_steps: int = 100
+    """Updates of linear warm-up."""
+    min_lr_ratio: float = 0.0
+    """Learning rate at the end, as a share of --lr."""
+    wsd_decay_share: float = 0.2
+    """Share of the updates, at the end, in which the schedule wsd lowers the rate."""
 
 
 def read_settings(
@@ -157,7 +185,7 @@ def problems(settings: Any) -> list[str]:
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
     if value("val_tokens") < 0:
         faults.append(f"--val-tokens is {value('val_tokens')}; it cannot be negative (0 means all)")
-    for name in ("lr", "max_grad_norm"):
+    for name in ("lr", "max_grad_norm", "eps"):
         if not (value(name) > 0 and math.isfinite(value(name))):
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
     if not value("hang_timeout") >= 0:
@@ -166,6 +194,11 @@ def problems(settings: Any) -> list[str]:
         faults.append(f"--weight-decay is {value('weight_decay')}; it must lie in [0, 1)")
     if not 0 <= value("min_lr_ratio") <= 1:
         faults.append(f"--min-lr-ratio is {value('min_lr_ratio')}; it must lie in [0, 1]")
+    for name in ("beta1", "beta2"):
+        if not 0 <= value(name) < 1:
+            faults.append(f"--{name} is {value(name)}; it must lie in [0, 1)")
+    if not 0 < value("wsd_decay_share") <= 1:
+        faults.append(f"--wsd-decay-share is {value('wsd_decay_share')}; it must lie in (0, 1]")
     if not 0 <= value("val_fraction") < 1:
         faults.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
     if value("warmup_steps") > value("steps"):

@@ -5,14 +5,15 @@ SCALE = "scale = processes * accumulation / num_scored"
 AFTER_MICRO_BATCH = "            stop.heartbeat()\n"
 AFTER_UPDATE = "        progress.record(outcome, settings, corpora.training, log.print_line)\n"
 AFTER_TRAINING = "    update_batches.close()\n"
-TAKE_WINDOWS = "        windows = next(update_batches)"
-LOSS = "loss = float("
-CHECK_STOP = "        stop.check(accelerator)\n"
+PUBLISHED = "    exit_code = stop.end()\n"
+TAKE_WINDOWS = "        windows, following = following, next(update_batches)"
+LOSS = "update_outcome(totals.loss, "
+CHECK_STOP = "        stop.agree(totals.stop > 0)\n"
 SET_RATE = 'group["lr"] = rate'
 CHECK_LAUNCH = "    check_launch(accelerator, accumulation, settings)\n"
 BEGIN_TRAINING = "    stop.begin_training("
 START_LOG = "    log = RunLog("
-OPTIMIZER = 'torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps")'
+OPTIMIZER = "optimizers.make(trunk, settings, accelerator)"
 
 
 def scaled_by(factor: str) -> str:

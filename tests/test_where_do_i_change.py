@@ -5,7 +5,6 @@ import re
 import shutil
 from pathlib import Path
 
-import edits
 import launch
 import pytest
 import torch
@@ -145,8 +144,8 @@ def test_a_schedule(copy, train):
 def test_the_optimizer(copy, train, unchanged):
     """An update of SGD is as long as the rate times the norm that the gradient is clipped to; one of AdamW is longer."""
     scripts = ("train_shared.py", "train_module.py")
-    for script in scripts:
-        copy.replace(script, edits.OPTIMIZER, "torch.optim.SGD(groups, lr=settings.lr)")
+    adamw = "return torch.optim.AdamW(groups, lr=settings.lr, **adamw)"
+    copy.replace("forge_common/optimizers.py", adamw, "return torch.optim.SGD(groups, lr=settings.lr)")
     _, trunk, _ = unchanged
     before = weights(trunk)
     flags = ("--steps", 1, "--weight-decay", 0, "--max-grad-norm", 0.01)

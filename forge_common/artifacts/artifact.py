@@ -29,6 +29,7 @@ from .metadata import FORMAT_VERSION, module_arguments, read_metadata
 
 TRUNK_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TRUNK_FILES += ("special_tokens_map.json", "forge.json", "statistics.safetensors", "README.md")
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 MODULE_FILES = ("module.json", "module.safetensors", "statistics.safetensors", "README.md")
 
 
@@ -129,9 +130,12 @@ def local_folder(place: str) -> Path:
         ) from None
 
 
-def read_trunk(place: str, eos_token: str | None = None) -> tuple[Trunk, Tokenizer, dict[str, Any]]:
-    """A trunk in float32 on the CPU, its tokenizer and its metadata.
+def read_trunk(
+    place: str, eos_token: str | None = None, dtype: str = "float32"
+) -> tuple[Trunk, Tokenizer, dict[str, Any]]:
+    """A trunk on the CPU, its tokenizer and its metadata. Weights that the file has in `dtype` stay mapped to the file.
 
+    dtype: a key of DTYPES. In bf16 only the matrices are, so that the residual stream and the norms are in float32.
     Weights, configuration and tokenizer are verified against forge.json. Without that file it is a Transformers checkpoint:
     the metadata are then only the digests, which are computed.
     """
@@ -159,7 +163,7 @@ def read_trunk(place: str, eos_token: str | None = None) -> tuple[Trunk, Tokeniz
         verify(folder, tensors, metadata, "digest", "forge.json")
     else:
         actual["digest"] = digest(tensors)
-    return _load_exactly(config, tensors, folder), tokenizer, metadata | actual
+    return _load_exactly(config, tensors, folder, DTYPES[dtype]), tokenizer, metadata | actual
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
@@ -187,7 +191,7 @@ def _read_weights(files: list[Path], config: ModelConfig) -> Tensors:
     return tensors
 
 
-def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path) -> Trunk:
+def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path, dtype: torch.dtype) -> Trunk:
     """The trunk with these tensors, whose names and shapes must be those of the configuration."""
     experts = max(1, config.num_local_experts)
     if config.num_hidden_layers * experts > len(tensors):  # refuse before so many modules are made
@@ -206,8 +210,9 @@ def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path) -> Trunk:
             f"{folder}: {len(wrong)} tensors do not fit config.json, first {name}: {actual.get(name)} in the file, "
             f"{expected.get(name)} by the config. Fetch the checkpoint again."
         )
-    widened = {name: tensor.to(torch.float32) for name, tensor in tensors.items()}
-    trunk.load_state_dict(widened, strict=True, assign=True)
+    wide = torch.promote_types(dtype, torch.float32)
+    converted = {name: tensor.to(dtype if tensor.ndim > 1 else wide) for name, tensor in tensors.items()}
+    trunk.load_state_dict(converted, strict=True, assign=True)
     return trunk
 
 
@@ -240,6 +245,19 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
                 "Fetch the module again."
             )
     return tensors, metadata
+
+
+def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], metadata: dict[str, Any]) -> Tensors:
+    """The layers' tensors of the trunk that a module has replaced in memory, from the trunk's files. metadata: of read_trunk."""
+    with torch.device("meta"):
+        own = {name for name, _ in Trunk(config).named_parameters() if name.startswith("model.")}
+    names = [name for name in module_names if name in own]
+    if not names:
+        return {}
+    folder = without_links(local_folder(place))
+    tensors = _read_weights(weight_files(folder), config)
+    verify(folder, tensors, metadata, "digest", "the metadata read at the start of the run")
+    return {name: tensors[name] for name in names}
 
 
 def read_statistics(folder: Path, metadata: dict[str, Any], config: ModelConfig) -> Tensors | None:

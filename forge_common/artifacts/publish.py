@@ -10,7 +10,7 @@ from ..data.tokenizer import Tokenizer
 from ..files.tensors import Tensors
 from ..model.config import ModelConfig
 from ..routing import statistics
-from .artifact import read_trunk, write_module, write_trunk
+from .artifact import replaced_tensors, write_module, write_trunk
 
 
 def publish_trunk(
@@ -46,21 +46,28 @@ def publish_module(
     settings: Any,
     progress: Any,
     corpora: Corpora,
+    config: ModelConfig,
     tensors: Tensors,
+    module_names: list[str],
+    trunk_metadata: dict[str, Any],
     layers: list[int],
     losses_after: dict[str, Any],
     device: torch.device,
 ) -> tuple[Path, str]:
     """Writes OUTPUT/module with its statistics, verified; returns its folder and digest.
 
+    config: of the trunk alone. tensors: of the trunk with the module in it, which has `module_names`; no second trunk is made.
     losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
     """
-    trunk, tokenizer, trunk_metadata = read_trunk(settings.trunk, settings.eos_token)
+    assert config.eos_token_id is not None  # read_trunk takes it from the tokenizer
     sample = list(statistics.sample(corpora.training.shares(), settings.statistics_tokens))
     counts, sample_size = statistics.count(
-        sample, trunk.config.vocab_size, tokenizer.eos_token_id, settings.statistics_min_documents
+        sample, config.vocab_size, config.eos_token_id, settings.statistics_min_documents
     )
-    moments = statistics.moments(trunk.to(device), sample, settings.sequence_length, device)
+    module = {name: tensors[name] for name in module_names}
+    trunk = {name: tensor for name, tensor in tensors.items() if name not in module}
+    trunk |= replaced_tensors(settings.trunk, config, module_names, trunk_metadata)
+    moments = statistics.moments(config, trunk, sample, settings.sequence_length, device)
     metadata = {
         "kind": settings.kind,
         "name": settings.name,
@@ -78,7 +85,7 @@ def publish_module(
         },
     }
     path = settings.output_dir / "module"
-    return path, write_module(path, tensors, metadata, counts | moments, trunk.config)
+    return path, write_module(path, module, metadata, counts | moments, config)
 
 
 def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[str, Any]:

@@ -98,10 +98,15 @@ class LowRankHead(nn.Module):
 
 def _low_rank(weight: torch.Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
     """A [R, in], initialized as in nn.Linear, and B [out, R], zeros."""
-    a = weight.new_empty(rank, weight.shape[1])
-    b = weight.new_zeros(weight.shape[0], rank)
+    a = weight.new_empty(rank, weight.shape[1], dtype=_trained_dtype(weight))
+    b = weight.new_zeros(weight.shape[0], rank, dtype=_trained_dtype(weight))
     nn.init.uniform_(a, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
     return nn.Parameter(a), nn.Parameter(b)
+
+
+def _trained_dtype(weight: torch.Tensor) -> torch.dtype:
+    """At least float32, on a trunk whose matrices may be stored in bf16: small updates would be lost in it."""
+    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def chosen_layers(spec: str, num_hidden_layers: int) -> list[int]:
@@ -142,22 +147,22 @@ def plug_in(trunk: Trunk, kind: str, layers: list[int], *, width: int = 0, rank:
     if config.num_local_experts and body in ("lora", "expert"):
         raise UserError(f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow.")
     trunk.requires_grad_(False)
+    device, dtype = trunk.head.device, _trained_dtype(trunk.head)
     for layer in (trunk.model.layers[index] for index in layers):
         if body == "ffn":
-            layer.feed_forward.requires_grad_(True)
+            layer.feed_forward.to(device, dtype).requires_grad_(True)
         elif body == "narrow":
-            layer.addition = ParallelFeedForward(config.hidden_size, width or config.intermediate_size // 4).to(
-                trunk.head
-            )
+            layer.addition = ParallelFeedForward(config.hidden_size, width or config.intermediate_size // 4)
+            layer.addition.to(device, dtype)
         elif body == "lora":
             for name in MATRICES:
                 setattr(layer.mlp, name, LowRankLinear(getattr(layer.mlp, name), rank or 16))
         else:
-            layer.addition = RoutedExpert(layer.mlp, config.hidden_size).to(trunk.head).requires_grad_(True)
+            layer.addition = RoutedExpert(layer.mlp, config.hidden_size).to(device, dtype).requires_grad_(True)
     if head and body == "lora":
         trunk.head_change = LowRankHead(trunk.head, rank or 16)
     elif head:
-        untie(trunk).requires_grad_(True)
+        untie(trunk).to(device, dtype).requires_grad_(True)
     return [name for name, parameter in trunk.named_parameters() if parameter.requires_grad]
 
 
@@ -165,7 +170,8 @@ def untie(trunk: Trunk) -> nn.Linear:
     """The trunk's own output head; where it is tied, it becomes a copy of the embedding first."""
     if trunk.lm_head is None:
         weight = trunk.model.embed_tokens.weight
-        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=weight.dtype)
+        dtype = _trained_dtype(weight)
+        head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=dtype)
         with torch.no_grad():
             head.weight.copy_(weight)
         trunk.lm_head = head

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from ..loss import CHUNK_ROWS, Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
 from .config import ModelConfig
@@ -116,19 +117,24 @@ class SparseFeedForward(nn.Module):
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
 
     def forward(self, x, scored, load):
-        """x [B, T, D], scored [B, T] bool, load [E] -> y [B, T, D], balance sum, z sum, counts [E] of scored tokens."""
+        """x [B, T, D], scored [B, T] bool (None: all), load [E] -> y [B, T, D], balance sum, z sum, counts [E] of scored tokens."""
         rows = x.reshape(-1, x.shape[-1])
-        scored = scored.reshape(-1)
+        scored = torch.ones_like(rows[:, 0], dtype=torch.bool) if scored is None else scored.reshape(-1)
         logits = self.gate(rows)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         probabilities = logits.softmax(-1)
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(-1, keepdim=True)
-        y = torch.zeros_like(rows)
-        for index, expert in enumerate(self.experts):  # also without tokens: DDP needs every parameter in the graph
-            row, slot = (chosen == index).nonzero(as_tuple=True)
-            y = y.index_add(0, row, (expert(rows[row]) * weights[row, slot, None]).to(y.dtype))
-        counts = F.one_hot(chosen, len(self.experts)).sum(1)[scored].sum(0)
+        assigned = chosen.unsqueeze(-1) == torch.arange(len(self.experts), device=chosen.device)  # [R, k, E]
+        # Sorted by expert, the assignments are one product for each expert, and their sizes the only thing the host waits for.
+        order = chosen.flatten().argsort(stable=True)
+        sizes = assigned.sum((0, 1)).tolist()
+        sorted_rows = rows.repeat_interleave(self.top_k, dim=0).index_select(0, order)
+        parts = zip(self.experts, sorted_rows.split(sizes), strict=True)
+        outputs = torch.cat([expert(part) for expert, part in parts])  # also without tokens: DDP needs every parameter
+        outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)
+        y = (outputs * weights.unsqueeze(-1)).to(rows.dtype).sum(1)
+        counts = (assigned & scored[:, None, None]).sum((0, 1))
         return y.view_as(x), balance_sum(probabilities, load, scored), z_sum(logits, scored), counts
 
 
@@ -161,11 +167,13 @@ class DecoderLayer(nn.Module):
             y, router = self.addition(normed, y, scored, router)
         return y, router
 
-    def forward(self, x, rope, mask, scored, load, cache, layer, feed=None):
+    def forward(self, x, rope, mask, scored, load, cache, layer, feed=None, recompute=False):
         """x [B, T, D] -> x [B, T, D] and the router's (balance, z, counts), or None without a router.
 
-        feed: replaces this layer's `feed`, in an assembled model.
+        feed: replaces this layer's `feed`, in an assembled model. recompute: keep x alone for the backward pass.
         """
+        if recompute and torch.is_grad_enabled():  # inside the layer's forward, so that FSDP's hooks are around it
+            return checkpoint(self.forward, x, rope, mask, scored, load, cache, layer, feed, use_reentrant=False)
         x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
         y, router = (feed or self.feed)(self.post_attention_layernorm(x), scored, load)
         return x + y, router
@@ -182,28 +190,33 @@ class Decoder(nn.Module):
         self.layers = cast(Sequence[DecoderLayer], layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None):
+    def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None, recompute=False):
         """inputs [B, T] -> hidden [B, T, D] after the last norm, and (balance, z, counts) of each layer with a router.
 
-        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds: one for each layer, or None.
+        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds: one for each layer, or None. recompute: of DecoderLayer.
         """
         seen = torch.cat((cache[0][0], inputs), dim=1) if cache else inputs
         past = seen.shape[1] - inputs.shape[1]
         if cache is not None:
             cache[:1] = [(seen,)]
-        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=inputs.device))
-        x = self.embed_tokens(inputs)
+        rope, mask = self.rope_and_mask(seen, past)
+        x = self.embed_tokens(inputs).to(self.norm.weight.dtype)  # wider than a frozen embedding that is stored in bf16
         routers = []
-        mask = self._mask(seen, past)
         if scored is None:
             scored = torch.ones_like(inputs, dtype=torch.bool)
         if load is None and self.config.num_local_experts:
             load = even_load(self.config, x.device)
         for index, layer in enumerate(self.layers):
             layer_load = None if load is None else load[index]
-            x, router = layer(x, rope, mask, scored, layer_load, cache, index, feeds and feeds[index])
+            feed = feeds and feeds[index]
+            x, router = layer(x, rope, mask, scored, layer_load, cache, index, feed, recompute)
             routers.append(router)
         return self.norm(x), [router for router in routers if router is not None]
+
+    def rope_and_mask(self, seen, past: int = 0):
+        """cos and sin [T, d] and the mask of `_mask`, for the tokens of seen [B, past + T] after the first `past`."""
+        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=seen.device))
+        return rope, self._mask(seen, past)
 
     def _mask(self, seen, past: int):
         """seen [B, past + T] -> None for plain causal attention; else bool [B or 1, 1, T, past + T], True: may attend."""
@@ -226,6 +239,7 @@ class Trunk(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
+        self.activation_checkpointing = False  # of `forward`: keep the layers' inputs alone, compute the rest again
         self.names = ("trunk",)  # LanguageModel: one candidate, so no gate weights
         self.weights: torch.Tensor | None = None
         self.model = Decoder(config)
@@ -259,7 +273,7 @@ class Trunk(nn.Module):
         """
         inputs, labels = self.split(tokens)
         scored = labels != self.config.ignore_index
-        hidden, routers = self.model(inputs, scored, expert_load)
+        hidden, routers = self.model(inputs, scored, expert_load, recompute=self.activation_checkpointing)
         nats = head_cross_entropy(hidden.flatten(0, 1), self.head, labels.flatten(), self.config.ignore_index)
         none = nats.new_zeros(())
         if not routers:
@@ -330,13 +344,3 @@ def even_load(config: ModelConfig, device: torch.device) -> torch.Tensor | None:
 def load_of(counts: torch.Tensor) -> torch.Tensor | None:
     """f [L, E] from counts of assignments [L, E]: each layer sums to 1. None without a router."""
     return counts / counts.sum(-1, keepdim=True).clamp(min=1) if counts.numel() else None
-
-
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """AdamW's groups of the trained parameters: weight decay for matrices, none for norms, biases and embeddings."""
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    decayed = [parameter for parameter in trained if parameter.ndim >= 2 and id(parameter) not in embeddings]
-    not_decayed = [parameter for parameter in trained if parameter.ndim < 2 or id(parameter) in embeddings]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]

@@ -11,6 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+
+from ..model.config import ModelConfig
+from ..model.trunk import Decoder, even_load
 
 BIGRAM_BUCKETS = 1 << 17  # in a million tokens, about 50,000 pairs are in two documents or more
 MOMENT_TOKENS = 16_384  # of the sample, for the moments: enough for matrices of 128 x 128
@@ -80,39 +85,58 @@ def count(
 
 
 @torch.no_grad()
-def moments(trunk: Any, documents: Iterable[np.ndarray], sequence_length: int, device: torch.device) -> Tensors:
+def moments(
+    config: ModelConfig,
+    tensors: Tensors,
+    documents: Iterable[np.ndarray],
+    sequence_length: int,
+    device: torch.device,
+) -> Tensors:
     """For each layer the means of x x' and x over the normed inputs x of the feed-forward, for a ridge regression.
 
     second [L, d, d] and first [L, d], float16, where d is the width of a fixed projection. Source: DUME, arXiv 2603.29765.
-    trunk: without a module.
+    tensors: of the trunk without a module, on any device. All windows go through one layer before the next, so that
+    `device` holds the weights of one layer at a time, in float32.
     """
-    layers = trunk.model.layers
-    project = projection(trunk.config.hidden_size).to(device)
-    second = torch.zeros(len(layers), *[project.shape[1]] * 2, device=device, dtype=torch.float32)
-    first = torch.zeros(len(layers), project.shape[1], device=device, dtype=torch.float32)
-    seen = 0
-
-    def hook(index: int):
-        def add(module, arguments, output):
-            x = output.float().flatten(0, 1) @ project
+    with torch.device("meta"):
+        decoder = Decoder(config)
+    project = projection(config.hidden_size).to(device)
+    windows = _windows(documents, sequence_length)
+    embedding = tensors["model.embed_tokens.weight"]
+    hidden = [F.embedding(ids.to(embedding.device), embedding).to(device, torch.float32) for ids in windows]
+    load = even_load(config, device)
+    second, first = [], []
+    for index, layer in enumerate(decoder.layers):
+        names = [name for name, _ in layer.named_parameters()]
+        weights = {name: tensors[f"model.layers.{index}.{name}"].to(device, torch.float32) for name in names}
+        normed: list[torch.Tensor] = []
+        layer.post_attention_layernorm.register_forward_hook(lambda module, args, output, to=normed: to.append(output))
+        second.append(project.new_zeros(project.shape[1], project.shape[1]))
+        first.append(project.new_zeros(project.shape[1]))
+        for place, ids in enumerate(windows):
+            rope, mask = decoder.rope_and_mask(ids.to(device))
+            scored = torch.ones_like(ids, dtype=torch.bool, device=device)
+            layer_load = None if load is None else load[index]
+            arguments = (hidden[place], rope, mask, scored, layer_load, None, index)
+            hidden[place], _ = functional_call(layer, weights, arguments)
+            x = normed.pop().flatten(0, 1) @ project
             second[index] += x.T @ x
             first[index] += x.sum(0)
+    seen = max(sum(ids.numel() for ids in windows), 1)
+    return {"second": (torch.stack(second) / seen).half().cpu(), "first": (torch.stack(first) / seen).half().cpu()}
 
-        return add
 
-    handles = [layer.post_attention_layernorm.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
-    try:
-        for document in documents:
-            for start in range(0, min(len(document), 4 * sequence_length), sequence_length):
-                ids = torch.from_numpy(document[start : start + sequence_length])[None].to(device)
-                trunk.model(ids)
-                seen += ids.numel()
-            if seen >= MOMENT_TOKENS:
-                break
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {"second": (second / max(seen, 1)).half().cpu(), "first": (first / max(seen, 1)).half().cpu()}
+def _windows(documents: Iterable[np.ndarray], sequence_length: int) -> list[torch.Tensor]:
+    """Windows [1, up to T] of the first MOMENT_TOKENS tokens or so: at most four of each document."""
+    windows: list[torch.Tensor] = []
+    seen = 0
+    for document in documents:
+        for start in range(0, min(len(document), 4 * sequence_length), sequence_length):
+            windows.append(torch.from_numpy(document[start : start + sequence_length])[None])
+            seen += windows[-1].numel()
+        if seen >= MOMENT_TOKENS:
+            break
+    return windows
 
 
 def moment_shapes(layers: int, width: int) -> dict[str, tuple[int, ...]]:

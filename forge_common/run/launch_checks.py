@@ -45,6 +45,22 @@ def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
         )
 
 
+def check_trunk_dtype(accelerator: Any, trunk_dtype: str | None) -> None:
+    """UserError where frozen matrices in bf16 would meet activations in float32, or parameters that an engine stores as one type."""
+    if trunk_dtype is None:
+        return
+    if accelerator.mixed_precision != "bf16":
+        raise UserError(
+            f"--trunk-dtype bf16 with mixed_precision {accelerator.mixed_precision}: the frozen matrices need bf16 activations. "
+            "Launch with --mixed_precision bf16, or leave out --trunk-dtype."
+        )
+    if accelerator.is_fsdp2 or accelerator.state.deepspeed_plugin:
+        raise UserError(
+            "--trunk-dtype bf16 is for one process or DDP: FSDP2 and DeepSpeed store all parameters of a layer in one type. "
+            "Leave it out; they divide the trunk over the devices."
+        )
+
+
 def check_processes() -> None:
     """UserError where `accelerate launch` was asked for more processes than it started.
 

@@ -77,16 +77,20 @@ class StopRequest:
 
     def check(self, accelerator: Any) -> bool:
         """Whether any rank has received a signal. A collective: call it at the same update on all ranks."""
+        if self.exit_code:
+            accelerator.set_trigger()
+        self.agree(accelerator.check_trigger())
+        return self.reason == "signal"
+
+    def agree(self, any_rank: bool) -> None:
+        """Ends an update. The signal that any rank has received becomes the reason to stop, on all ranks at the same update."""
         if not self._in_section:
             self._normal = max(self._clock - self._update, 0.9 * self._normal)
             self._update = self._clock
             self._slow = False
-        if self.exit_code:
-            accelerator.set_trigger()
-        if accelerator.check_trigger():
+        if any_rank:
             self.exit_code = self.exit_code or 128 + signal.SIGTERM
             self.reason = "signal"
-        return self.reason == "signal"
 
     def end_early(self, patience_is_over: bool) -> None:
         """Ends the training before its last update when validation no longer improves; a signal has precedence."""

@@ -16,7 +16,7 @@ DIVISIONS = {  # micro-batch size, processes
 # AdamW divides by the size of the gradient: where that is rounding noise, float32 parameters differ by noise x rate. So
 # parameters are compared in float32 with SGD (an edited script) and in float64 with AdamW.
 VARIANTS = {"float32 AdamW": (1e-6, 0.001), "float32 SGD": (1e-6, 0.1), "float64 AdamW": (1e-12, 0.001)}  # bound, rate
-SGD = "torch.optim.SGD(parameter_groups(trunk, settings.weight_decay), lr=settings.lr, momentum=0.9)"
+SGD = "torch.optim.SGD(optimizers.parameter_groups(trunk, settings.weight_decay), lr=settings.lr, momentum=0.9)"
 
 
 @pytest.fixture(scope="module", params=VARIANTS)

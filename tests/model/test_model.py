@@ -18,7 +18,10 @@ from forge_common.errors import UserError
 from forge_common.loss import CHUNK_ROWS
 from forge_common.model.config import PRESETS, ModelConfig
 from forge_common.model.modules import chosen_layers, plug_in, put_in, untie
-from forge_common.model.trunk import Trunk, even_load, load_of, parameter_groups
+from forge_common.model.trunk import SparseFeedForward, Trunk, even_load, load_of
+from forge_common.optimizers import parameter_groups
+from forge_common.routing.mixture import Mixture, with_module
+from forge_common.routing.routers import UniformRouter
 
 SIZES = {
     "vocab_size": 258,
@@ -341,6 +344,51 @@ def test_an_expert_without_tokens_has_a_zero_gradient():
                 assert gradient.any() == (index == expert)
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 4])
+def test_experts_are_those_of_a_loop_over_tokens(top_k):
+    """Values and gradients, also with an expert that no token chooses."""
+    config = config_of("mixtral", num_experts_per_tok=top_k)
+    torch.manual_seed(0)
+    sparse = SparseFeedForward(config).double()
+    with torch.no_grad():
+        sparse.gate.weight[3] = -sparse.gate.weight[:3].sum(0) - 3  # far from the others for half of all inputs
+    x, scored = torch.randn(2, 9, 32, dtype=torch.float64).abs().requires_grad_(), torch.rand(2, 9) < 0.8
+    load = torch.rand(4).double()
+
+    def loop():
+        rows = []
+        for row in x.flatten(0, 1):
+            p = (sparse.gate.weight @ row).softmax(0)
+            best = p.topk(top_k).indices.tolist()
+            rows.append(sum(p[e] / p[best].sum() * sparse.experts[e](row) for e in best))
+        return torch.stack(rows).view_as(x)
+
+    y, _, _, counts = sparse(x, scored, load)
+    assert (counts[3] == 0) == (top_k < 4)
+    torch.testing.assert_close(y, loop(), rtol=1e-12, atol=1e-13)
+    wanted = {"x": x, **dict(sparse.named_parameters())}
+    towards = torch.randn_like(x)
+    for value, other in ((y, loop()), (y.square(), loop().square())):
+        found = torch.autograd.grad((value * towards).sum(), wanted.values(), retain_graph=True)
+        expected = torch.autograd.grad((other * towards).sum(), wanted.values(), allow_unused=True)
+        for name, ours, theirs in zip(wanted, found, expected, strict=True):
+            theirs = torch.zeros_like(ours) if theirs is None else theirs
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("module", ["ffn", "narrow"])
+@pytest.mark.parametrize("top_k", [0, 1])
+def test_modules_are_assembled_on_a_mixture_of_experts(module, top_k):
+    """New modules change nothing, so neither does their mixture."""
+    trunk, tokens = make("mixtral"), text(2, 30)
+    new = make("mixtral")
+    names = plug_in(new, module, [1])
+    tensors = {name: new.state_dict()[name] for name in names}
+    modules = {name: with_module(trunk, tensors, module, [1]) for name in ("one", "other")}
+    mixture = Mixture(trunk, modules, UniformRouter(torch.full((3,), 1 / 3)), top_k=top_k)
+    torch.testing.assert_close(mixture.nats(tokens), trunk.nats(tokens), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 def test_counts_are_of_the_scored_tokens(top_k):
     trunk, tokens = make("mixtral", num_experts_per_tok=top_k), text(3, 30)
@@ -419,6 +467,69 @@ def test_flops_are_those_that_torch_counts(kind, trained):
     # The change of a low-rank head is computed once for all tokens: forward, and the gradients of both its factors.
     once = 3 * 2 * 258 * 16 * 32 if module == "lora+head" else 0
     assert trunk.flops_per_token(32) - attention == (products - once) / 64
+
+
+# ---- Memory ----
+
+
+def saved_bytes(trunk, tokens):
+    """Bytes of the different tensors that the graph of one forward pass keeps, without the parameters."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in trunk.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor  # alive, so that no other takes its place
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        sums = trunk(tokens)
+    return sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own), sums
+
+
+@every_kind
+@pytest.mark.parametrize("module", [None, "ffn"])
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "bf16"])
+def test_activation_checkpointing_keeps_less_and_changes_no_bit(kind, module, autocast):
+    trunk, tokens = make(kind, num_hidden_layers=6, cross_document_attention=False), text(4, 65)
+    if module:
+        plug_in(trunk, module, [2, 4])
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        usual, sums = saved_bytes(trunk, tokens)
+        expected = gradients(trunk, sums.objective)
+        trunk.activation_checkpointing = True
+        less, sums_again = saved_bytes(trunk, tokens)
+        found = gradients(trunk, sums_again.objective)
+    assert torch.equal(sums.objective, sums_again.objective)
+    for name, gradient in expected.items():
+        assert (gradient is None and found[name] is None) or torch.equal(gradient, found[name]), name
+    assert less < 0.4 * usual
+
+
+@pytest.mark.parametrize("module", ["ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert"])
+def test_a_trunk_stored_in_bf16_trains_modules_in_float32(module):
+    """Under autocast its loss is that of a float32 trunk with the same rounded matrices."""
+    tokens = text(2, 60)
+    rounded, low = make("qwen2"), make("qwen2")
+    with torch.no_grad():
+        for parameter in rounded.parameters():
+            parameter.copy_(parameter.bfloat16() if parameter.ndim > 1 else parameter)
+        for parameter in low.parameters():
+            parameter.data = parameter.data.bfloat16() if parameter.ndim > 1 else parameter.data
+    for trunk in (rounded, low):
+        torch.manual_seed(2)
+        plug_in(trunk, module, [1, 2], rank=4)
+    for name, parameter in low.named_parameters():
+        expected = torch.bfloat16 if parameter.ndim > 1 and not parameter.requires_grad else torch.float32
+        assert parameter.dtype == expected, name
+    with torch.autocast("cpu", torch.bfloat16):
+        sums, reference = low(tokens), rounded(tokens)
+        assert sums.nats.dtype == torch.float32
+        assert sums.nats.item() == pytest.approx(reference.nats.item(), rel=1e-3)
+        found, expected = gradients(low, sums.nats), gradients(rounded, reference.nats)
+    for name, gradient in expected.items():
+        if gradient is not None:
+            assert found[name].dtype == torch.float32
+            assert (found[name] - gradient).norm() <= 0.05 * gradient.norm() + 1e-6, name
 
 
 # ---- Modules ----

@@ -11,6 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from forge_common.artifacts import artifact
+from forge_common.errors import UserError
+from forge_common.model.modules import MATRICES, plug_in
 
 STEPS = 8
 KINDS = {"ffn": 6, "ffn+head": 7}  # tensors of a module of two layers
@@ -70,6 +72,24 @@ def test_a_new_module_does_not_change_the_loss(module, altered, tmp_path):
     assert losses["before"] == losses["after"]
 
 
+def test_what_a_module_replaced_is_read_again_from_the_trunk(root):
+    """For the moments of the trunk alone: its feed-forwards under a module of kind ffn, and nothing for the other kinds."""
+    _, _, metadata = artifact.read_trunk(str(root / "trunk"))
+    own = load_file(root / "trunk" / "model.safetensors")
+    for kind in ("ffn", "ffn+head", "narrow+head", "lora+head", "expert"):
+        trunk, _, _ = artifact.read_trunk(str(root / "trunk"))
+        config, names = trunk.config, plug_in(trunk, kind, [1])
+        again = artifact.replaced_tensors(str(root / "trunk"), config, names, metadata)
+        assert sorted(again) == sorted(name for name in names if ".mlp." in name and kind.startswith("ffn"))
+        assert all(torch.equal(again[name], own[name]) for name in again)
+    own["model.norm.weight"][0] += 1
+    save_file(own, root / "trunk" / "model.safetensors")
+    with pytest.raises(UserError, match="the metadata read at the start of the run"):
+        artifact.replaced_tensors(
+            str(root / "trunk"), config, [f"model.layers.1.mlp.{m}.weight" for m in MATRICES], metadata
+        )
+
+
 def test_a_changed_frozen_weight_is_detected(module, altered, tmp_path):
     """The comparison of digests finds a script that was edited wrongly."""
     change = "        trunk.model.norm.weight.data.add_(1e-7 * step + 1e-3)\n"
@@ -99,6 +119,19 @@ def test_stopped_and_resumed(made, module, altered, tmp_path):
     assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
     metadata = [json.loads((run / "module" / "module.json").read_text()) for run in (straight, folder)]
     assert metadata[0] == metadata[1]
+
+
+def test_a_trunk_stored_in_bf16(module, tmp_path):
+    """Its module is in float32, and needs bf16 activations; the frozen matrices do not change."""
+    more = ("--trunk-dtype", "bf16", "--kind", "lora+head", "--steps", 4)
+    printed = module(tmp_path / "run", *more, fails=True)
+    assert "Launch with --mixed_precision bf16" in printed and not (tmp_path / "run").exists()
+    printed = module(tmp_path / "run", *more, ACCELERATE_MIXED_PRECISION="bf16")
+    assert "before and after" in printed
+    tensors = load_file(tmp_path / "run" / "module" / "module.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    losses = json.loads((tmp_path / "run" / "module" / "module.json").read_text())["losses"]["own"]
+    assert losses["after"] < losses["before"]
 
 
 def test_only_the_chosen_layers(module, tmp_path):

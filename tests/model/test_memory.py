@@ -1,0 +1,76 @@
+"""A trunk is in memory once: when it is read, and when a module on it is published."""
+
+import re
+import subprocess
+import sys
+
+import edits
+import launch
+import pytest
+import torch
+
+from forge_common.artifacts import artifact
+from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.model.config import ModelConfig
+from forge_common.model.trunk import Trunk
+
+SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
+START = "open('/proc/self/clear_refs', 'w').write('5'); before = status('VmRSS')"  # VmHWM starts from here
+STATUS = (
+    'status = lambda key: int(__import__("re").search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10'
+)
+READ = f"""
+import sys, torch, safetensors.torch
+from forge_common.artifacts import artifact
+torch.empty(1, device="meta").normal_()  # for which torch imports 70 MB of code once
+{STATUS}
+{START}
+trunk, _, _ = artifact.read_trunk(sys.argv[1], dtype=sys.argv[2])
+print((status("VmHWM") - before) / sum(p.numel() * p.element_size() for p in trunk.parameters()))
+"""
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="/proc")
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A trunk of 21 million random parameters: its folder, and the bytes of its weights."""
+    tokenizer = byte_tokenizer()
+    config = ModelConfig(
+        vocab_size=258, num_key_value_heads=8, max_position_embeddings=64, eos_token_id=1, pad_token_id=0, **SIZES
+    )
+    torch.manual_seed(0)
+    trunk, folder = Trunk(config), tmp_path_factory.mktemp("large") / "trunk"
+    artifact.write_trunk(folder, trunk.state_dict(), config, tokenizer, {"kind": "trunk"})
+    return folder, 4 * sum(parameter.numel() for parameter in trunk.parameters())
+
+
+def test_reading_a_trunk_makes_no_second_copy(large):
+    line = [sys.executable, "-c", READ, large[0], "float32"]
+    done = subprocess.run(line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=True)
+    assert 0.9 < float(done.stdout) < 1.15
+
+
+def test_publishing_a_module_makes_no_second_trunk(large, domain, cache, altered, tmp_path):
+    """The peak above the end of training is a small part of the trunk's weights."""
+    folder, size = large
+    start = f"    {STATUS}\n    {START}\n"
+    script = altered("train_module.py", edits.AFTER_TRAINING, edits.AFTER_TRAINING + start)
+    script = altered(script, edits.PUBLISHED, '    print("MORE", status("VmHWM") - before)\n' + edits.PUBLISHED)
+    flags = (
+        "--trunk",
+        folder,
+        "--name",
+        "cpp",
+        "--data",
+        domain,
+        "--output-dir",
+        tmp_path / "run",
+        "--cache-dir",
+        cache,
+    )
+    flags += ("--kind", "lora", "--layers", "top:1", "--general-tokens", 0, "--val-fraction", 0, "--tracker", "none")
+    flags += ("--steps", 1, "--warmup-steps", 0, "--batch-size", 2, "--micro-batch-size", 2, "--sequence-length", 64)
+    found = re.search(r"MORE (\d+)", launch.run(script, *flags, "--statistics-tokens", 500))
+    assert found and int(found[1]) < 0.25 * size
+    assert (tmp_path / "run" / "module" / "module.safetensors").exists()
