@@ -123,7 +123,7 @@ def test_a_sharded_checkpoint_of_an_earlier_version_is_not_opened(trained, share
     launch.copy_until(trained("dense", "float32", 2), folder, 1)
     path = folder / "checkpoints" / "step-00000001"
     shards = path / "pytorch_model_fsdp_0"
-    shards.mkdir()
+    shards.mkdir(exist_ok=True)
     (shards / ".metadata").write_bytes(pickle.dumps(Evil(marker)))
     launch.reseal(path)
     printed = shared(folder, *MORE, processes=2, fails=True, **FSDP2)
