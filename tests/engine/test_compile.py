@@ -45,8 +45,8 @@ def test_no_batch_of_a_validation_compiles_again(compiled):
 
 def test_a_module_is_published_compiled(module, tmp_path):
     """The same module as without torch.compile, with the same losses before and after."""
-    for name, launcher in (("plain", ()), ("compiled", EAGER)):
-        module(tmp_path / name, "--steps", 3, launcher=launcher)
+    for name, backend in (("plain", "NO"), ("compiled", "EAGER")):
+        module(tmp_path / name, "--steps", 3, ACCELERATE_DYNAMO_BACKEND=backend)
     plain, compiled = (tmp_path / name / "module" for name in ("plain", "compiled"))
     tensors = [launch.load_file(folder / "module.safetensors") for folder in (plain, compiled)]
     assert launch.same_bits(*tensors)
