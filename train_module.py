@@ -54,8 +54,8 @@ class Settings(RunSettings):
     """Updates of linear warm-up."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of --lr."""
-    weight_decay: float = 0.1
-    """AdamW's decay of matrices; norms, biases and embeddings have none."""
+    weight_decay: float = 0.0
+    """AdamW's decay of matrices to zero, which is away from the trunk's weights; norms, biases and embeddings have none."""
     max_grad_norm: float = 1.0
     """Norm to which a larger gradient is clipped."""
 

@@ -128,11 +128,12 @@ def trained(settings: Settings, folder: Path, published: str, script: Path, *fla
     if not (folder / published).exists():
         more = (*SIZES, "--output-dir", folder, "--cache-dir", settings.output_dir.absolute() / "cache")
         argv = [str(script), *map(str, (*flags, *more))]
-        process = multiprocessing.get_context("fork").Process(target=run, args=(argv, folder.with_suffix(".log")))
+        log = folder.with_name(f"{folder.name}.log")
+        process = multiprocessing.get_context("fork").Process(target=run, args=(argv, log))
         process.start()
         process.join()
         if process.exitcode:
-            raise SystemExit(f"exit code {process.exitcode}; see {folder.with_suffix('.log')}")
+            raise SystemExit(f"exit code {process.exitcode}; see {log}")
         print(f"trained     {folder.name}", flush=True)
     return folder / published
 
