@@ -51,6 +51,8 @@ class Settings(OptimizerSettings, RunSettings):
     """Windows that a device holds at once."""
     lr: float = 3e-3
     """Peak learning rate. 3e-3 suits a domain that the trunk hardly saw, 1e-3 to 3e-4 one that it knows."""
+    weight_decay: float = 0.0
+    """Decay of matrices to zero, which is away from the trunk's weights; norms, biases and embeddings have none."""
 
 
 def main(settings: Settings) -> int:

@@ -31,6 +31,8 @@ from .run.progress import Progress, check_same, read_progress
 from .settings import differences
 
 FILES = re.compile(r"model\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|progress\.json|manifest\.json")
+# Of the optimizer: of this run's settings, not of the checkpoint, where --accept-change lets them differ.
+CONSTANTS = {"weight_decay", "betas", "eps"}
 
 
 def checkpoint_trainable_only(accelerator: Any) -> None:
@@ -260,10 +262,10 @@ def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
         return fresh
     before = read_progress(path / "progress.json")
     check_same(before, fresh, settings, path)
-    decays = [group["weight_decay"] for group in _groups(accelerator)]
+    ours = [{name: group[name] for name in CONSTANTS & group.keys()} for group in _groups(accelerator)]
     load(accelerator, path)
-    for group, decay in zip(_groups(accelerator), decays, strict=True):  # --accept-change weight-decay
-        group["weight_decay"] = decay
+    for group, constants in zip(_groups(accelerator), ours, strict=True):
+        group.update(constants)
     # accelerate counts micro-batches across runs; with another division of the batch it would be out of step.
     accelerator.step = 0
     accelerator.print(f"resumed     {path} at update {before.global_step} of {settings.steps}")

@@ -19,6 +19,7 @@ SHAPE = ("--preset", "tiny", "--hidden-size", 16, "--intermediate-size", 32, "--
 SHAPE += ("--num-attention-heads", 2, "--num-key-value-heads", 1, "--tokenizer", "bytes")
 MODULE = ("--trunk", FIXTURE / "trunk", "--name", "readme", "--general-data", FIXTURE / "text.md")
 MODULE += ("--general-tokens", 500, "--kind", "lora+head", "--rank", 2)
+MODULE += ("--weight-decay", 0.1)  # its default then
 
 
 @pytest.mark.parametrize(

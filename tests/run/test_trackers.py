@@ -167,6 +167,7 @@ def test_a_stopped_run_keeps_its_exit_code(start):
         printed = run.end(code=128 + signal.SIGTERM, after="stopped at update")
     steps = [row["step"] for row in launch.rows(run.folder)]
     assert steps == list(range(1, len(steps) + 1)) and len(steps) > 10
+    assert "metrics.jsonl has every row" in printed
     if "did not accept everything" in printed:
         received = run.sync("wandb sync --no-skip-online ")
         assert 10 < len(received) <= len(steps) and received == set(range(1, len(received) + 1))
