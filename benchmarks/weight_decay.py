@@ -69,7 +69,7 @@ class Settings:
 def main(settings: Settings) -> None:
     folder = settings.output_dir.absolute()
     if not (folder / "text").exists():
-        publish(folder / "text", write_texts)
+        publish(folder / "text", write_texts, read_texts)
     script = (ROOT / "train_module.py").read_text(encoding="utf-8")
     if script.count(BEFORE) != 1:
         raise SystemExit(f"train_module.py does not have {BEFORE!r} once. Change BEFORE.")
@@ -114,6 +114,11 @@ def write_texts(folder: Path) -> None:
                 if characters < 0:
                     break
                 file.write(json.dumps({"text": content}) + "\n")
+
+
+def read_texts(folder: Path) -> None:
+    for domain in CHARACTERS:
+        json.loads((folder / f"{domain}.jsonl").read_text(encoding="utf-8").splitlines()[-1])
 
 
 def trunk_flags(settings: Settings, seed: int) -> tuple[object, ...]:
