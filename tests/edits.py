@@ -1,7 +1,7 @@
 """The lines of the training scripts that tests replace, as a user edits them. No other test file has literal lines of them."""
 
 BACKWARD = "accelerator.backward(sums[-1].objective * scale)"
-SCALE = "scale = processes * accumulation / num_scored"
+SCALE = "scale = processes * accumulation / max(num_scored, 1)"
 AFTER_MICRO_BATCH = "            stop.heartbeat()\n"
 AFTER_UPDATE = "        progress.record(outcome, settings, corpora.training, log.print_line)\n"
 AFTER_TRAINING = "    update_batches.close()\n"
@@ -14,6 +14,16 @@ CHECK_LAUNCH = "    check_launch(accelerator, accumulation, settings)\n"
 BEGIN_TRAINING = "    stop.begin_training("
 START_LOG = "    log = RunLog("
 OPTIMIZER = "optimizers.make(trunk, settings, accelerator)"
+
+
+def empty_update(step: int) -> str:
+    """The update `step`, 2 or a later one, without a scored token: its windows are taken in the update before."""
+    return f"{TAKE_WINDOWS}.fill_(0) if progress.global_step == {step - 2} else next(update_batches)"
+
+
+def loss_of_update(value: str, step: int) -> str:
+    """The loss of the update `step` replaced by `value`, an expression."""
+    return f"update_outcome({value} if step == {step} else totals.loss, "
 
 
 def scaled_by(factor: str) -> str:

@@ -27,6 +27,8 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 
+from forge_common.settings import OptimizerSettings
+
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "accelerate_configs").glob("*.yaml"))
 
@@ -191,13 +193,8 @@ def test_deepspeed_reaches_the_plugin(stage):
     with patch_environment(**environment):
         plugin = DeepSpeedPlugin()
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true" and plugin.zero_stage == stage
-    script = ast.parse((REPOSITORY / "train_shared.py").read_text(encoding="utf-8"))
-    [default] = [
-        ast.literal_eval(node.value)
-        for node in ast.walk(script)
-        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "max_grad_norm"
-    ]
-    assert plugin.gradient_accumulation_steps == "auto" and plugin.gradient_clipping == default == 1.0
+    assert plugin.gradient_accumulation_steps == "auto"
+    assert plugin.gradient_clipping == OptimizerSettings.max_grad_norm == 1.0
     assert plugin.zero3_save_16bit_model is False and plugin.zero3_init_flag is False
 
 

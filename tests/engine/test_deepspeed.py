@@ -67,8 +67,7 @@ def engine(sharded):
 
 
 def with_bad_updates(altered, script: str) -> Path:
-    windows = f"{edits.TAKE_WINDOWS}.fill_(0) if progress.global_step == {EMPTY - 1} else next(update_batches)"
-    script = altered(script, edits.TAKE_WINDOWS, windows)
+    script = altered(script, edits.TAKE_WINDOWS, edits.empty_update(EMPTY))
     return altered(script, edits.BACKWARD, edits.scaled_by(f'(float("nan") if step == {BAD} else scale)'))
 
 

@@ -135,7 +135,7 @@ def test_a_sharded_checkpoint_of_an_earlier_version_is_not_opened(trained, share
 
 def test_bf16_keeps_what_is_exact(shared, altered, tmp_path):
     """A count of 639 tokens (bfloat16: 640), a load of 1/3, gradients added up in float32, a size of float32's bytes."""
-    sgd = "torch.optim.SGD(parameter_groups(trunk, 0.0), lr=settings.lr, momentum=0.9)"
+    sgd = "torch.optim.SGD(optimizers.parameter_groups(trunk, 0.0), lr=settings.lr, momentum=0.9)"
     script = altered("train_shared.py", edits.OPTIMIZER, sgd)
     show = (
         '    log.print_line(f"size {checkpoint.size(model)} bytes")\n'  # after a validation: no backward pass reshards

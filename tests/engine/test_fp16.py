@@ -5,11 +5,8 @@ import launch
 import pytest
 
 STEPS = 6
-EMPTY, OVERFLOW, BAD = (
-    2,
-    3,
-    4,
-)  # the updates without a scored token, with an infinite gradient, and with a loss that is NaN
+# the updates without a scored token, with an infinite gradient, and with a loss that is NaN
+EMPTY, OVERFLOW, BAD = 2, 3, 4
 ON_CPU = """    accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
 """
@@ -20,10 +17,9 @@ def run(shared, altered, tmp_path_factory):
     """A run in fp16 with those three updates: its folder, and the loss scale after each update."""
     folder = tmp_path_factory.mktemp("fp16")
     script = altered("train_shared.py", edits.CHECK_LAUNCH, edits.CHECK_LAUNCH + ON_CPU)
-    windows = f"{edits.TAKE_WINDOWS}.fill_(0) if progress.global_step == {EMPTY - 1} else next(update_batches)"
-    script = altered(script, edits.TAKE_WINDOWS, windows)
+    script = altered(script, edits.TAKE_WINDOWS, edits.empty_update(EMPTY))
     script = altered(script, edits.BACKWARD, edits.scaled_by(f'(float("inf") if step == {OVERFLOW} else scale)'))
-    script = altered(script, edits.LOSS, f'loss = float("nan") if step == {BAD} else float(')
+    script = altered(script, edits.LOSS, edits.loss_of_update('float("nan")', BAD))
     scale = "        print('scale', accelerator.scaler.get_scale())\n"
     script = altered(script, edits.AFTER_UPDATE, edits.AFTER_UPDATE + scale)
     printed = shared(

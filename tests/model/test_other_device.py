@@ -4,8 +4,10 @@ import subprocess
 import sys
 
 import launch
+import pytest
 
 
+@pytest.mark.engines
 def test_everything_runs_on_another_device():
     """In a process of its own: the device stays registered with torch."""
     line = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/model/other_device.py"]

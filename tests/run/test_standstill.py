@@ -167,10 +167,10 @@ def test_a_bad_update_is_counted_and_not_applied(where, straight, shared, altere
     folder = tmp_path / "run"
     if where == "loss":
         old = edits.LOSS
-        new = 'update_outcome(float("inf") if step == 3 else totals.loss, '
+        new = edits.loss_of_update('float("inf")', 3)
     else:
         old = edits.TAKE_WINDOWS
-        new = f"{old}.fill_(0) if progress.global_step == 1 else next(update_batches)"
+        new = edits.empty_update(3)
     printed = shared(folder, *MORE, script=altered("train_shared.py", old, new))
     assert launch.same_bits(launch.weights(folder, 2), launch.weights(folder, 3))
     assert launch.same_bits(launch.weights(folder, 2), launch.weights(straight, 2))
