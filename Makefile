@@ -39,9 +39,11 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-# FSDP2 and DDP on CPUs: the short tests again, and those with four processes, two machines, elastic torchrun and kills (docs/ENGINES.md).
+# FSDP2, DeepSpeed and DDP on CPUs: the short tests again, and those with four processes, two machines, elastic torchrun and kills
+# (docs/ENGINES.md); and a device that refuses to mix with the CPU.
 engines: $(READY) .engines/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engines or not soak" tests/engine/test_engines.py tests/engine/test_deepspeed.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engines or not soak" tests/engine/test_engines.py tests/engine/test_deepspeed.py \
+		tests/model/test_other_device.py
 
 # DeepSpeed, in a folder of its own: .venv stays as requirements.txt has it. Its operators are compiled only if they are used.
 .engines/.ready: requirements-engines.txt $(READY)

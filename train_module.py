@@ -113,7 +113,7 @@ def main(settings: Settings) -> int:
     config = trunk.config  # of the trunk alone
     module_names = plug_in(trunk, settings.kind, layers, width=settings.width, rank=settings.rank)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
-    frozen_before = artifact.digest({name: engines.held(accelerator, trunk.state_dict()[name]) for name in frozen})
+    frozen_before = artifact.digest({name: engines.held(accelerator, trunk.get_parameter(name)) for name in frozen})
     trunk.activation_checkpointing = settings.activation_checkpointing
     optimizer = optimizers.make(trunk, settings, accelerator)
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
@@ -142,7 +142,8 @@ def main(settings: Settings) -> int:
     # From here on a signal takes effect at the end of an update.
     stop.begin_training(accelerator, trunk.model.layers, dry_run=settings.dry_run)
     if progress.validation_due:  # a signal interrupted the validation of this update before the resume
-        result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
+        with stop.slow_section():
+            result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
         progress.record_validation(result)
         log.validation(result, progress)
     stop.end_early(progress.patience_is_over(settings.patience))

@@ -141,7 +141,8 @@ def main(settings: Settings) -> int:
     # From here on a signal takes effect at the end of an update.
     stop.begin_training(accelerator, trunk.model.layers, dry_run=settings.dry_run)
     if progress.validation_due:  # a signal interrupted the validation of this update before the resume
-        result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
+        with stop.slow_section():
+            result = validate(accelerator, model, corpora.held_out, settings.micro_batch_size, stop)
         progress.record_validation(result)
         log.validation(result, progress)
     stop.end_early(progress.patience_is_over(settings.patience))

@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
 def speed(training: list[dict[str, Any]]) -> float:
     """Tokens per second over all log intervals except the first (warm-up): all their tokens / all their time."""
     kept = training[1:]
-    tokens = [after["train/tokens"] - before["train/tokens"] for before, after in zip(training, kept, strict=False)]
+    tokens = [after["train/tokens"] - before["train/tokens"] for before, after in pairwise(training)]
     seconds = [count / row["train/tokens_per_second"] for count, row in zip(tokens, kept, strict=True)]
     return sum(tokens) / sum(seconds)
 

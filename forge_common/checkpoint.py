@@ -42,7 +42,7 @@ def checkpoint_trainable_only(accelerator: Any) -> None:
     """
 
     def before_save(models: list, weights: list, folder: str) -> None:
-        for model, state in zip(models, weights, strict=False):
+        for model, state in zip(models, weights, strict=True):
             state.clear()
             state.update({name: parameter.detach() for name, parameter in trained(_bare(accelerator, model)).items()})
 

@@ -116,7 +116,8 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, print_l
             f"{settings.batch_size}. Add text, or lower --batch-size or --sequence-length."
         )
     validation: list[Tokens] = outside or [corpus.validation for corpus in corpora if fraction > 0]
-    opened = _held_out(settings, validation, settings.val_data or settings.data, ignore_index)
+    sources = (settings.val_data or settings.data) if validation else ()
+    opened = _held_out(settings, validation, sources, ignore_index)
     held_out = choose(opened, settings.val_tokens, ByteLengths(tokenizer))
     if validation and not held_out:
         raise UserError(
@@ -137,7 +138,7 @@ def _held_out(settings: Any, stores: list[Tokens], sources: Sequence[str], ignor
     pack = settings.pack and not settings.val_documents
     opened = {
         name: Windows(tokens, settings.sequence_length, pack=pack, filler=ignore_index, tail=pack)
-        for name, tokens in zip(log_names(sources), stores, strict=False)  # no stores where nothing is held out
+        for name, tokens in zip(log_names(sources), stores, strict=True)
     }
     return {name: windows for name, windows in opened.items() if len(windows)}
 

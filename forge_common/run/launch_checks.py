@@ -16,7 +16,8 @@ from . import zero
 def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
     """UserError where the launcher contradicts the script, or started something else than it was asked for.
 
-    Completes DeepSpeed's configuration (run/zero.py). Has FSDP2 keep what is exact in float32: accelerate would let it round the sums that `forward` returns, expert_load and the reduced gradients to 16 bits.
+    Completes DeepSpeed's configuration (run/zero.py). Has FSDP2 keep in float32 what is exact: accelerate would have it round the
+    sums that `forward` returns, expert_load and the reduced gradients to 16 bits.
     """
     if accelerator.state.deepspeed_plugin:
         zero.configure(accelerator, settings)

@@ -9,22 +9,11 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
     """The lines that a run prints first: data, parameters, updates, epochs, estimated memory of a device (MiB), tracking."""
     training = corpora.training
     positions = settings.steps * settings.batch_size
-    parameters = list(model.parameters())
-    total = sum(p.numel() for p in parameters)
-    trained = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
-    width = parameters[0].element_size()
-    tokens = B * T
     windows, labels = training.size, sum(source.labels for source in training.sources)
-    # Kept for the backward pass, per layer: two norms' inputs, q, k, v and attention's result, two gates, their product.
-    layer = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_key_value_heads * config.head_dim
-    states = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
-    layers = layer * config.num_hidden_layers
-    if settings.activation_checkpointing:  # each layer's input, and one layer at a time
-        layers = layer + config.hidden_size * config.num_hidden_layers
-    activations = width * tokens * (layers + 4 * config.hidden_size)
-    activations += 0 if config.cross_document_attention else B * T * T  # the mask of documents
-    logits = 2 * model.chunk_rows * config.vocab_size * 4
+    states, activations, logits = memory(model, settings)
     return "\n".join(
         (
             *corpora.report,
@@ -39,6 +28,21 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
             f"tracking    {tracking}",
         )
     )
+
+
+def memory(model: Any, settings: Any) -> tuple[int, int, int]:
+    """Estimated bytes on a device: weights, gradients and optimizer; what is kept for the backward pass; logits."""
+    config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
+    parameters = list(model.parameters())
+    states = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
+    # Of a layer: two norms' inputs, q, k, v and attention's result, two gates, their product.
+    layer = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_key_value_heads * config.head_dim
+    layers = layer * config.num_hidden_layers
+    if settings.activation_checkpointing:  # each layer's input, and one layer at a time
+        layers = layer + config.hidden_size * config.num_hidden_layers
+    activations = parameters[0].element_size() * B * T * (layers + 4 * config.hidden_size)
+    activations += 0 if config.cross_document_attention else B * T * T  # the mask of documents
+    return states, activations, 2 * model.chunk_rows * config.vocab_size * 4
 
 
 def _repetition(training: Any, positions: int) -> list[str]:

@@ -48,8 +48,8 @@ PENDING = UpdateOutcome(math.nan, math.nan, 0, finite=False, overflow=False, app
 def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
     """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
 
-    With fp16's `scaler` the optimizer is also called after an overflow: the scaler skips the update and lowers its scale. Where the
-    optimizer is not called, the scaler is told that the update is over; its scale stays.
+    With fp16's `scaler` the optimizer is also called after an overflow: the scaler then skips the update and lowers its scale. An
+    update for which the optimizer is not called ends here for the scaler, which would refuse the next one; its scale does not change.
     """
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     overflow = scaler is not None and not finite and math.isfinite(loss)

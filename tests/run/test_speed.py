@@ -1,5 +1,6 @@
 """The speed that is reported: MFU, and the time that a dry run estimates."""
 
+import dataclasses
 import json
 import time
 import types
@@ -12,6 +13,7 @@ from forge_common.model.config import ModelConfig
 from forge_common.model.trunk import Trunk
 from forge_common.run import hardware
 from forge_common.run.log import Interval, RunLog
+from forge_common.run.plan import memory
 from forge_common.run.progress import Progress
 
 CPU = torch.device("cpu")
@@ -88,3 +90,19 @@ def test_the_peak_is_that_of_the_type_that_is_multiplied():
     assert hardware.compute_dtype("fp16", "float32") is torch.float16
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         assert 1e6 < hardware.peak_flops(CPU, dtype) < 1e16
+
+
+def test_the_plan_counts_what_is_stored_and_what_is_kept(tmp_path):
+    """A frozen trunk in bf16, activations that are computed again, and the mask of documents."""
+    at_once = {"micro_batch_size": 2, "sequence_length": 32, "activation_checkpointing": False}
+    trunk = Trunk(CONFIG)
+    parameters = sum(parameter.numel() for parameter in trunk.parameters())
+    states, activations, _ = memory(trunk, settings(tmp_path, **at_once))
+    assert states == 16 * parameters
+    within = Trunk(dataclasses.replace(CONFIG, cross_document_attention=False))
+    assert memory(within, settings(tmp_path, **at_once))[1] - activations == 2 * 32 * 32
+    again = memory(trunk, settings(tmp_path, **at_once | {"activation_checkpointing": True}))[1]
+    inputs = 4 * 2 * 32 * CONFIG.hidden_size * CONFIG.num_hidden_layers
+    assert inputs < again < activations
+    frozen = trunk.to(torch.bfloat16).requires_grad_(False)
+    assert memory(frozen, settings(tmp_path, **at_once))[0] == 2 * parameters
