@@ -8,7 +8,7 @@ DEMO := runs/demo
 SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
 SAMPLE = --max-new-tokens 60 --show-routing
 
-.PHONY: setup demo test lint bench compare engines soak clean
+.PHONY: setup demo test lint bench compare engines gpu soak clean
 
 setup: $(READY)
 
@@ -44,6 +44,10 @@ test: $(READY)
 engines: $(READY) .engines/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engines or not soak" tests/engine/test_engines.py tests/engine/test_deepspeed.py \
 		tests/model/test_other_device.py
+
+# On a machine with an NVIDIA GPU (docs/ENGINES.md): exactness, resuming, every precision, torch.compile, FSDP2, evaluation.
+gpu: $(READY)
+	$(BIN)/python -m pytest -n 4 -m gpu tests/gpu
 
 # DeepSpeed, in a folder of its own: .venv stays as requirements.txt has it. Its operators are compiled only if they are used.
 .engines/.ready: requirements-engines.txt $(READY)

@@ -76,6 +76,7 @@ def main(settings: Settings) -> int:
     from forge_common.model.trunk import even_load, load_of
     from forge_common.run import engines
     from forge_common.run.folder import claim, prepare, release
+    from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch, check_trunk_dtype
     from forge_common.run.log import Interval, RunLog
     from forge_common.run.plan import plan
@@ -115,6 +116,7 @@ def main(settings: Settings) -> int:
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
     frozen_before = artifact.digest({name: engines.held(accelerator, trunk.get_parameter(name)) for name in frozen})
     trunk.activation_checkpointing = settings.activation_checkpointing
+    choose_kernels(trunk, settings, accelerator)
     optimizer = optimizers.make(trunk, settings, accelerator)
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata, general)  # refuses machines that differ
@@ -188,7 +190,7 @@ def main(settings: Settings) -> int:
             progress.expert_counts = totals.expert_counts
             expert_load = load_of(torch.tensor(totals.expert_counts, device=device))
         if settings.dry_run:
-            log.end_warm_up(step)
+            log.end_warm_up(progress)
             continue
 
         # -- now and then: log, validate, save --
@@ -212,7 +214,7 @@ def main(settings: Settings) -> int:
 
     # ---- Publish ----
     if settings.dry_run:
-        log.timing(last, settings.steps)
+        log.timing(progress, settings.steps)
     elif stop.reason == "signal":  # only one that all ranks saw during training; a later one changes nothing
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:

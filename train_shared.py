@@ -80,6 +80,7 @@ def main(settings: Settings) -> int:
     from forge_common.model.trunk import Trunk, even_load, load_of
     from forge_common.run import engines
     from forge_common.run.folder import claim, prepare, release
+    from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
     from forge_common.run.plan import plan
@@ -116,6 +117,7 @@ def main(settings: Settings) -> int:
         corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     trunk = trunk.to(getattr(torch, settings.dtype))
     trunk.activation_checkpointing = settings.activation_checkpointing
+    choose_kernels(trunk, settings, accelerator)
     optimizer = optimizers.make(trunk, settings, accelerator)
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata)  # refuses machines that differ
@@ -187,7 +189,7 @@ def main(settings: Settings) -> int:
             progress.expert_counts = totals.expert_counts
             expert_load = load_of(torch.tensor(totals.expert_counts, device=device))
         if settings.dry_run:
-            log.end_warm_up(step)
+            log.end_warm_up(progress)
             continue
 
         # -- now and then: log, validate, save --
@@ -211,7 +213,7 @@ def main(settings: Settings) -> int:
 
     # ---- Publish ----
     if settings.dry_run:
-        log.timing(last, settings.steps)
+        log.timing(progress, settings.steps)
     elif stop.reason == "signal":  # only one that all ranks saw during training; a later one changes nothing
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:

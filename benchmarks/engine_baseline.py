@@ -64,6 +64,9 @@ def main(settings: Settings) -> int:
             logits = hidden.flatten(0, 1) @ trunk.head.T
             return F.cross_entropy(logits, labels.flatten(), ignore_index=sizes.ignore_index)
 
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() == "inductor":
+        cross_entropy = torch.compile(cross_entropy)
+
     def now() -> float:
         if device.type != "cpu":
             torch.accelerator.synchronize()

@@ -55,7 +55,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             if not (needs_hidden or needs_weight):
                 continue
             grad = log_p.exp_()
-            grad.scatter_add_(1, target, torch.full_like(target, -1, dtype=wide))
+            grad.scatter_(1, target, grad.gather(1, target) - 1)
             grad = grad.masked_fill_(~scored, 0).to(hidden.dtype)
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[start : start + CHUNK_ROWS])

@@ -69,6 +69,8 @@ class RunSettings(ReadingSettings):
     """Type of the weights; bf16 is the launcher's --mixed_precision."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward pass instead of keeping its activations: less memory, a third more time."""
+    deterministic: bool = True
+    """On a GPU: only kernels that give the same bits each time, so that a resumed run does. --no-deterministic can be faster."""
     statistics_tokens: int = 1_000_000
     """Tokens of the training text, at most, that the router's statistics are counted on."""
     statistics_min_documents: int = 2

@@ -3,12 +3,12 @@
 The state dict is that of LlamaForCausalLM (or of Qwen2, Qwen3 and Mixtral), so that a trunk is a Transformers checkpoint.
 The loss is computed inside: no logits leave the model in training.
 
-B batch, T time, D width, V vocabulary, H heads, K key-value heads, d width of a head, L layers, E experts
+B batch, T time, D width, V vocabulary, d width of a head, L layers, E experts
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,69 +16,13 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ..loss import CHUNK_ROWS, Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
+from .attention import Attention, Cache, document_mask, rotary
 from .config import ModelConfig
-
-# For generation: the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]. A mixture appends its router's state.
-Cache = list[Any]
 
 # The parameters of a layer in the order of the forward pass, for flops_per_token.
 FLOW = "input_layernorm", "q_proj k_proj v_proj", "q_norm k_norm", "o_proj", "post_attention_layernorm"
 FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
 PARALLEL = {"mlp", "block_sparse_moe", "addition"}  # side by side in a layer: none is the input of another
-
-
-def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, d] for `positions` [T]. Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama."""
-    even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-even / config.head_dim)
-    if config.rope_scaling:
-        # Llama 3.1: low frequencies are divided by factor, high ones kept, those between interpolated.
-        factor = config.rope_scaling["factor"]
-        low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
-        turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / factor
-    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the pairs (i, i + d/2) of x [B, H, T, d] by the angles of each position."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention. Source: Ainslie et al., GQA, arXiv 2305.13245."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.heads = config.num_attention_heads
-        self.kv_heads = config.num_key_value_heads
-        self.head_dim = config.head_dim
-        width = config.hidden_size
-        bias = config.qkv_bias
-        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-
-    def forward(self, x, rope, mask, cache: Cache | None, layer: int):
-        """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: bool, or None for causal. Appends to the layer's cache."""
-        B, T, _ = x.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2), *rope)
-        k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2), *rope)
-        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
-        if cache is not None:
-            if layer + 1 < len(cache):
-                k = torch.cat((cache[layer + 1][0], k), dim=2)
-                v = torch.cat((cache[layer + 1][1], v), dim=2)
-            cache[layer + 1 : layer + 2] = [(k, v)]
-        grouped = self.kv_heads != self.heads
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class FeedForward(nn.Module):
@@ -189,6 +133,7 @@ class Decoder(nn.Module):
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.layers = cast(Sequence[DecoderLayer], layers)
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.fused_document_mask = False  # in training on a GPU (run/kernels.py)
 
     def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None, recompute=False):
         """inputs [B, T] -> hidden [B, T, D] after the last norm, and (balance, z, counts) of each layer with a router.
@@ -214,21 +159,16 @@ class Decoder(nn.Module):
         return self.norm(x), [router for router in routers if router is not None]
 
     def rope_and_mask(self, seen, past: int = 0):
-        """cos and sin [T, d] and the mask of `_mask`, for the tokens of seen [B, past + T] after the first `past`."""
-        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=seen.device))
-        return rope, self._mask(seen, past)
+        """cos and sin [T, d] and the mask of `document_mask`, for the tokens of seen [B, past + T] after the first `past`.
 
-    def _mask(self, seen, past: int):
-        """seen [B, past + T] -> None for plain causal attention; else bool [B or 1, 1, T, past + T], True: may attend."""
-        if self.config.cross_document_attention and not past:
-            return None
-        length = seen.shape[1]
-        causal = torch.ones(length - past, length, dtype=torch.bool, device=seen.device).tril(past)[None, None]
+        The mask is None where plain causal attention needs none.
+        """
+        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=seen.device))
         if self.config.cross_document_attention:
-            return causal
+            return rope, document_mask(torch.zeros_like(seen[:1]), past) if past else None
         ends = (seen == self.config.eos_token_id).long()
         document = ends.cumsum(-1) - ends  # an EOS belongs to the document that it ends
-        return causal & (document[:, None, past:, None] == document[:, None, None, :])
+        return rope, document_mask(document, past, self.fused_document_mask)
 
 
 class Trunk(nn.Module):

@@ -84,6 +84,7 @@ class RunLog:
         self._unwritten: list[str] = []
         self._mark = time.perf_counter()
         self._lap_step = progress.global_step
+        self._untimed_tokens = progress.tokens
         self._bar: Any = None
         if self.writes:
             _drop_rows_after(self.file, progress.global_step, progress.validation_due)
@@ -226,18 +227,21 @@ class RunLog:
         if progress.patience_is_over(self.patience):
             self.print_line(f"stopping early: no improvement in {self.patience} validations")
 
-    def end_warm_up(self, step: int) -> None:
-        """Starts the clock of a dry run again where update `step` is the last one that is not timed."""
-        if step == min(WARM_UP, self.steps - 1):
-            self.restart_clock(step)
+    def end_warm_up(self, progress: Any) -> None:
+        """Starts the clock of a dry run again after the last update that is not timed."""
+        if progress.global_step == min(WARM_UP, self.steps - 1):
+            self.restart_clock(progress.global_step)
+            self._untimed_tokens = progress.tokens
 
-    def timing(self, last: int, steps: int) -> None:
-        """The last line of a dry run, which ended with update `last`: the estimated time of `steps` updates, and the peak memory."""
-        timed = last - self._lap_step
-        seconds = self.restart_clock(last)
+    def timing(self, progress: Any, steps: int) -> None:
+        """The last line of a dry run: speed, the estimated time of `steps` updates, and the peak memory."""
+        timed = progress.global_step - self._lap_step
+        seconds = self.restart_clock(progress.global_step)
+        speed = (progress.tokens - self._untimed_tokens) / (timed * seconds)
         self.print_line(
-            f"time        {seconds:.3f} s an update ({timed} timed), about {duration(seconds * steps)} for {steps:,} "
-            f"without validation; peak memory {peak_memory_mb(self.accelerator.device):,.0f} MiB\n"
+            f"time        {seconds:.3f} s an update ({timed} timed), {speed:,.0f} tok/s, mfu {self._mfu(speed):.0%}, about "
+            f"{duration(seconds * steps)} for {steps:,} without validation; peak memory "
+            f"{peak_memory_mb(self.accelerator.device):,.0f} MiB\n"
             "only the token cache was written"
         )
 

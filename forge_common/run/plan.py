@@ -41,7 +41,8 @@ def memory(model: Any, settings: Any) -> tuple[int, int, int]:
     if settings.activation_checkpointing:  # each layer's input, and one layer at a time
         layers = layer + config.hidden_size * config.num_hidden_layers
     activations = parameters[0].element_size() * B * T * (layers + 4 * config.hidden_size)
-    activations += 0 if config.cross_document_attention else B * T * T  # the mask of documents
+    if not config.cross_document_attention and not model.model.fused_document_mask:
+        activations += B * T * T  # the mask of documents
     return states, activations, 2 * model.chunk_rows * config.vocab_size * 4
 
 

@@ -46,22 +46,22 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("updates", "line"),
     [
-        ([100, 10, 1, 1, 1, 3], "1.500 s an update (4 timed), about 25m00s for 1,000"),
-        ([100, 10, 2], "2.000 s an update (1 timed), about 33m20s for 1,000"),
-        ([100, 10], "10.000 s an update (1 timed), about 2h46m for 1,000"),
-        ([100], "100.000 s an update (1 timed), about 27h46m for 1,000"),
+        ([100, 10, 1, 1, 1, 3], "1.500 s an update (4 timed), 200 tok/s, mfu 0%, about 25m00s for 1,000"),
+        ([100, 10, 2], "2.000 s an update (1 timed), 150 tok/s, mfu 0%, about 33m20s for 1,000"),
+        ([100, 10], "10.000 s an update (1 timed), 30 tok/s, mfu 0%, about 2h46m for 1,000"),
+        ([100], "100.000 s an update (1 timed), 3 tok/s, mfu 0%, about 27h46m for 1,000"),
     ],
 )
 def test_a_dry_run_leaves_out_its_first_two_updates(updates, line, clock, tmp_path, capsys):
     """They allocate memory and compile. Where there are fewer updates, the last one is timed."""
-    main = types.SimpleNamespace(is_main_process=True, device=CPU)
-    last = len(updates)
-    log = RunLog(main, settings(tmp_path, dry_run=True), Progress("run", {}, {}), last)
+    main, progress = types.SimpleNamespace(is_main_process=True, device=CPU, num_processes=1), Progress("run", {}, {})
+    log = RunLog(main, settings(tmp_path, dry_run=True), progress, len(updates))
     log.restart_clock(0)
     for step, seconds in enumerate(updates, 1):
         clock[0] += seconds
-        log.end_warm_up(step)
-    log.timing(last, 1000)
+        progress.global_step, progress.tokens = step, 300 * step
+        log.end_warm_up(progress)
+    log.timing(progress, 1000)
     assert line in capsys.readouterr().out
 
 

@@ -1,0 +1,100 @@
+"""Attention: rotary positions, grouped queries, and the mask that keeps a token within its document.
+
+B batch, T time, D width, H heads, K key-value heads, d width of a head, P tokens before the first query
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+
+from .config import ModelConfig
+
+# For generation: the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]. A mixture appends its router's state.
+Cache = list[Any]
+
+
+@functools.cache
+def _compiled_flex_attention() -> Any:
+    """flex_attention as one kernel, without scores [T, T] in memory. Only on a GPU: on a CPU it has no backward pass."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, d] for `positions` [T]. Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama."""
+    even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequency = config.rope_theta ** (-even / config.head_dim)
+    if config.rope_scaling:
+        # Llama 3.1: low frequencies are divided by factor, high ones kept, those between interpolated.
+        factor = config.rope_scaling["factor"]
+        low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
+        turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        frequency = keep * frequency + (1 - keep) * frequency / factor
+    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the pairs (i, i + d/2) of x [B, H, T, d] by the angles of each position."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Causal grouped-query attention. Source: Ainslie et al., GQA, arXiv 2305.13245."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        width = config.hidden_size
+        bias = config.qkv_bias
+        self.q_proj = nn.Linear(width, self.heads * self.head_dim, bias=bias)
+        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
+        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, mask, cache: Cache | None, layer: int):
+        """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: of `document_mask`, or None for causal. Appends to the layer's cache."""
+        B, T, _ = x.shape
+        q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2), *rope)
+        k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2), *rope)
+        v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
+        if cache is not None:
+            if layer + 1 < len(cache):
+                k = torch.cat((cache[layer + 1][0], k), dim=2)
+                v = torch.cat((cache[layer + 1][1], v), dim=2)
+            cache[layer + 1 : layer + 2] = [(k, v)]
+        grouped = self.kv_heads != self.heads
+        if isinstance(mask, BlockMask):
+            # In a compiled model it is compiled with the rest.
+            attend = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention()
+            y = attend(q, k, v, block_mask=mask, enable_gqa=grouped)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+def document_mask(document: torch.Tensor, past: int = 0, fused: bool = False) -> torch.Tensor | BlockMask:
+    """The causal mask that keeps a token within its document, for the queries after the first `past` tokens.
+
+    document [B, P + T]: the number of each token's document; [1, P + T] of zeros is plain causal attention. Returns bool
+    [B, 1, T, P + T], True: may attend. fused: the same, as the blocks that flex_attention takes (no `past`).
+    """
+    length = document.shape[1]
+    if fused:
+
+        def may_attend(batch, head, query, key):
+            return (query >= key) & (document[batch, query] == document[batch, key])
+
+        return create_block_mask(may_attend, document.shape[0], None, length, length, document.device)
+    causal = torch.ones(length - past, length, dtype=torch.bool, device=document.device).tril(past)
+    return causal & (document[:, None, past:, None] == document[:, None, None, :])
