@@ -83,6 +83,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
+@torch.compiler.disable  # inductor rejects a mask whose numbers are computed in its own graph ("convert FlexibleLayout")
 def document_mask(document: torch.Tensor, past: int = 0, fused: bool = False) -> torch.Tensor | BlockMask:
     """The causal mask that keeps a token within its document, for the queries after the first `past` tokens.
 

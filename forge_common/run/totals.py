@@ -25,9 +25,11 @@ def update_totals(accelerator: Any, sums: list[Any], grad_norm: Any, num_scored:
     """
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     counts = torch.stack([part.expert_counts for part in sums]).sum(0)
-    values = (sum(part.objective.detach() for part in sums), num_scored, bool(stop.exit_code))
-    scalars = [torch.as_tensor(value, dtype=dtype, device=accelerator.device) for value in values]
-    total = accelerator.reduce(torch.cat((torch.stack(scalars), counts.flatten().to(dtype))), "sum")
+    stopping = torch.full(
+        (), bool(stop.exit_code), dtype=dtype, device=accelerator.device
+    )  # a copy from the host would wait
+    scalars = torch.stack((sum(part.objective.detach() for part in sums).to(dtype), num_scored.to(dtype), stopping))
+    total = accelerator.reduce(torch.cat((scalars, counts.flatten().to(dtype))), "sum")
     grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()  # a DTensor under FSDP2
     norm = torch.as_tensor(grad_norm, dtype=dtype, device=accelerator.device)
     norm, loss, labels, stopped, *assignments = torch.cat((norm.reshape(1), total)).tolist()

@@ -85,10 +85,10 @@ def test_a_killed_run_has_the_same_bits(straight, started, on_gpu, tmp_path):
     launch.same_run(whole, tmp_path / "run")
 
 
-@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-12), ("float32", 2e-6)])
+@pytest.mark.parametrize(("dtype", "bound"), [("float64", 1e-9), ("float32", 2e-6)])
 @pytest.mark.parametrize("model", MODELS)
 def test_the_gpu_trains_what_the_cpu_trains(model, dtype, bound, shared, on_gpu, tmp_path):
-    """Weights after six updates, and the losses of each."""
+    """Weights after six updates, and the losses of each. In float64 the difference is the sines of positions, which are float32."""
     flags = (*MODELS[model], "--dtype", dtype, "--steps", 6, "--eps", "1e-4")
     shared(tmp_path / "cpu", *SIZES, *flags, shape=SHAPE, OMP_NUM_THREADS="4")
     on_gpu(tmp_path / "gpu", "float32", *flags)
@@ -103,14 +103,14 @@ def test_the_gpu_trains_what_the_cpu_trains(model, dtype, bound, shared, on_gpu,
 
 @pytest.mark.parametrize("kind", ["ffn+head", "narrow", "lora+head", "expert"])
 def test_a_module_of_the_gpu_is_that_of_the_cpu(kind, module, tmp_path):
-    """float64: weights to 1e-12. In bf16 it is published, and its trunk may be stored in bf16."""
+    """float64: weights to 1e-8, for the same reason. In bf16 it is published, and its trunk may be stored in bf16."""
     flags = ("--kind", kind, "--steps", 3, "--eps", "1e-4")
     module(tmp_path / "cpu", *flags, "--dtype", "float64")
     module(tmp_path / "gpu", *flags, "--dtype", "float64", launcher=gpu("float32"), **ON_GPU)
     one, other = (launch.load_file(tmp_path / name / "module" / "module.safetensors") for name in ("cpu", "gpu"))
     found = launch.difference(one, other)
     print(f"{kind}: largest difference of a weight {found:.1e}")
-    assert found < 1e-12
+    assert found < 1e-8
     printed = module(tmp_path / "bf16", *flags, "--trunk-dtype", "bf16", launcher=gpu("bf16"), **ON_GPU)
     assert "read back and verified" in printed
     losses = [json.loads((tmp_path / n / "module" / "module.json").read_text())["losses"] for n in ("cpu", "bf16")]
