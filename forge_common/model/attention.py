@@ -17,6 +17,9 @@ from .config import ModelConfig
 # For generation: the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]. A mixture appends its router's state.
 Cache = list[Any]
 
+# inductor rejects a mask that is made of numbers of its own graph ("convert FlexibleLayout to FixedLayout first").
+outside_of_graphs: Any = torch.compiler.disable
+
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
@@ -83,7 +86,7 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-@torch.compiler.disable  # inductor rejects a mask whose numbers are computed in its own graph ("convert FlexibleLayout")
+@outside_of_graphs
 def document_mask(document: torch.Tensor, past: int = 0, fused: bool = False) -> torch.Tensor | BlockMask:
     """The causal mask that keeps a token within its document, for the queries after the first `past` tokens.
 

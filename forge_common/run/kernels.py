@@ -20,7 +20,8 @@ def choose_kernels(trunk: Any, settings: Any, accelerator: Any) -> None:
         return
     if settings.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what torch asks for
-        torch.utils.deterministic.fill_uninitialized_memory = False  # a help to find errors, which takes time
+        # Filling memory helps to find errors, and takes time.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
         torch.use_deterministic_algorithms(True)
     low = compute_dtype(accelerator.mixed_precision, settings.dtype).itemsize == 2
     recent = torch.cuda.get_device_capability(accelerator.device) >= AMPERE

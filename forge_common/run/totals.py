@@ -28,7 +28,8 @@ def update_totals(accelerator: Any, sums: list[Any], grad_norm: Any, num_scored:
     stopping = torch.full(
         (), bool(stop.exit_code), dtype=dtype, device=accelerator.device
     )  # a copy from the host would wait
-    scalars = torch.stack((sum(part.objective.detach() for part in sums).to(dtype), num_scored.to(dtype), stopping))
+    objective = torch.stack([part.objective.detach() for part in sums]).sum(dtype=dtype)
+    scalars = torch.stack((objective, num_scored.to(dtype), stopping))
     total = accelerator.reduce(torch.cat((scalars, counts.flatten().to(dtype))), "sum")
     grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()  # a DTensor under FSDP2
     norm = torch.as_tensor(grad_norm, dtype=dtype, device=accelerator.device)
