@@ -47,6 +47,7 @@ def environment(**extra: str) -> dict[str, str]:
     """This process's environment with the interpreter's own programs first and one thread."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_", "FORGE_"))}
+    plain.pop("PYTHONDONTWRITEBYTECODE", None)  # each run would compile the package again
     return plain | {"PATH": path, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra
 
 

@@ -17,6 +17,7 @@ PEAK_FLOPS = {
     "4090": 165e12,
     "V100": 125e12,
 }
+TIMED_SECONDS = 0.03  # for a product of one size
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -54,11 +55,11 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     for side in (256, 512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
         matrix = torch.ones(side, side, device=device, dtype=dtype)
         times: list[float] = []
-        while len(times) < 3 or sum(times) < 0.1:  # the first ones start threads and raise the clock rate
+        while len(times) < 3 or sum(times) < TIMED_SECONDS:  # the first ones start threads and raise the clock rate
             start = time.perf_counter()
             (matrix @ matrix)[0, 0].item()
             times.append(time.perf_counter() - start)
         best = max(best, 2 * side**3 / min(times))
-        if 8 * min(times) > 0.1:  # what the next size takes: every run waits for this before its first update
+        if side > 256 and 8 * min(times) > 0.1:  # what the next size takes: every run waits for this before its first update
             break
     return best
