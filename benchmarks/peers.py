@@ -13,9 +13,9 @@ import os
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tyro
 from script_process import BIN, ROOT, THREADS, rows, run, speed
@@ -26,16 +26,19 @@ from peers_table import report
 
 from forge_common.files.atomic import write_json
 
-LOOPS, BARE, SHARED, MODULE = "peers_loops.py", "engine_baseline.py", "train_shared.py", "train_module.py"
+LOOPS, BARE = "benchmarks/peers_loops.py", "benchmarks/engine_baseline.py"
+SHARED, MODULE = "train_shared.py", "train_module.py"
 COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "inductor"}  # what `accelerate launch --dynamo_backend inductor` sets
+MODEL = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+UPDATE = ("sequence_length", "batch_size", "micro_batch_size", "lr")
 
 
 @dataclass(frozen=True)
 class Work:
-    """Sizes of the model and of an update."""
+    """A model and its updates. The first `warm_up` updates are not timed, and the loss of the last one is compared."""
 
     vocabulary: int = 16_384
-    large_vocabulary: int = 128_256
+    tokens: int = 16_384  # of the tokenizer: the rest of a large vocabulary has no text
     hidden_size: int = 512
     intermediate_size: int = 1408
     num_hidden_layers: int = 4
@@ -44,13 +47,19 @@ class Work:
     sequence_length: int = 512
     batch_size: int = 16
     micro_batch_size: int = 4
+    lr: float = 3e-3
     warm_up: int = 2
-    """Updates that are not timed; torch.compile compiles in them."""
-    timed: int = 4
-    """Updates that are timed, a multiple of the warm-up; one more, timed too, has the loss that is compared."""
+    steps: int = 7
+
+    def flags(self, *names: str) -> dict[str, object]:
+        return {name: getattr(self, name) for name in names}
 
 
-SMALL = Work(2048, 4096, 128, 384, 2, 4, 2, 128, 4, 2, 2, 4)
+WORKS = {"standard": Work(), "large": Work(128_256)}
+SMALL = {
+    "standard": Work(2048, 2048, 128, 384, 2, 4, 2, 128, 4, 2),
+    "large": Work(8192, 2048, 128, 384, 2, 4, 2, 128, 4, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,11 @@ class Settings:
     small: bool = False
     """A tiny model, to test the benchmark; use another --output-dir."""
     show: bool = False
-    """Measure nothing, print the table in Markdown."""
+    """Measure nothing, print the tables in Markdown."""
     packages: Path = Path(".bench")
     """Folder with the packages of benchmarks/requirements.txt (`make bench` installs them)."""
     threads: int = THREADS
-    """Threads of a process, over all processes of a contender."""
+    """Threads of a contender, over all its processes."""
     data: str = "local:docs"
     """Source of the text."""
 
@@ -92,7 +101,7 @@ CONTENDERS = {
     "bare loop, compiled": Contender(BARE, variables=COMPILED),
     "Accelerate, compiled": Contender(LOOPS, "accelerate", COMPILED),
     "HF Trainer, compiled": Contender(LOOPS, "trainer --compile"),
-    "litgpt, compiled": Contender(LOOPS, "litgpt --compile"),
+    "litgpt, compiled": Contender(LOOPS, "litgpt"),
     "train_module ffn": Contender(MODULE, "--kind ffn", trains="ffn"),
     "train_module ffn+head": Contender(MODULE, "--kind ffn+head", trains="ffn+head"),
     "train_module lora": Contender(MODULE, "--kind lora", trains="lora"),
@@ -110,36 +119,21 @@ def flags_of(values: dict[str, object]) -> list[object]:
     return [part for name, value in values.items() for part in (f"--{name.replace('_', '-')}", value)]
 
 
-def updates_of(work: Work, steps: int, log_every: int) -> dict[str, object]:
-    """The flags of the updates, which every script has. Without decay, since the projects differ in what they decay."""
-    sizes = {"batch_size": work.batch_size, "micro_batch_size": work.micro_batch_size}
-    return {**sizes, "steps": steps, "log_every": log_every, "lr": 1e-3}
-
-
-def training(settings: Settings, work: Work) -> dict[str, object]:
-    """The flags of our scripts and of the bare loop: nothing but training."""
+def training(settings: Settings) -> dict[str, object]:
+    """The flags of our scripts and of the bare loop: nothing but training. No decay: the projects differ in what they decay."""
     values: dict[str, object] = {"data": settings.data, "cache_dir": settings.output_dir.absolute() / "cache"}
-    values |= {"sequence_length": work.sequence_length, "schedule": "constant", "warmup_steps": 0, "weight_decay": 0}
-    return values | {"val_fraction": 0, "save_every": 0, "tracker": "none", "statistics_tokens": 1000}
+    values |= {"schedule": "constant", "warmup_steps": 0, "weight_decay": 0, "val_fraction": 0}
+    return values | {"save_every": 0, "tracker": "none", "statistics_tokens": 1000}
 
 
 def prepare(settings: Settings, name: str, work: Work) -> None:
     """The checkpoint and the windows of one work, once."""
     folder = settings.output_dir.absolute() / name
-    if (folder / "work.json").exists():
-        return
-    steps = work.warm_up + work.timed + 1
-    values = training(settings, work) | updates_of(work, steps, 1) | {"output_dir": folder}
-    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    values |= {size: getattr(work, size) for size in sizes} | {"tokenizer": f"train:{settings_vocabulary(settings)}"}
-    flags = [*flags_of(values), "--vocabulary", work.vocabulary, "--cross-document-attention"]
-    command = [str(BIN / "python"), str(ROOT / "benchmarks/peers_prepare.py")]
-    run(command, *flags, log=settings.output_dir / f"{name}.log", threads=settings.threads)
-
-
-def settings_vocabulary(settings: Settings) -> int:
-    """Tokens of the tokenizer, of both works: with the large vocabulary most rows of the embedding have no token."""
-    return (SMALL if settings.small else Work()).vocabulary
+    if not (folder / "work.json").exists():
+        values = training(settings) | work.flags("vocabulary", "steps", *MODEL, *UPDATE)
+        values |= {"tokenizer": f"train:{work.tokens}", "output_dir": folder}
+        command = [str(BIN / "python"), str(ROOT / "benchmarks/peers_prepare.py"), "--cross-document-attention"]
+        run(command, *flags_of(values), log=folder.with_suffix(".log"), threads=settings.threads)
 
 
 def measure(settings: Settings, name: str, work: Work) -> dict[str, float]:
@@ -148,30 +142,32 @@ def measure(settings: Settings, name: str, work: Work) -> dict[str, float]:
     prepared = settings.output_dir.absolute() / contender.work
     folder = settings.output_dir.absolute() / "runs" / name.replace(", ", "-").replace(" ", "_")
     shutil.rmtree(folder, ignore_errors=True)
-    steps, log_every = (1, 1) if contender.start else (work.warm_up + work.timed + 1, work.warm_up)
-    values = updates_of(work, steps, log_every) | {"output_dir": folder}
+    values = work.flags(*UPDATE, "steps") | {"log_every": work.warm_up, "output_dir": folder}
+    values |= {"steps": 1, "log_every": 1} if contender.start else {}
     variables = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"} | contender.variables
-    command = [str(BIN / "python")]
+    command = [str(BIN / "python"), str(ROOT / contender.script)]
     if contender.processes > 1:
-        command = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(contender.processes)]
+        command[:1] = [str(BIN / "torchrun"), "--standalone", "--nproc_per_node", str(contender.processes)]
     if contender.script == LOOPS:
+        del values["sequence_length"]  # the context of the checkpoint
         values |= {"work": prepared}
-        if contender.flags.split()[0] in ("litgpt", "peft"):
-            variables["PYTHONPATH"] = f"{ROOT}{os.pathsep}{settings.packages.absolute()}"
     else:
-        values |= training(settings, work)
-        module = {"trunk": prepared / "checkpoint", "name": "module", "general_tokens": 0}
-        module |= {"layers": f"top:{work.num_hidden_layers // 2}"}
-        values |= module if contender.script == MODULE else {"trunk_from": prepared / "checkpoint"}
-    script = ROOT / contender.script if contender.script in (SHARED, MODULE) else ROOT / "benchmarks" / contender.script
+        values |= training(settings)
+    if contender.script == MODULE:
+        values |= {"trunk": prepared / "checkpoint", "name": "module", "general_tokens": 0}
+        values |= {"layers": f"top:{work.num_hidden_layers // 2}"}
+    elif contender.script != LOOPS:
+        values |= {"trunk_from": prepared / "checkpoint"}
+    if contender.flags in ("litgpt", "peft"):
+        variables["PYTHONPATH"] = f"{ROOT}{os.pathsep}{settings.packages.absolute()}"
     started = time.time()
     before = run(
-        [*command, str(script)],
+        command,
         *contender.flags.split(),
         *flags_of(values),
         log=folder.with_suffix(".log"),
-        threads=settings.threads // contender.processes,
-        started=None if contender.script == LOOPS and contender.flags == "products" else folder / "settings.json",
+        threads=max(1, settings.threads // contender.processes),
+        started=None if contender.flags == "products" else folder / "settings.json",
         variables=variables,
     )
     if contender.flags == "products":
@@ -181,6 +177,9 @@ def measure(settings: Settings, name: str, work: Work) -> dict[str, float]:
         ended = (folder / "metrics.jsonl").stat().st_mtime
         return {"start": ended - started - found[0]["train/tokens"] / found[0]["train/tokens_per_second"]}
     result = {"tokens/s": speed(found), "loss": found[-1]["train/loss"]}
+    if contender.work == "standard":  # where the matrix products are measured too
+        flops = json.loads((prepared / "work.json").read_text(encoding="utf-8"))["flops_per_token"]
+        result["FLOP/s"] = result["tokens/s"] * flops[contender.trains]
     if contender.processes > 1:  # the row has the peak of one process
         return result
     peak = found[-1]["memory/process_peak_mb"]
@@ -188,32 +187,31 @@ def measure(settings: Settings, name: str, work: Work) -> dict[str, float]:
 
 
 def main(settings: Settings) -> None:
-    standard = SMALL if settings.small else Work()
-    works = {"standard": standard, "large": replace(standard, vocabulary=standard.large_vocabulary)}
-    stored = {"works": {name: asdict(work) for name, work in works.items()}}
-    stored |= {"threads": settings.threads, "data": settings.data}
+    works = SMALL if settings.small else WORKS
+    conditions = {
+        "threads": settings.threads,
+        "data": settings.data,
+        **{key: asdict(work) for key, work in works.items()},
+    }
     file = settings.output_dir / "peers.json"
-    kept: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else stored | {"found": {}}
-    if any(kept[key] != value for key, value in stored.items()):
+    kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"conditions": conditions, "found": {}}
+    if kept["conditions"] != conditions:
         raise SystemExit(f"{file} has measurements of other settings. Choose another --output-dir, or remove it.")
-    unknown = set(settings.only) - CONTENDERS.keys()
-    if unknown:
+    if unknown := set(settings.only) - CONTENDERS.keys():
         raise SystemExit(f"--only {', '.join(unknown)}: the contenders are {', '.join(CONTENDERS)}")
-    if not settings.show:
-        settings.output_dir.mkdir(parents=True, exist_ok=True)
-        for name, work in works.items():
-            prepare(settings, name, work)
-        kept["flops"] = json.loads((settings.output_dir / "standard/work.json").read_text())["flops_per_token"]
-        for number in range(settings.rounds):
-            for name in settings.only or CONTENDERS:
-                results = kept["found"].setdefault(name, [])
-                if len(results) <= number:
-                    results.append(measure(settings, name, works[CONTENDERS[name].work]))
-                    write_json(file, kept)
-                    values = "".join(f"  {key} {value:,.4g}" for key, value in results[-1].items())
-                    print(f"{number + 1}/{settings.rounds} {name:<31}{values}", flush=True)
-    groups = {name: f"{contender.work} {contender.trains}" for name, contender in CONTENDERS.items()}
-    table, chart, wrong = report(kept, {name: group for name, group in groups.items() if CONTENDERS[name].trains})
+    settings.output_dir.mkdir(parents=True, exist_ok=True)
+    for number in range(0 if settings.show else settings.rounds):
+        for name in settings.only or CONTENDERS:
+            work = CONTENDERS[name].work
+            prepare(settings, work, works[work])
+            results = kept["found"].setdefault(name, [])
+            if len(results) <= number:
+                results.append(measure(settings, name, works[work]))
+                write_json(file, kept)
+                values = "".join(f"  {key} {value:,.5g}" for key, value in results[-1].items())
+                print(f"{number + 1}/{settings.rounds} {name:<31}{values}", flush=True)
+    groups = {name: (contender.work, contender.trains) for name, contender in CONTENDERS.items() if contender.trains}
+    table, chart, wrong = report(kept["found"], groups)
     print(table)
     (settings.output_dir / "peers.svg").write_text(chart, encoding="utf-8")
     if wrong:

@@ -1,6 +1,6 @@
 """The training loops of other projects, each as its documentation shows it; benchmarks/peers.py starts them.
 
-    python benchmarks/peers_loops.py trainer --work FOLDER --output-dir FOLDER [--compile]
+    python benchmarks/peers_loops.py trainer --work FOLDER --output-dir FOLDER ...
 
 They train LlamaForCausalLM (litgpt: its GPT) from the checkpoint and on the windows that peers_prepare.py wrote, with fused AdamW,
 and write metrics.jsonl under the names of train_shared.py. `products` trains nothing: it times the matrix products alone.
@@ -11,7 +11,9 @@ import json
 import resource
 import statistics
 import time
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,49 +25,49 @@ RANK = 16
 
 
 class Run:
-    """The arguments, and the rows of metrics.jsonl: one every --log-every updates, and one after the last."""
+    """The arguments of a run and the rows of its metrics.jsonl: one every --log-every updates, and one after the last."""
 
-    def __init__(self, arguments: argparse.Namespace):
-        self.arguments = arguments
-        self.folder: Path = arguments.output_dir
-        self.checkpoint: Path = arguments.work / "checkpoint"
+    def __init__(self, given: argparse.Namespace):
+        self.given = given
+        self.checkpoint: Path = given.work / "checkpoint"
         self.config = json.loads((self.checkpoint / "config.json").read_text(encoding="utf-8"))
-        self.accumulation: int = arguments.batch_size // arguments.micro_batch_size
-        self.marks: list[tuple[int, float, float, float]] = []
-        self.nats = 0.0
+        self.accumulation: int = given.batch_size // given.micro_batch_size
+        self.micro_batches: int = given.steps * self.accumulation
+        self.losses: list[float] = []
+        self.mark = (0, 0.0)  # the step and the time of the last row
+        given.output_dir.mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
         """The model is built: says so to peers.py and starts the clock."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "settings.json").write_text("{}\n")
+        (self.given.output_dir / "settings.json").write_text("{}\n")
         time.sleep(SETTLE_SECONDS)
-        self.marks.append((0, time.perf_counter(), 0.0, 0.0))
+        self.mark = (0, time.perf_counter())
 
     def due(self, step: int) -> bool:
-        return step % self.arguments.log_every == 0 or step == self.arguments.steps
+        return step % self.given.log_every == 0 or step == self.given.steps
 
-    def end_update(self, step: int, loss: float) -> None:
-        """loss: the mean of the update's tokens, or where `due` that of all updates since the last row."""
-        self.nats += loss
-        if self.due(step):
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            self.marks.append((step, time.perf_counter(), self.nats, peak))
-            self.nats = 0.0
+    def end_micro_batch(self, loss: float) -> None:
+        self.losses.append(loss)
+        step, rest = divmod(len(self.losses), self.accumulation)
+        if not rest and self.due(step):
+            self.row(step, statistics.mean(self.losses[-self.accumulation :]))
 
-    def write(self) -> None:
-        tokens = self.arguments.batch_size * self.config["max_position_embeddings"]
-        with open(self.folder / "metrics.jsonl", "w", encoding="utf-8") as file:
-            for (before, start, _, _), (step, end, nats, peak) in zip(self.marks, self.marks[1:], strict=False):
-                row = {"step": step, "train/loss": nats / (step - before), "train/tokens": step * tokens}
-                row |= {"train/tokens_per_second": (step - before) * tokens / (end - start)}
-                file.write(json.dumps(row | {"memory/process_peak_mb": peak}) + "\n")
+    def row(self, step: int, loss: float) -> None:
+        now, (before, then) = time.perf_counter(), self.mark
+        tokens = self.given.batch_size * self.config["max_position_embeddings"]
+        row = {"step": step, "train/loss": loss, "train/tokens": step * tokens}
+        row["train/tokens_per_second"] = (step - before) * tokens / (now - then)
+        row["memory/process_peak_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        with open(self.given.output_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.mark = (step, now)
 
 
 class Windows(Dataset):
     """shift_labels: Transformers' name of labels that belong to the same place, not to the next one."""
 
     def __init__(self, run: Run):
-        self.windows = np.load(run.arguments.work / "windows.npy", mmap_mode="r")
+        self.windows = np.load(run.given.work / "windows.npy", mmap_mode="r")
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -75,12 +77,16 @@ class Windows(Dataset):
         return {"input_ids": window[:-1], "labels": window[1:], "shift_labels": window[1:]}
 
 
-def llama(run: Run) -> torch.nn.Module:
+def llama(run: Run) -> Any:
     from transformers import LlamaForCausalLM
 
-    return LlamaForCausalLM.from_pretrained(
-        run.checkpoint, attn_implementation="sdpa", dtype=torch.float32, use_cache=False
-    )
+    options = {"attn_implementation": "sdpa", "dtype": torch.float32, "use_cache": False}
+    return LlamaForCausalLM.from_pretrained(run.checkpoint, **options)
+
+
+def adamw(run: Run, model: torch.nn.Module) -> torch.optim.Optimizer:
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return torch.optim.AdamW(trained, lr=run.given.lr, betas=BETAS, weight_decay=0.0, fused=True)
 
 
 def trainer(run: Run) -> None:
@@ -95,26 +101,21 @@ def trainer(run: Run) -> None:
             control.should_log = run.due(state.global_step)
 
         def on_log(self, args, state, control, logs=None, **kwargs):
-            if logs and "loss" in logs:  # the mean since the last row
-                run.end_update(state.global_step, logs["loss"] * (state.global_step - run.marks[-1][0]))
+            if logs and "loss" in logs:  # the mean of the updates since the last row
+                run.row(state.global_step, logs["loss"])
 
-    given = run.arguments
     arguments = TrainingArguments(
-        output_dir=str(run.folder),
-        max_steps=given.steps,
-        per_device_train_batch_size=given.micro_batch_size,
+        output_dir=str(run.given.output_dir),
+        max_steps=run.given.steps,
+        per_device_train_batch_size=run.given.micro_batch_size,
         gradient_accumulation_steps=run.accumulation,
-        learning_rate=given.lr,
+        learning_rate=run.given.lr,
         lr_scheduler_type="constant",
-        weight_decay=0.0,
-        adam_beta1=BETAS[0],
         adam_beta2=BETAS[1],
-        max_grad_norm=1.0,
         optim="adamw_torch_fused",
-        torch_compile=given.compile,
+        torch_compile=run.given.compile,
         use_cpu=True,
         train_sampling_strategy="sequential",
-        dataloader_num_workers=given.workers,
         remove_unused_columns=False,
         logging_strategy="no",
         save_strategy="no",
@@ -124,20 +125,18 @@ def trainer(run: Run) -> None:
     Trainer(model=llama(run), args=arguments, train_dataset=Windows(run), callbacks=[Timing()]).train()
 
 
-def accelerate(run: Run, model: torch.nn.Module | None = None) -> None:
+def accelerate(run: Run, model: Any = None) -> None:
     """Accelerate's loop. Source: huggingface.co/docs/accelerate/usage_guides/gradient_accumulation."""
     from accelerate import Accelerator
 
     accelerator = Accelerator(gradient_accumulation_steps=run.accumulation)  # compiles by ACCELERATE_DYNAMO_BACKEND
     model = model or llama(run)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=run.arguments.lr, betas=BETAS, weight_decay=0.0, fused=True)
-    batches = DataLoader(Windows(run), batch_size=run.arguments.micro_batch_size)
-    model, optimizer, batches = accelerator.prepare(model, optimizer, batches)
+    batches = DataLoader(Windows(run), batch_size=run.given.micro_batch_size)
+    prepared: Any = accelerator.prepare(model, adamw(run, model), batches)
+    model, optimizer, batches = prepared
     model.train()
     run.begin()
-    nats = 0.0
-    for number, batch in enumerate(batches, start=1):
+    for batch in islice(batches, run.micro_batches):
         with accelerator.accumulate(model):
             loss = model(**batch).loss
             accelerator.backward(loss)
@@ -145,12 +144,7 @@ def accelerate(run: Run, model: torch.nn.Module | None = None) -> None:
                 accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
-        nats += loss.item() / run.accumulation
-        if accelerator.sync_gradients:
-            run.end_update(number // run.accumulation, nats)
-            nats = 0.0
-        if number == run.arguments.steps * run.accumulation:
-            break
+        run.end_micro_batch(loss.item())
 
 
 def peft(run: Run) -> None:
@@ -160,14 +154,7 @@ def peft(run: Run) -> None:
     count = run.config["num_hidden_layers"]
     layers = list(range(count - count // 2, count))
     names = ["gate_proj", "up_proj", "down_proj"]
-    chosen = LoraConfig(
-        r=RANK,
-        lora_alpha=RANK,
-        lora_dropout=0.0,
-        target_modules=names,
-        layers_to_transform=layers,
-        task_type="CAUSAL_LM",
-    )
+    chosen = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=names, layers_to_transform=layers)
     model = get_peft_model(llama(run), chosen)
     torch.manual_seed(42)  # --seed of train_module.py, which draws them in this order
     for layer in layers:
@@ -187,86 +174,65 @@ def litgpt(run: Run) -> None:
     from safetensors.torch import load_file
 
     fabric = lightning.Fabric(accelerator="cpu", devices=1, precision="32-true")
-    sizes = run.config
-    config = Config(
-        block_size=sizes["max_position_embeddings"],
-        n_layer=sizes["num_hidden_layers"],
-        n_embd=sizes["hidden_size"],
-        n_head=sizes["num_attention_heads"],
-        n_query_groups=sizes["num_key_value_heads"],
-        intermediate_size=sizes["intermediate_size"],
-        padded_vocab_size=sizes["vocab_size"],
-        vocab_size=sizes["vocab_size"],
-        rotary_percentage=1.0,
-        rope_base=int(sizes["rope_theta"]),
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        norm_eps=sizes["rms_norm_eps"],
-        mlp_class_name="LLaMAMLP",
+    config = Config.from_name(
+        "Llama-2-7b-hf",  # with these sizes
+        block_size=run.config["max_position_embeddings"],
+        n_layer=run.config["num_hidden_layers"],
+        n_embd=run.config["hidden_size"],
+        n_head=run.config["num_attention_heads"],
+        n_query_groups=run.config["num_key_value_heads"],
+        intermediate_size=run.config["intermediate_size"],
+        padded_vocab_size=run.config["vocab_size"],
+        norm_eps=run.config["rms_norm_eps"],
     )
     model, weights = GPT(config), {}
     copy_weights_hf_llama(config, {}, weights, load_file(run.checkpoint / "model.safetensors"))
     model.load_state_dict(weights, strict=True, assign=True)
     model.transformer.wte.weight = model.lm_head.weight
-    model = fabric.setup(torch.compile(model) if run.arguments.compile else model)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=run.arguments.lr, betas=BETAS, weight_decay=0.0, fused=True)
-    optimizer = fabric.setup_optimizers(optimizer)
-    windows = fabric.setup_dataloaders(DataLoader(Windows(run), batch_size=run.arguments.micro_batch_size))
+    model = fabric.setup(torch.compile(model))
+    optimizer = fabric.setup_optimizers(adamw(run, model))
+    batches = fabric.setup_dataloaders(DataLoader(Windows(run), batch_size=run.given.micro_batch_size))
     model.train()
     run.begin()
-    nats = 0.0
-    for number, batch in enumerate(windows, start=1):
+    for number, batch in enumerate(islice(batches, run.micro_batches), start=1):
         is_accumulating = number % run.accumulation != 0
         with fabric.no_backward_sync(model, enabled=is_accumulating):
             loss = chunked_cross_entropy(model(batch["input_ids"]), batch["labels"])
             fabric.backward(loss / run.accumulation)
-        nats += loss.item() / run.accumulation
         if not is_accumulating:
             fabric.clip_gradients(model, optimizer, max_norm=1.0)
             optimizer.step()
             optimizer.zero_grad()
-            run.end_update(number // run.accumulation, nats)
-            nats = 0.0
-        if number == run.arguments.steps * run.accumulation:
-            break
+        run.end_micro_batch(loss.item())
 
 
 def products(run: Run) -> None:
     """FLOP/s of torch.mm for the three products of each linear layer in an update, the median of each; into products.json."""
-    rows = run.arguments.micro_batch_size * run.config["max_position_embeddings"]
-    shapes = json.loads((run.arguments.work / "work.json").read_text(encoding="utf-8"))["shapes"]
+    rows = run.given.micro_batch_size * run.config["max_position_embeddings"]
+    shapes = json.loads((run.given.work / "work.json").read_text(encoding="utf-8"))["shapes"]
     flops, seconds = 0, 0.0
-    for outputs, inputs in dict.fromkeys(map(tuple, shapes)):
-        x, gradient = torch.randn(rows, inputs), torch.randn(rows, outputs)
-        weight = torch.randn(outputs, inputs)
+    for outputs, inputs in set(map(tuple, shapes)):
+        x, gradient, weight = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
         for a, b in ((x, weight.T), (gradient, weight), (gradient.T, x)):
             result, times = torch.mm(a, b), []
             while len(times) < 5 or sum(times) < 0.3:
                 start = time.perf_counter()
                 torch.mm(a, b, out=result)
                 times.append(time.perf_counter() - start)
-            count = shapes.count([outputs, inputs])
-            seconds += count * statistics.median(times)
-            flops += count * 2 * rows * inputs * outputs
-    run.folder.mkdir(parents=True, exist_ok=True)
-    (run.folder / "products.json").write_text(json.dumps({"flops/s": flops / seconds}) + "\n")
+            seconds += shapes.count([outputs, inputs]) * statistics.median(times)
+            flops += shapes.count([outputs, inputs]) * 2 * rows * inputs * outputs
+    (run.given.output_dir / "products.json").write_text(json.dumps({"FLOP/s": flops / seconds}) + "\n")
 
 
 if __name__ == "__main__":
     contenders = {function.__name__: function for function in (trainer, accelerate, peft, litgpt, products)}
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("contender", choices=contenders)
-    parser.add_argument("--work", type=Path, required=True, help="folder that peers_prepare.py wrote")
-    parser.add_argument("--output-dir", type=Path, required=True)
-    parser.add_argument("--batch-size", type=int, required=True, help="windows in an update")
-    parser.add_argument("--micro-batch-size", type=int, required=True, help="windows at once")
-    parser.add_argument("--steps", type=int, required=True, help="updates")
-    parser.add_argument("--log-every", type=int, required=True, help="updates of a row; the first row is not counted")
+    for name in ("--work", "--output-dir"):
+        parser.add_argument(name, type=Path, required=True)
+    for name in ("--batch-size", "--micro-batch-size", "--steps", "--log-every"):
+        parser.add_argument(name, type=int, required=True, help="as in train_shared.py")
     parser.add_argument("--lr", type=float, required=True, help="constant learning rate")
-    parser.add_argument("--workers", type=int, default=0, help="processes that load data for the Trainer")
-    parser.add_argument("--compile", action="store_true", help="torch.compile")
-    run = Run(parser.parse_args())
-    contenders[run.arguments.contender](run)
-    if run.marks:
-        run.write()
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the Trainer")
+    given = parser.parse_args()
+    contenders[given.contender](Run(given))

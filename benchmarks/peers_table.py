@@ -1,122 +1,95 @@
-"""The table, the goals and the chart of benchmarks/peers.py, from what is in peers.json."""
+"""The tables, the goals and the chart of benchmarks/peers.py, from the measurements in peers.json."""
 
 import statistics
-from typing import Any
 
 from script_process import spread
 
 from forge_common.evaluation.chart import draw
 
+Found = dict[str, list[dict[str, float]]]  # the measurements of each contender, one a round
+
 TOLERANCE = 1e-3  # nats, between the last losses of contenders that train the same thing
-WHOLE = (
-    "train_shared",
-    "train_shared, compiled",
+PRODUCTS, PEER = "matrix products", "the fastest other loop"
+OURS = ("train_shared", "train_shared, compiled")
+OTHERS = (
     "bare loop",
     "bare loop, compiled",
     "Accelerate",
     "Accelerate, compiled",
+    "HF Trainer",
+    "HF Trainer, compiled",
 )
-WHOLE += ("HF Trainer", "HF Trainer, compiled", "litgpt, compiled")
+OTHERS += ("litgpt, compiled",)
 LARGE = ("train_shared, large vocabulary", "bare loop, large vocabulary")
-# what is divided by what, of which value, and the goal; PEER: the fastest loop of others
-PEER = "the fastest other loop"
-GOALS = [
+COLUMNS = {"tokens/s": 0, "share": 2, "peak": 0, "above start": 0, "loss": 5, "start": 1}  # and their decimals
+HEAD = "| contender | tokens/s | share of the matrix rate | peak MiB | above the start | last loss | start, s |"
+MEMORY = ("peak", "above start")
+GOALS = [  # what is divided by what, which measurement of the two, and the goal
     ("train_shared, compiled", PEER, "tokens/s", ">=", 1.05),
     ("train_shared", "bare loop", "tokens/s", ">=", 1.0),
-    ("train_module ffn", "bare loop", "tokens/s", ">=", 1.6),
-    ("train_module ffn+head", "bare loop", "tokens/s", ">=", 1.6),
-    ("train_module lora", "bare loop", "tokens/s", ">=", 1.6),
+    *((name, PRODUCTS, "FLOP/s", ">=", 0.8) for name in OURS),
+    *((f"train_module {kind}", "bare loop", "tokens/s", ">=", 1.6) for kind in ("ffn", "ffn+head", "lora")),
     ("train_module lora", "PEFT LoRA", "tokens/s", ">=", 1.3),
     (*LARGE, "tokens/s", ">=", 1.4),
     ("train_shared, 2 processes", "train_shared", "tokens/s", ">=", 1.0),
-    *[("train_shared", "bare loop", memory, "<=", 0.7) for memory in ("peak", "above start")],
-    *[("train_module ffn", "bare loop", memory, "<=", 0.45) for memory in ("peak", "above start")],
-    *[("train_module lora", "PEFT LoRA", memory, "<=", 0.6) for memory in ("peak", "above start")],
-    *[(*LARGE, memory, "<=", 0.4) for memory in ("peak", "above start")],
-    ("start of train_shared", "start of HF Trainer", "start", "<=", 0.5),
-    ("start of train_module", "start of HF Trainer", "start", "<=", 0.5),
+    *(("train_shared", "bare loop", memory, "<=", 0.7) for memory in MEMORY),
+    *((f"train_module {kind}", "bare loop", memory, "<=", 0.45) for kind in ("ffn", "lora") for memory in MEMORY),
+    *(("train_module lora", "PEFT LoRA", memory, "<=", 0.6) for memory in MEMORY),
+    *((*LARGE, memory, "<=", 0.4) for memory in MEMORY),
+    *((f"start of train_{script}", "start of HF Trainer", "start", "<=", 0.5) for script in ("shared", "module")),
 ]
-SHARE_GOAL = 0.8
 
 
-def report(kept: dict[str, Any], groups: dict[str, str]) -> tuple[str, str, str]:
+def report(found: Found, groups: dict[str, tuple[str, str]]) -> tuple[str, str, str]:
     """The tables in Markdown, the chart, and what is wrong with the losses ("": nothing).
 
-    kept: the content of peers.json. groups: contender -> what it trains; those of one group must have the same last loss.
+    groups: contender -> its work and what it trains; the last losses of a group must agree.
     """
-    found: dict[str, list[dict[str, float]]] = {name: results for name, results in kept["found"].items() if results}
-    lines = ["", "| contender | tokens/s | of the matrix rate | peak MiB | above the start | last loss | start, s |"]
-    lines.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for name, results in found.items():
-        if name != "matrix products":
-            cells = [cell(results, "tokens/s", 0), share(kept, found, name, groups.get(name, ""))]
-            cells += [cell(results, "peak", 0), cell(results, "above start", 0), cell(results, "loss", 5)]
-            lines.append(f"| {name} | {' | '.join(cells)} | {cell(results, 'start', 1)} |")
-    if "matrix products" in found:
-        rate = spread([result["flops/s"] / 1e9 for result in found["matrix products"]], 0)
-        lines += ["", f"Matrix products of the model's linear layers alone: {rate} GFLOP/s."]
-    lines += ["", "| ratio | of | median (min-max) | goal | reached |", "| --- | --- | --- | --- | --- |"]
-    others = [name for name in WHOLE if name in found and not name.startswith("train_")]
+    lines = ["", HEAD, "| --- " * 7 + "|"]
+    for name in (name for name in found if name != PRODUCTS):
+        shown = {key: [one[key] for one in found[name]] for key in COLUMNS if key in found[name][0]}
+        shown["share"] = ratios(found, name, PRODUCTS, "FLOP/s")
+        cells = [spread(shown[key], digits) if shown.get(key) else "" for key, digits in COLUMNS.items()]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if PRODUCTS in found:
+        lines += ["", f"Matrix products alone: {spread([one['FLOP/s'] / 1e9 for one in found[PRODUCTS]], 1)} GFLOP/s."]
+
+    lines += ["", "| ratio | of | median (min-max) | goal | reached |", "| --- " * 5 + "|"]
+    measured = [name for name in OTHERS if name in found]
+    fastest = max(measured, key=lambda name: statistics.median(one["tokens/s"] for one in found[name]), default=PEER)
     for above, below, key, sign, goal in GOALS:
-        if below == PEER and others:
-            below = max(others, key=lambda name: statistics.median(values(found[name], "tokens/s")))
-        if above in found and below in found:
-            pairs = zip(values(found[above], key), values(found[below], key), strict=False)
-            lines.append(goal_line(f"{above} / {below}", key, [one / other for one, other in pairs], sign, goal))
-    for name in ("train_shared", "train_shared, compiled"):
-        if name in found and "matrix products" in found:
-            lines.append(
-                goal_line(name, "share of the matrix rate", shares(kept, found, name, "whole"), ">=", SHARE_GOAL)
-            )
-    wrong = []
-    lines += ["", "Last losses, less that of the first contender that trains the same:"]
-    first: dict[str, str] = {}
+        below = fastest if below == PEER else below
+        if values := ratios(found, above, below, key):
+            middle = statistics.median(values)
+            reached = "yes" if (middle >= goal if sign == ">=" else middle <= goal) else "no"
+            lines.append(f"| {above} / {below} | {key} | {spread(values)} | {sign} {goal} | {reached} |")
+
+    lines += ["", "Last losses, less that of the first contender that trains the same thing:", ""]
+    wrong, first = [], {}
     for name in (name for name in groups if name in found):
-        reference = first.setdefault(groups[name], name)
-        expected = found[reference][0]["loss"]
-        apart = max((result["loss"] - expected for result in found[name]), key=abs)
-        lines.append(f"- {name}: {apart:+.1e}" + ("" if name == reference else f" ({reference} {expected:.5f})"))
+        expected = first.setdefault(groups[name], found[name][0]["loss"])
+        apart = max((one["loss"] - expected for one in found[name]), key=abs)
+        lines.append(f"- {name}: {apart:+.1e}")
         if not abs(apart) <= TOLERANCE:
-            wrong.append(f"{name} has another loss than {reference}: {apart:+.1e}, more than {TOLERANCE:g} apart.")
-    hint = " They do not train the same thing: compare their logs in OUTPUT_DIR/runs." if wrong else ""
-    return "\n".join(lines), chart(found), " ".join(wrong) + hint
+            wrong.append(
+                f"The last loss of {name} is {apart:+.1e} nats from that of the others that train the same thing."
+            )
+    hint = "Compare the logs of their runs: something that they train, or how, is not the same." if wrong else ""
+    return "\n".join(lines), chart(found), " ".join([*wrong, hint]).strip()
 
 
-def values(results: list[dict[str, float]], key: str) -> list[float]:
-    return [result[key] for result in results]
+def ratios(found: Found, above: str, below: str, key: str) -> list[float]:
+    """Of each round; [] where one of the two was not measured."""
+    pairs = zip(found.get(above, ()), found.get(below, ()), strict=False)
+    return [one[key] / other[key] for one, other in pairs if key in one and key in other]
 
 
-def cell(results: list[dict[str, float]], key: str, digits: int) -> str:
-    return spread(values(results, key), digits) if key in results[0] else ""
-
-
-def shares(kept: dict[str, Any], found: dict[str, list[dict[str, float]]], name: str, trains: str) -> list[float]:
-    """In each round, the FLOP/s of the contender as a share of those of the matrix products alone."""
-    pairs = zip(values(found[name], "tokens/s"), values(found["matrix products"], "flops/s"), strict=False)
-    return [tokens * kept["flops"][trains] / rate for tokens, rate in pairs]
-
-
-def share(kept: dict[str, Any], found: dict[str, list[dict[str, float]]], name: str, group: str) -> str:
-    work, _, trains = group.partition(" ")
-    if work != "standard" or "matrix products" not in found:
-        return ""
-    return spread(shares(kept, found, name, trains), 2)
-
-
-def goal_line(ratio: str, key: str, found: list[float], sign: str, goal: float) -> str:
-    middle = statistics.median(found)
-    reached = middle >= goal if sign == ">=" else middle <= goal
-    return f"| {ratio} | {key} | {spread(found)} | {sign} {goal:.2f} | {'yes' if reached else 'no'} |"
-
-
-def chart(found: dict[str, list[dict[str, float]]]) -> str:
-    """The contenders that train everything, relative to the bare loop of the same round; the line is half of max - min."""
+def chart(found: Found) -> str:
+    """What trains everything, relative to the bare loop of the same round; a line to each side of half of max - min."""
     points = []
-    for key, title in (("tokens/s", "tokens/s"), ("peak", "peak memory")):
-        for name in WHOLE:
-            if name in found and "bare loop" in found:
-                pairs = zip(values(found[name], key), values(found["bare loop"], key), strict=False)
-                ratios = [one / other for one, other in pairs]
-                half = (max(ratios) - min(ratios)) / 2
-                points.append({"model": name, "domain": title, "loss": statistics.median(ratios), "stderr": half})
+    for key in ("tokens/s", "peak", "above start"):
+        for name in (*OURS, *OTHERS):
+            if values := ratios(found, name, "bare loop", key):
+                half = (max(values) - min(values)) / 2
+                points.append({"model": name, "domain": key, "loss": statistics.median(values), "stderr": half})
     return draw(points, "relative to the bare PyTorch loop") if points else ""
