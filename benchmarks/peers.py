@@ -49,13 +49,13 @@ class Work:
     micro_batch_size: int = 4
     lr: float = 3e-3
     warm_up: int = 2
-    steps: int = 7
+    steps: int = 5
 
     def flags(self, *names: str) -> dict[str, object]:
         return {name: getattr(self, name) for name in names}
 
 
-WORKS = {"standard": Work(), "large": Work(128_256)}
+WORKS = {"standard": Work(), "large": Work(128_256, warm_up=1, steps=3)}
 SMALL = {
     "standard": Work(2048, 2048, 128, 384, 2, 4, 2, 128, 4, 2),
     "large": Work(8192, 2048, 128, 384, 2, 4, 2, 128, 4, 2),
@@ -188,14 +188,11 @@ def measure(settings: Settings, name: str, work: Work) -> dict[str, float]:
 
 def main(settings: Settings) -> None:
     works = SMALL if settings.small else WORKS
-    conditions = {
-        "threads": settings.threads,
-        "data": settings.data,
-        **{key: asdict(work) for key, work in works.items()},
-    }
+    conditions = {"threads": settings.threads, "data": settings.data}
+    conditions |= {"works": {name: asdict(work) for name, work in works.items()}}
     file = settings.output_dir / "peers.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"conditions": conditions, "found": {}}
-    if kept["conditions"] != conditions:
+    if kept["conditions"] != conditions and not settings.show:
         raise SystemExit(f"{file} has measurements of other settings. Choose another --output-dir, or remove it.")
     if unknown := set(settings.only) - CONTENDERS.keys():
         raise SystemExit(f"--only {', '.join(unknown)}: the contenders are {', '.join(CONTENDERS)}")
