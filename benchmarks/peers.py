@@ -144,6 +144,8 @@ def measure(settings: Settings, name: str, work: Work) -> dict[str, float]:
     shutil.rmtree(folder, ignore_errors=True)
     values = work.flags(*UPDATE, "steps") | {"log_every": work.warm_up, "output_dir": folder}
     values |= {"steps": 1, "log_every": 1} if contender.start else {}
+    if contender.trains == "lora":
+        values["lr"] = 10 * work.lr  # so that other initial values would show in the loss
     variables = {"ACCELERATE_USE_CPU": "true", "ACCELERATE_MIXED_PRECISION": "no"} | contender.variables
     command = [str(BIN / "python"), str(ROOT / contender.script)]
     if contender.processes > 1:
