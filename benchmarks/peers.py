@@ -47,7 +47,7 @@ class Work:
     sequence_length: int = 512
     batch_size: int = 16
     micro_batch_size: int = 4
-    lr: float = 3e-3
+    lr: float = 1e-3
     warm_up: int = 2
     steps: int = 5
 
