@@ -62,9 +62,16 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-bench: $(READY)
-	$(BIN)/python benchmarks/engine.py
+# Beside other projects' training loops (docs/PERFORMANCE.md). The same command continues an interrupted measurement.
+bench: $(READY) .bench/.ready
+	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/tokenizing.py
+
+# The packages that are compared with, in a folder of their own: .venv stays as requirements.txt has it.
+.bench/.ready: benchmarks/requirements.txt $(READY)
+	rm -rf .bench
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .bench -r benchmarks/requirements.txt
+	@touch .bench/.ready
 
 # Two hours on two cores. The same command continues an interrupted run.
 compare: $(READY)

@@ -4,13 +4,15 @@
 
 No accelerate, no logging, no schedule, no checkpoints. The windows are in memory before the first update, and the logits
 of a micro-batch exist as a whole, as F.cross_entropy needs them. The measurements are written at the end, under the names
-that train_shared.py uses. One process; device and precision come from the environment of `accelerate launch`.
+that train_shared.py uses. With --trunk-from it starts from the weights of a checkpoint. One process; device and precision
+come from the environment of `accelerate launch`.
 
 B batch, T time, V vocabulary
 """
 
 import itertools
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +27,7 @@ def main(settings: Settings) -> int:
     import torch
     import torch.nn.functional as F
 
+    from forge_common.artifacts.artifact import read_trunk
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.files.atomic import write_json
@@ -38,9 +41,12 @@ def main(settings: Settings) -> int:
     low = os.environ.get("ACCELERATE_MIXED_PRECISION") == "bf16"
     torch.manual_seed(settings.seed)
 
-    tokenizer = tokenizer_for(settings)
-    sizes = model_config(settings, tokenizer)
-    trunk = Trunk(sizes).to(device)
+    if settings.trunk_from:
+        trunk, tokenizer, _ = read_trunk(settings.trunk_from)
+    else:
+        tokenizer = tokenizer_for(settings)
+        trunk = Trunk(model_config(settings, tokenizer))
+    sizes, trunk = trunk.config, trunk.to(device)
     optimizer = torch.optim.AdamW(
         parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps"
     )
@@ -80,7 +86,7 @@ def main(settings: Settings) -> int:
     time.sleep(SETTLE_SECONDS)
 
     trunk.train()
-    marks = [(0, now())]
+    marks = [(0, now(), math.nan)]
     nats = torch.zeros((), device=device)
     for step, windows in enumerate(batches, start=1):
         for micro_batch in windows:
@@ -90,17 +96,16 @@ def main(settings: Settings) -> int:
         torch.nn.utils.clip_grad_norm_(trunk.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        if step in (settings.log_every, settings.steps):  # the updates before the first mark are warm-up
-            marks.append((step, now()))
-            if step == settings.log_every:
-                nats.zero_()
+        if step % settings.log_every == 0 or step == settings.steps:
+            marks.append((step, now(), float(nats)))
+            nats.zero_()
 
     tokens_per_update = settings.batch_size * settings.sequence_length
     with open(settings.output_dir / "metrics.jsonl", "w", encoding="utf-8") as file:
-        for (before, start), (step, end) in itertools.pairwise(marks):
+        for (before, start, _), (step, end, loss) in itertools.pairwise(marks):
             row = {
                 "step": step,
-                "train/loss": float(nats) / (settings.steps - settings.log_every) if step == settings.steps else None,
+                "train/loss": loss / (step - before),
                 "train/tokens": step * tokens_per_update,
                 "train/tokens_per_second": (step - before) * tokens_per_update / (end - start),
                 "memory/peak_mb": peak_memory_mb(device),

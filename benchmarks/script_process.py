@@ -25,15 +25,24 @@ def launched(config: Path, script: str) -> list[str]:
     return [str(BIN / "accelerate"), "launch", "--config_file", str(ROOT / config), str(ROOT / script)]
 
 
-def run(command: list[str], *flags: object, log: Path, threads: int, started: Path | None = None) -> float:
+def run(
+    command: list[str],
+    *flags: object,
+    log: Path,
+    threads: int,
+    started: Path | None = None,
+    variables: dict[str, str] | None = None,
+) -> float:
     """Runs a command to its end, its output into `log`; a failure ends this process with the last lines of it.
 
     `started`: a file that the script writes just before its first update; the result is then the resident set (MiB) of
-    the launcher's child as seen from outside when the file appears. Nothing is polled from then on.
+    the launcher's child, or of the command if that is Python, as seen from outside when the file appears. Nothing is polled
+    from then on. `variables`: more of the environment.
     """
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_"))}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     environment = plain | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    environment |= variables or {}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as output:
         process = subprocess.Popen(
@@ -45,7 +54,8 @@ def run(command: list[str], *flags: object, log: Path, threads: int, started: Pa
             start_new_session=True,
         )
         try:
-            resident = _resident_when(started, process) if started else 0.0
+            direct = Path(command[0]).name.startswith("python")
+            resident = _resident_when(started, process, direct) if started else 0.0
             code = process.wait()
         except BaseException:
             _end(process)
@@ -65,9 +75,9 @@ def _end(launcher: subprocess.Popen) -> None:
         launcher.wait()
 
 
-def _resident_when(started: Path, launcher: subprocess.Popen) -> float:
-    """MiB of the launcher's child once `started` exists; NaN where the child ended first."""
-    child = None
+def _resident_when(started: Path, launcher: subprocess.Popen, direct: bool) -> float:
+    """MiB of the launcher's child (direct: of itself) once `started` exists; NaN where it ended first."""
+    child = psutil.Process(launcher.pid) if direct else None
     while not started.exists():
         if launcher.poll() is not None:
             return math.nan
