@@ -3,10 +3,11 @@
     python -m forge_common.plan --devices 64xH100 --preset llama-3-8b --engine fsdp2 --sequence-length 8192 --micro-batch-size 1
 
 Memory and traffic are counted: the run's own model, loss and optimizer do one update with tensors that have no data, as rank 0
-of a world that does not exist (run/ledger.py). Time is computed from data sheets and assumed shares of them; it is not measured.
+of a world that does not exist (run/fake_update.py). Time is computed from data sheets and assumed shares of them; it is not measured.
 (forge_common/run/plan.py is what a run itself prints when it starts.)
 """
 
+import dataclasses
 import re
 import types
 from dataclasses import dataclass
@@ -163,8 +164,6 @@ def config_of(settings: Settings) -> ModelConfig:
 
 def build(config: ModelConfig, settings: Settings) -> "Trunk":
     """The model as the scripts make it."""
-    import torch
-
     from .model.modules import chosen_layers, plug_in
     from .model.trunk import Trunk
 
@@ -180,88 +179,119 @@ def build(config: ModelConfig, settings: Settings) -> "Trunk":
 
 
 def count(config: ModelConfig, settings: Settings, devices: int, on_gpu: bool = True) -> Counted:
-    """One update on `devices` devices with tensors that have no data. on_gpu False: as a CPU computes it, with its kernels and masks.
-
-    One window more or less changes nothing but the size: of several micro-batches, the first and the last are done.
-    """
-    import contextlib
-    import dataclasses
-
+    """One update on `devices` devices. on_gpu False: with a CPU's kernels and its mask of documents, which is in memory."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     from . import optimizers
-    from .run.ledger import Collective, GpuKernels, Ledger, fake_group
+    from .run.fake_update import fake_update
 
-    fsdp2, accumulation = settings.engine == "fsdp2", settings.batch_size // (settings.micro_batch_size * devices)
-    launched = types.SimpleNamespace(
-        device=torch.device("cpu"), is_fsdp2=fsdp2, state=types.SimpleNamespace(deepspeed_plugin=None)
-    )
+    accumulation = settings.batch_size // (settings.micro_batch_size * devices)
+    engine = types.SimpleNamespace(deepspeed_plugin=None)
+    launched = types.SimpleNamespace(device=torch.device("cpu"), is_fsdp2=settings.engine == "fsdp2", state=engine)
     chosen = types.SimpleNamespace(**vars(OptimizerSettings(optimizer=settings.optimizer)), lr=1.0)
     with torch.device("meta"):
         bare = build(config, settings)
-    numbers = [p.numel() for p in bare.parameters()], [p.numel() for p in bare.parameters() if p.requires_grad]
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in bare.parameters()]
     flops = bare.flops_per_token(settings.sequence_length)
     forward = bare.requires_grad_(False).flops_per_token(settings.sequence_length)
-    if on_gpu:
-        config = dataclasses.replace(config, cross_document_attention=True)
-    kernels = GpuKernels() if on_gpu else contextlib.nullcontext()
-    world = fake_group(devices) if fsdp2 else contextlib.nullcontext()
-    with world as mesh, FakeTensorMode():
-        trunk = build(config, settings)
-        if fsdp2:
-            shard(trunk, mesh)
-        optimizer = optimizers.make(trunk, chosen, launched)
-        with Ledger() as ledger, kernels:
-            # FSDP2's optimizer works on the local parts of its tensors, one by one: so does this one.
-            locals_ = {p: torch.nn.Parameter(_local(p).detach(), p.requires_grad) for p in trunk.parameters()}
-            for parameter in locals_:
-                ledger.add(parameter)
-            for group in optimizer.param_groups:
-                group["params"] = [locals_[p] for p in group["params"]]
-            own = [p for group in optimizer.param_groups for p in group["params"]]
-            ledger.begin("optimizer")
-            for parameter in own:
-                parameter.grad = torch.zeros_like(parameter)
-            optimizer.step()
-            optimizer.zero_grad()
-            ledger.begin("buckets")  # DDP copies all gradients into them, beside the gradients
-            buckets = [torch.empty_like(p) for p in own if settings.engine == "ddp"]
-            tokens = torch.zeros(settings.micro_batch_size, settings.sequence_length + 1, dtype=torch.int64)
-            ledger.forget_peak()
-            for last in (False, True)[accumulation == 1 :]:
-                if fsdp2:
-                    trunk.set_requires_gradient_sync(last)  # type: ignore[operator]
-                ledger.begin(f"forward {last}")
-                with torch.autocast("cpu", torch.bfloat16, enabled=not fsdp2):
-                    objective = trunk(tokens).objective
-                ledger.begin(f"backward {last}")
-                (objective * 1.0).backward()
-                del objective
-            if buckets:
-                sizes = [bucket.nbytes for bucket in buckets]
-                ledger.collectives += [Collective(ledger.phase, "all-reduce", size) for size in reversed(sizes)]
-            ledger.begin("step")
-            for parameter, local in locals_.items():
-                local.grad = None if parameter.grad is None else _local(parameter.grad)
-            torch.nn.utils.clip_grad_norm_(own, 1.0)
-            optimizer.step()
-    phases = [[c for c in ledger.collectives if c.phase.endswith(str(last))] for last in (False, True)]
-    micro_batches = [phases[0]] * (accumulation - 1) + [phases[1]]
-    own_size = sum(p.numel() for p in own)
-    return Counted(ledger.at_peak, micro_batches, sum(numbers[0]), sum(numbers[1]), own_size, (forward, flops))
+    config = dataclasses.replace(config, cross_document_attention=on_gpu)  # a GPU has no mask in memory
+    memory, micro_batches, own = fake_update(
+        lambda: build(config, settings),
+        lambda trunk: optimizers.make(trunk, chosen, launched),
+        engine=settings.engine,
+        devices=devices,
+        accumulation=accumulation,
+        window=(settings.micro_batch_size, settings.sequence_length + 1),
+        on_gpu=on_gpu,
+    )
+    trained = sum(size for size, is_trained in sizes if is_trained)
+    return Counted(memory, micro_batches, sum(size for size, _ in sizes), trained, own, (forward, flops))
 
 
-def _local(tensor: Any) -> Any:
-    return getattr(tensor, "_local_tensor", tensor)
+def times(counted: Counted, settings: Settings, device: "Device", devices: int) -> tuple[float, float, float]:
+    """Seconds of an update: computation, the optimizer, and waiting for collectives that no computation hides.
+
+    The first gathering of a forward pass and the last reduction of a backward pass are alone; the others run beside the layers.
+    """
+    from .run.hardware import seconds_on_links
+
+    forward, total = counted.flops
+    again = forward if settings.activation_checkpointing else 0
+    speed = device.flops * settings.mfu / (settings.micro_batch_size * settings.sequence_length)
+    links = device.within * settings.link_share, (settings.between or device.between) * settings.link_share
+    computing = waiting = 0.0
+    for collectives in counted.micro_batches:
+        for phase, alone, work in (
+            ("forward", 0, forward / speed),
+            ("backward", -1, (total - forward + again) / speed),
+        ):
+            found = [c for c in collectives if c.phase.startswith(phase)]
+            seconds = [seconds_on_links(c.name, c.size, devices, settings.machine_size, *links) for c in found]
+            if found and (phase == "forward" or found[-1].name != "all-gather"):
+                waiting += seconds.pop(alone)
+            waiting += max(0.0, sum(seconds) - work)
+            computing += work
+    # Read for the norm; read and written when clipped; then weight, gradient and two moments read, three written: float32.
+    return computing, 10 * 4 * counted.own / (device.memory_rate * 1e9), waiting
 
 
-def shard(trunk: "Trunk", mesh: Any) -> None:
-    """FSDP2 as accelerate makes it of fsdp2.yaml, with what run/launch_checks.py keeps in float32."""
-    import torch
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+def report(counted: Counted, settings: Settings, device: "Device", name: str, devices: int) -> str:
+    """The table that is printed."""
+    kinds: dict[str, float] = {}
+    for kind, size in counted.memory.items():
+        first = kind.split()[0]
+        printed = {"forward": "activations", "backward": "temporary", "step": "temporary", "windows": "temporary"}
+        kinds[printed.get(first, kind)] = kinds.get(printed.get(first, kind), 0) + size / 1e9
+    peak, room = sum(kinds.values()), device.memory * settings.memory_share
+    parts = ", ".join(f"{kind} {size:.1f}" for kind, size in kinds.items() if size > 0)
+    fits = "fits" if peak <= room else f"does not fit: {max(kinds, key=lambda kind: kinds[kind])} is the largest part"
+    sent: dict[str, float] = {}
+    for collective in (c for micro_batch in counted.micro_batches for c in micro_batch):
+        share = (2 if collective.name == "all-reduce" else 1) * (1 - 1 / devices)
+        sent[collective.name] = sent.get(collective.name, 0) + collective.size * share / 1e9
+    computing, stepping, waiting = times(counted, settings, device, devices)
+    update = computing + stepping + waiting
+    tokens = settings.batch_size * settings.sequence_length
+    what = (
+        f"module {settings.kind} on {settings.trunk or settings.preset}"
+        if settings.kind
+        else settings.trunk or settings.preset
+    )
+    return "\n".join(
+        (
+            f"model       {what}: {counted.parameters:,} parameters, {counted.trained:,} trained",
+            f"update      {settings.batch_size:,} windows = {tokens:,} tokens: {devices} {name} ({settings.engine}, bf16) x "
+            f"{len(counted.micro_batches)} micro-batch(es) x {settings.micro_batch_size}",
+            f"memory      {peak:.1f} GB of a device at the peak: {parts}",
+            f"            {fits}; tensors may fill {room:.1f} of the {device.memory:.0f} GB (--memory-share)",
+            f"network     a device sends {sum(sent.values()):.2f} GB an update"
+            + "".join(f", {size:.2f} {collective}" for collective, size in sent.items()),
+            f"time        computed, not measured: {update:.3f} s an update = {computing:.3f} computation at {settings.mfu:.0%} of "
+            f"{device.flops / 1e12:.0f} TFLOP/s (--mfu) + {stepping:.3f} optimizer + {waiting:.3f} waiting for the network",
+            f"            {tokens / update:,.0f} tokens/s, {settings.tokens / tokens * update / 86400:,.1f} days for "
+            f"{settings.tokens:.3g} tokens (--tokens)",
+        )
+    )
 
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, None, cast_forward_inputs=False)
-    for layer in trunk.model.layers:
-        fully_shard(layer, mesh=mesh, mp_policy=policy)  # type: ignore[arg-type]
-    fully_shard(trunk, mesh=mesh, mp_policy=policy)
+
+def main(settings: Settings) -> int:
+    from .model.config import check_context
+    from .run.hardware import DEVICES
+
+    number, _, name = settings.devices.partition("x")
+    devices = int(number)
+    if name not in DEVICES or name == "V100":  # which has no bf16
+        raise UserError(f"--devices {settings.devices}: {name} is unknown. Use {', '.join(DEVICES.keys() - {'V100'})}.")
+    device = DEVICES[name]
+    if devices > settings.machine_size and not (settings.between or device.between):
+        raise UserError(
+            f"--devices {settings.devices}: machines with {name} have no usual network. Give its GB/s with --between."
+        )
+    config = config_of(settings)
+    check_context(settings, config)
+    print(report(count(config, settings, devices), settings, device, name, devices))
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main, read_settings(Settings, __doc__, problems))

@@ -32,6 +32,18 @@ DEVICES = {
 }
 
 
+def seconds_on_links(name: str, size: float, devices: int, machine_size: int, within: float, between: float) -> float:
+    """Time of a ring over `devices` for a collective whose whole tensor has `size` bytes, without latency.
+
+    Each device sends all but its own part; each machine sends what is not of its own devices. within, between: GB/s.
+    """
+    machines = -(-devices // machine_size)
+    seconds = size * (1 - 1 / devices) / within
+    if machines > 1:
+        seconds = max(seconds, size * (1 - 1 / machines) / between)
+    return seconds * (2 if name == "all-reduce" else 1) / 1e9
+
+
 def peak_memory_mb(device: torch.device) -> float:
     """Peak memory in MiB: of the device's allocator, or on a CPU of the process's resident set."""
     if device.type == "cuda":

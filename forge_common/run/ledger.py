@@ -1,25 +1,23 @@
 """A count of the bytes and collectives of an update, by looking at every operation: of a real run, or of one without memory.
 
-For a run without memory: fake tensors, which have a shape and no data, and `fake_group`, a world of any size in one process.
 torch's own trackers (torch.distributed._tools, 2.13) are not used: under fake tensors they count, for a step of the fused AdamW
 of 8 B parameters on 64 ranks, 112 GiB of whole tensors that DTensor only looks at, and for one device they take six times as long.
 """
 
-import contextlib
 import weakref
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch._guards import active_fake_mode
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-aten = torch.ops.aten
 COLLECTIVES = {"_allgather_base_": "all-gather", "_reduce_scatter_base_": "reduce-scatter", "allreduce_": "all-reduce"}
+
+
+def local_part(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a DTensor; another tensor itself."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 class Collective(NamedTuple):
@@ -41,7 +39,9 @@ class Ledger(TorchDispatchMode):
         self.live: dict[str, int] = {}  # phase -> bytes
         self.at_peak: dict[str, int] = {}
         self.collectives: list[Collective] = []
-        self._held: dict[int, tuple[weakref.ref, str, int, int]] = {}  # storage -> itself, phase, bytes, number of birth
+        self._held: dict[
+            int, tuple[weakref.ref, str, int, int]
+        ] = {}  # storage -> itself, phase, bytes, number of birth
         self._births = 0
         self._births_at_peak = 0
         self._total = 0
@@ -67,8 +67,7 @@ class Ledger(TorchDispatchMode):
 
     def add(self, tensor: torch.Tensor) -> None:
         """Counts the storage of a tensor, which may be older than the ledger."""
-        local = getattr(tensor, "_local_tensor", tensor)  # of a DTensor
-        storage = local.untyped_storage()
+        storage = local_part(tensor).untyped_storage()
         key = storage._cdata
         if key in self._held:
             return
@@ -118,38 +117,9 @@ class Ledger(TorchDispatchMode):
                 self._count("gathered weights", size)
             return result
 
-        torch.UntypedStorage.resize_ = counted_resize
+        torch.UntypedStorage.resize_ = counted_resize  # type: ignore[method-assign]
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
         torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*error)
-
-
-class GpuKernels(TorchFunctionMode):
-    """Replaces, for fake tensors on the CPU, two functions that a CPU and a GPU compute in different steps.
-
-    RMSNorm: one kernel, which keeps its input and a number a row. Attention: one kernel, which keeps no scores, and whose
-    mask of documents is none in memory (flex_attention, run/kernels.py; FlashAttention keeps the same tensors).
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is F.rms_norm:
-            x = args[0].float() if torch.is_autocast_enabled("cpu") else args[0]  # as autocast does on a GPU
-            return aten._fused_rms_norm(x, args[1], kwargs["weight"], kwargs["eps"])[0]
-        if func is F.scaled_dot_product_attention:
-            return aten._scaled_dot_product_flash_attention(*args[:3], 0.0, True)[0]
-        return func(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def fake_group(size: int) -> Iterator[Any]:
-    """The mesh of a process group of `size` ranks, of which this process is rank 0 and no other exists."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", rank=0, world_size=size, store=FakeStore())
-    try:
-        yield init_device_mesh("cpu", (size,))
-    finally:
-        dist.destroy_process_group()
