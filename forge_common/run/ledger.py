@@ -29,8 +29,8 @@ class Collective(NamedTuple):
 class Ledger(TorchDispatchMode):
     """Within it: the bytes of live tensors by the phase that made them, their peak, and the collectives.
 
-    What is alive after a phase named "backward..." are gradients, and tensors that are freed and filled again are gathered
-    weights (FSDP2), whichever phase made them.
+    What is alive after a phase named "backward..." are gradients, and what FSDP2 gathers into are gathered weights, whichever
+    phase made them.
     """
 
     def __init__(self) -> None:
@@ -80,6 +80,13 @@ class Ledger(TorchDispatchMode):
         counts[self.phase] = counts.get(self.phase, 0) - size
         counts["gradients"] = counts.get("gradients", 0) + size
 
+    def _move_to(self, storage: torch.UntypedStorage, kind: str) -> None:
+        entry = self._held.get(storage._cdata)
+        if entry:
+            self._count(entry[1], entry[2], sign=-1)
+            self._held[storage._cdata] = (entry[0], kind, storage.nbytes(), entry[3])
+            self._count(kind, storage.nbytes())
+
     def _count(self, kind: str, size: int, sign: int = 1) -> None:
         self.live[kind] = self.live.get(kind, 0) + sign * size
         self._total += sign * size
@@ -97,6 +104,9 @@ class Ledger(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
                 self.add(leaf)
+        if func.namespace == "fsdp" and func._opname == "split_with_sizes_copy":
+            for leaf in (kwargs or {})["out"]:
+                self._move_to(leaf.untyped_storage(), "gathered weights")
         name = COLLECTIVES.get(func._opname) if func.namespace == "c10d" else None
         if name:
             whole = args[1] if name == "reduce-scatter" else args[0]
@@ -110,11 +120,7 @@ class Ledger(TorchDispatchMode):
 
         def counted_resize(storage: Any, size: int) -> Any:  # FSDP2 frees and fills with it, which is no operation
             result = resize(storage, size)
-            entry = self._held.get(storage._cdata)
-            if entry:
-                self._count(entry[1], entry[2], sign=-1)
-                self._held[storage._cdata] = (entry[0], "gathered weights", size, entry[3])
-                self._count("gathered weights", size)
+            self._move_to(storage, "gathered weights")
             return result
 
         torch.UntypedStorage.resize_ = counted_resize  # type: ignore[method-assign]

@@ -9,7 +9,7 @@ import pytest
 from forge_common import plan
 from forge_common.data.tokenizer import byte_tokenizer
 
-SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 6, "num_attention_heads": 8}
+SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 4, "sequence_length": 128, "micro_batch_size": 2}
 COUNT = "    ledger = __import__('forge_common.run.ledger').run.ledger.Ledger().__enter__()\n"
 COUNT += "    any(map(ledger.add, trunk.parameters()))\n"
@@ -31,7 +31,7 @@ def counted_run(shared, altered, tmp_path_factory):
         if engine == "fsdp2":
             how |= launch.fsdp2()
         more = ("--preset", "tiny", "--tokenizer", "bytes", *flags(SIZES | {"batch_size": batch_size}), "--steps", 3)
-        more += ("--warmup-steps", 0, "--val-fraction", 0)
+        more += ("--warmup-steps", 0, "--val-fraction", 0, "--dry-run")
         printed = shared(tmp_path_factory.mktemp("run") / "run", *more, script=script, shape=(), **how)
         return max(int(peak) for peak in re.findall(r"PEAK 3 (\d+) ", printed))
 
