@@ -120,7 +120,7 @@ def problems(settings: Settings) -> list[str]:
         if not 0 < getattr(settings, name) <= 1:
             faults.append(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must lie in (0, 1]")
     count = int(found[1]) if found else 1
-    if (settings.engine == "one") != (count == 1):
+    if found and (settings.engine == "one") != (count == 1):
         faults.append(f"--engine {settings.engine} with {count} device(s); one is for 1, ddp and fsdp2 for several")
     at_once = max(settings.micro_batch_size, 1) * count
     if settings.batch_size % at_once:
