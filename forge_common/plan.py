@@ -280,8 +280,9 @@ def main(settings: Settings) -> int:
 
     number, _, name = settings.devices.partition("x")
     devices = int(number)
-    if name not in DEVICES or name == "V100":  # which has no bf16
-        raise UserError(f"--devices {settings.devices}: {name} is unknown. Use {', '.join(DEVICES.keys() - {'V100'})}.")
+    usable = [known for known in DEVICES if known != "V100"]  # which has no bf16
+    if name not in usable:
+        raise UserError(f"--devices {settings.devices}: {name} cannot be planned. Use {', '.join(usable)}.")
     device = DEVICES[name]
     if devices > settings.machine_size and not (settings.between or device.between):
         raise UserError(

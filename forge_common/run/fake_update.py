@@ -92,13 +92,13 @@ def fake_update(
             ledger.begin("windows")
             tokens = torch.zeros(window, dtype=torch.int64)
             ledger.forget_peak()
-            for last in (False, True)[accumulation == 1 :]:
+            for which in ("first", "last")[accumulation == 1 :]:
                 if engine == "fsdp2":
-                    trunk.set_requires_gradient_sync(last)
-                ledger.begin(f"forward {last}")
+                    trunk.set_requires_gradient_sync(which == "last")
+                ledger.begin(f"forward {which}")
                 with torch.autocast("cpu", torch.bfloat16, enabled=engine != "fsdp2"):
                     objective = trunk(tokens).objective
-                ledger.begin(f"backward {last}")
+                ledger.begin(f"backward {which}")
                 (objective * 1.0).backward()
                 del objective
             reduced = reversed([bucket.nbytes for bucket in buckets])  # the embedding is the last
@@ -108,7 +108,7 @@ def fake_update(
                 part.grad = None if parameter.grad is None else local_part(parameter.grad)
             nn.utils.clip_grad_norm_(trained, 1.0)
             optimizer.step()
-    first, last = ([c for c in ledger.collectives if c.phase.endswith(end)] for end in ("False", "True"))
+    first, last = ([c for c in ledger.collectives if c.phase.endswith(end)] for end in ("first", "last"))
     return ledger.at_peak, [first] * (accumulation - 1) + [last], sum(parameter.numel() for parameter in trained)
 
 
