@@ -43,6 +43,16 @@ PATIENCE = 600  # seconds after which a run or a wait counts as hanging, on a bu
 TIMES = ("train/tokens_per_second", "train/mfu", "memory/peak_mb", "memory/process_peak_mb")
 
 
+def fsdp2() -> dict[str, str]:
+    """The environment in which accelerate runs accelerate_configs/fsdp2.yaml, on CPUs."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    flags = ["--config_file", str(ROOT / "accelerate_configs" / "fsdp2.yaml"), "train_shared.py"]
+    environment = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(flags))[0])
+    return {k: v for k, v in environment.items() if k.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))} | ENGINES_ON_CPU
+
+
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment with the interpreter's own programs first and one thread."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

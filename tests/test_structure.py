@@ -129,6 +129,7 @@ def test_the_tour_in_contributing_shows_the_loop_as_it_is():
         "-m forge_common.evaluate",
         "-m forge_common.generate",
         "-m forge_common.merge",
+        "-m forge_common.plan",
     ],
 )
 def test_help_imports_nothing_heavy(script):

@@ -1,23 +1,48 @@
-"""Memory and speed of the device: peak memory, and the peak FLOP/s that MFU refers to."""
+"""Memory and speed of the device: peak memory, the peak FLOP/s that MFU refers to, and what data sheets say."""
 
 import resource
 import sys
 import time
+from typing import NamedTuple
 
 import torch
 
-# Dense peak of the matrix units in 16 bits, FLOP/s, from the manufacturers' data sheets.
-PEAK_FLOPS = {
-    "H200": 989e12,
-    "H100": 989e12,
-    "A100": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "4090": 165e12,
-    "V100": 125e12,
+
+class Device(NamedTuple):
+    """What the manufacturer's data sheet says. Links: in one direction."""
+
+    flops: float  # dense peak of the matrix units in 16 bits, FLOP/s
+    memory: float  # GB
+    memory_rate: float  # GB/s
+    within: float  # GB/s from a device to the others of its machine
+    between: float  # GB/s from a machine of 8 devices to the other machines; 0: its network is the buyer's choice
+
+
+# Sources: NVIDIA's data sheets of each name (SXM modules for H200, H100, A100, V100); between machines DGX H200 and H100 (8 ConnectX-7
+# of 400 Gb/s), DGX A100 (8 ConnectX-6 of 200 Gb/s), DGX-1 V100 (4 of 100 Gb/s). Within: half of NVLink's or PCIe's total.
+DEVICES = {
+    "H200": Device(989e12, 141, 4800, 450, 400),
+    "H100": Device(989e12, 80, 3350, 450, 400),
+    "A100": Device(312e12, 80, 2039, 300, 200),
+    "L40S": Device(362e12, 48, 864, 32, 0),
+    "L40": Device(181e12, 48, 864, 32, 0),
+    "L4": Device(121e12, 24, 300, 32, 0),
+    "4090": Device(165e12, 24, 1008, 32, 0),
+    "V100": Device(125e12, 32, 900, 150, 50),
 }
 TIMED_SECONDS = 0.03  # for a product of one size
+
+
+def seconds_on_links(name: str, size: float, devices: int, machine_size: int, within: float, between: float) -> float:
+    """Time of a ring over `devices` for a collective whose whole tensor has `size` bytes, without latency.
+
+    Each device sends all but its own part; each machine sends what is not of its own devices. within, between: GB/s.
+    """
+    machines = -(-devices // machine_size)
+    seconds = size * (1 - 1 / devices) / within
+    if machines > 1:
+        seconds = max(seconds, size * (1 - 1 / machines) / between)
+    return seconds * (2 if name == "all-reduce" else 1) / 1e9
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -48,9 +73,9 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """
     if device.type == "cuda" and dtype.itemsize == 2:
         name = torch.cuda.get_device_name(device)
-        for part, flops in PEAK_FLOPS.items():
+        for part, known in DEVICES.items():
             if part in name:
-                return flops
+                return known.flops
     best = 0.0
     for side in (256, 512, 1024, 2048) if device.type == "cpu" else (2048, 4096, 8192):
         matrix = torch.ones(side, side, device=device, dtype=dtype)

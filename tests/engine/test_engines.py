@@ -10,21 +10,9 @@ import edits
 import launch
 import pytest
 import torch
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
-
-def fsdp2() -> dict[str, str]:
-    """The environment in which accelerate runs that file, on CPUs."""
-    flags = ["--config_file", str(launch.ROOT / "accelerate_configs" / "fsdp2.yaml"), "train_shared.py"]
-    environment = prepare_multi_gpu_env(_validate_launch_command(launch_command_parser().parse_args(flags))[0])
-    return {
-        k: v for k, v in environment.items() if k.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))
-    } | launch.ENGINES_ON_CPU
-
-
-FSDP2 = fsdp2()
+FSDP2 = launch.fsdp2()
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
 STEPS = 4
 MORE = ("--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 3, "--val-fraction", 0.02)

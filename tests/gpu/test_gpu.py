@@ -13,6 +13,7 @@ import launch
 import pytest
 import torch
 
+from forge_common import plan
 from forge_common.model.config import ModelConfig
 from forge_common.model.trunk import Trunk
 
@@ -193,6 +194,22 @@ def report(step):
         print(f"update {step}: {len(waits)} waits", *waits, sep="\\n", flush=True)
     found.clear()
 """
+
+
+@pytest.mark.parametrize("more", [(), ("--activation-checkpointing",)])
+def test_the_peak_of_the_gpu_is_that_of_the_plan(more, shared, tmp_path):
+    """forge_common.plan counts it without a GPU: 110 M parameters in bf16, beside torch's own count of the allocator."""
+    sizes = {"sequence_length": 1024, "batch_size": 8, "micro_batch_size": 8}
+    flags = [word for name, size in sizes.items() for word in (f"--{name.replace('_', '-')}", size)]
+    flags += ["--steps", 3, "--warmup-steps", 0, "--val-fraction", 0, "--preset", "base", "--tokenizer", "bytes", *more]
+    shared(tmp_path / "run", *flags, shape=(), launcher=gpu("bf16"), **ON_GPU)
+    chosen = plan.Settings(
+        devices="1xH100", engine="one", preset="base", vocab_size=258, activation_checkpointing=bool(more), **sizes
+    )
+    counted = sum(plan.count(plan.config_of(chosen), chosen, 1).memory.values()) / 2**20
+    found = launch.rows(tmp_path / "run")[-1]["memory/peak_mb"]
+    print(f"{more}: {found:.0f} MiB on the GPU, {counted:.0f} MiB counted without it")
+    assert found == pytest.approx(counted, rel=0.1)
 
 
 def test_the_commands_give_on_the_gpu_what_they_give_on_the_cpu(trunk, module, text, domain, cache, tmp_path):

@@ -279,12 +279,12 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(shared, tmp_pa
 COMMANDS = (
     "train_shared.py",
     "train_module.py",
-    *(f"-m forge_common.{name}" for name in ("assemble", "evaluate", "generate", "merge")),
+    *(f"-m forge_common.{name}" for name in ("assemble", "evaluate", "generate", "merge", "plan")),
 )
 UNITS = (
     "bytes tokens? documents? windows? updates? validations checkpoints seconds share experts layers heads candidates"
 )
-UNITS += " width rank seed rate decay norm temperature weight"  # what has no unit names the quantity
+UNITS += " devices GB/s width rank seed rate decay norm temperature weight"  # what has no unit names the quantity
 
 
 @pytest.mark.parametrize("command", COMMANDS)
