@@ -93,8 +93,6 @@ def fake_update(
             tokens = torch.zeros(window, dtype=torch.int64)
             ledger.forget_peak()
             for which in ("first", "last")[accumulation == 1 :]:
-                if engine == "fsdp2":
-                    trunk.set_requires_gradient_sync(which == "last")
                 ledger.begin(f"forward {which}")
                 with torch.autocast("cpu", torch.bfloat16, enabled=engine != "fsdp2"):
                     objective = trunk(tokens).objective

@@ -21,6 +21,8 @@ def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
     """
     if accelerator.state.deepspeed_plugin:
         zero.configure(accelerator, settings)
+    if accelerator.is_fsdp2:  # reduce each micro-batch's gradient: accelerate would keep the whole one on each device
+        accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
     if accelerator.is_fsdp2 and accelerator.mixed_precision != "no":
         plugin = accelerator.state.fsdp_plugin
         kept = {"reduce_dtype": torch.float32, "output_dtype": None, "cast_forward_inputs": False}
