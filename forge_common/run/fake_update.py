@@ -20,6 +20,20 @@ from .ledger import Collective, Ledger, local_part
 aten = torch.ops.aten
 
 
+class _FusedRMSNorm(torch.autograd.Function):
+    """What a GPU's kernel allocates and keeps. aten._fused_rms_norm itself is computed in steps on a CPU, which keep more."""
+
+    @staticmethod
+    def forward(ctx, input, weight):
+        ctx.save_for_backward(input, weight, input.new_empty(input.shape[:-1], dtype=torch.float32))
+        return torch.empty_like(input)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        input, weight, _ = ctx.saved_tensors
+        return torch.empty_like(input), torch.empty_like(weight)
+
+
 @contextlib.contextmanager
 def gpu_kernels() -> Iterator[None]:
     """Replaces, for fake tensors on the CPU, two functions that a CPU and a GPU compute in different steps.
@@ -30,7 +44,7 @@ def gpu_kernels() -> Iterator[None]:
 
     def rms_norm(input, normalized_shape, weight=None, eps=None):
         input = input.float() if torch.is_autocast_enabled("cpu") else input  # as autocast does on a GPU
-        return aten._fused_rms_norm(input, normalized_shape, weight, eps)[0]
+        return _FusedRMSNorm.apply(input, weight)
 
     def attention(query, key, value, **_):
         return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
