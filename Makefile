@@ -36,8 +36,9 @@ demo: $(READY)
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "def main" $(SAMPLE)
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "#include" $(SAMPLE)
 
+# Three files at a time on two cores: many tests wait for processes.
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # FSDP2, DeepSpeed and DDP on CPUs: the short tests again, and those with four processes, two machines, elastic torchrun and kills
 # (docs/ENGINES.md); and a device that refuses to mix with the CPU.

@@ -86,19 +86,23 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-@outside_of_graphs
 def document_mask(document: torch.Tensor, past: int = 0, fused: bool = False) -> torch.Tensor | BlockMask:
     """The causal mask that keeps a token within its document, for the queries after the first `past` tokens.
 
     document [B, P + T]: the number of each token's document; [1, P + T] of zeros is plain causal attention. Returns bool
     [B, 1, T, P + T], True: may attend. fused: the same, as the blocks that flex_attention takes (no `past`).
     """
-    length = document.shape[1]
     if fused:
-
-        def may_attend(batch, head, query, key):
-            return (query >= key) & (document[batch, query] == document[batch, key])
-
-        return create_block_mask(may_attend, document.shape[0], None, length, length, document.device)
+        return _document_blocks(document)
+    length = document.shape[1]
     causal = torch.ones(length - past, length, dtype=torch.bool, device=document.device).tril(past)
     return causal & (document[:, None, past:, None] == document[:, None, None, :])
+
+
+@outside_of_graphs
+def _document_blocks(document: torch.Tensor) -> BlockMask:
+    def may_attend(batch, head, query, key):
+        return (query >= key) & (document[batch, query] == document[batch, key])
+
+    length = document.shape[1]
+    return create_block_mask(may_attend, document.shape[0], None, length, length, document.device)

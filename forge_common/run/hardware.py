@@ -85,6 +85,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             (matrix @ matrix)[0, 0].item()
             times.append(time.perf_counter() - start)
         best = max(best, 2 * side**3 / min(times))
-        if side > 256 and 8 * min(times) > 0.1:  # what the next size takes: every run waits for this before its first update
+        if (
+            side > 256 and 8 * min(times) > 0.1
+        ):  # what the next size takes: every run waits for this before its first update
             break
     return best
