@@ -494,6 +494,7 @@ def test_facts_change_with_the_files(tmp_path):
     assert sources.facts("local:docs")["versions"]["python"]
 
 
+@pytest.mark.soak
 def test_local_corpora_are_large_disjoint_and_always_the_same():
     digests = {}
     corpora = {"python": 12e6, "cpp": 12e6, "docs": 4e6}
