@@ -80,8 +80,9 @@ def report(found: Found, groups: dict[str, tuple[str, str]]) -> tuple[str, str, 
 
 def ratios(found: Found, above: str, below: str, key: str) -> list[float]:
     """Of each round; [] where one of the two was not measured."""
-    pairs = zip(found.get(above, ()), found.get(below, ()), strict=False)
-    return [one[key] / other[key] for one, other in pairs if key in one and key in other]
+    one, other = found.get(above, []), found.get(below, [])
+    rounds = range(min(len(one), len(other)))  # an interrupted round has measured only some contenders
+    return [one[i][key] / other[i][key] for i in rounds if key in one[i] and key in other[i]]
 
 
 def chart(found: Found) -> str:

@@ -39,17 +39,12 @@ class Ledger(TorchDispatchMode):
         self.live: dict[str, int] = {}  # phase -> bytes
         self.at_peak: dict[str, int] = {}
         self.collectives: list[Collective] = []
-        self._held: dict[
-            int, tuple[weakref.ref, str, int, int]
-        ] = {}  # storage -> itself, phase, bytes, number of birth
+        # storage -> itself, phase, bytes, number of birth
+        self._held: dict[int, tuple[weakref.ref, str, int, int]] = {}
         self._births = 0
         self._births_at_peak = 0
         self._total = 0
-        self._peak = 0
-
-    @property
-    def peak(self) -> int:
-        return self._peak
+        self.peak = 0
 
     def begin(self, phase: str) -> None:
         """Names what follows. Gradients that a backward pass leaves, and were there at its peak, are counted as such."""
@@ -63,7 +58,7 @@ class Ledger(TorchDispatchMode):
         self.phase = phase
 
     def forget_peak(self) -> None:
-        self._peak = 0
+        self.peak = 0
 
     def add(self, tensor: torch.Tensor) -> None:
         """Counts the storage of a tensor, which may be older than the ledger."""
@@ -90,8 +85,8 @@ class Ledger(TorchDispatchMode):
     def _count(self, kind: str, size: int, sign: int = 1) -> None:
         self.live[kind] = self.live.get(kind, 0) + sign * size
         self._total += sign * size
-        if self._total > self._peak:
-            self._peak = self._total
+        if self._total > self.peak:
+            self.peak = self._total
             self.at_peak = dict(self.live)
             self._births_at_peak = self._births
 

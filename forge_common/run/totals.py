@@ -25,9 +25,8 @@ def update_totals(accelerator: Any, sums: list[Any], grad_norm: Any, num_scored:
     """
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
     counts = torch.stack([part.expert_counts for part in sums]).sum(0)
-    stopping = torch.full(
-        (), bool(stop.exit_code), dtype=dtype, device=accelerator.device
-    )  # a copy from the host would wait
+    # Filled on the device: a copy from the host would wait for it.
+    stopping = torch.full((), bool(stop.exit_code), dtype=dtype, device=accelerator.device)
     objective = torch.stack([part.objective.detach() for part in sums]).sum(dtype=dtype)
     scalars = torch.stack((objective, num_scored.to(dtype), stopping))
     total = accelerator.reduce(torch.cat((scalars, counts.flatten().to(dtype))), "sum")
