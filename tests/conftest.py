@@ -73,7 +73,7 @@ RAGGED = (
 
 
 def excerpts_of_library(folder: Path) -> Path:
-    """Real text of ragged lengths: modules of the standard library, the first 150 to 6,000 characters of each."""
+    """Real text of ragged lengths: modules of the standard library, the first 150 to 1,500 characters of each."""
     library = Path(sysconfig.get_paths()["stdlib"])
     return _excerpts([library / f"{name}.py" for name in RAGGED], folder)
 
@@ -91,7 +91,7 @@ def _excerpts(files: list[Path], folder: Path) -> Path:
     for number, file in enumerate(files):
         copy, source = folder / file.name, file.read_text(encoding="utf-8")
         if not copy.exists():
-            copy.write_text(source[: 150 + (number * 997) % 5850], encoding="utf-8")
+            copy.write_text(source[: 150 + (number * 997) % 1350], encoding="utf-8")
     return folder
 
 
@@ -123,18 +123,18 @@ def shared(text, cache):
 def started(text, cache):
     """Starts train_shared.py on that text in the background, in its own session; prints to `out` or OUTPUT_DIR.out.
 
-    A single process without a launcher is a fork, unless it must be `new`; several are started by torchrun.
+    Without a launcher its processes are forks, unless they must be `new`: started by python, or several by torchrun.
     """
 
     def call(output: Path, *more, script="train_shared.py", launcher=(), processes=1, out=None, new=False, **extra):
         fixed = ("--data", text, "--output-dir", output, "--cache-dir", cache, *launch.SHAPE, *launch.SIZES)
         extra = {"ACCELERATE_USE_CPU": "true"} | extra
-        if not launcher and processes == 1 and not isinstance(out, int) and not new:
-            place = out or output.with_suffix(".out")
-            return launch.Background(launch.ROOT / script, *fixed, *more, out=place, **extra)
+        out = out or output.with_suffix(".out")
+        if not launcher and not new:
+            return launch.Background(launch.ROOT / script, *fixed, *more, out=out, processes=processes, **extra)
         line = launch.command(script, *fixed, *more, launcher=launcher, processes=processes)
         environment = launch.environment(**extra)
-        with open(out or output.with_suffix(".out"), "a", closefd=not isinstance(out, int)) as console:
+        with open(out, "a") as console:
             how = {"stdout": console, "stderr": console, "start_new_session": True}
             return subprocess.Popen(line, env=environment, cwd=launch.ROOT, **how)
 

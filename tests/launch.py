@@ -34,8 +34,7 @@ SIZES += ("--warmup-steps", "2", "--val-fraction", "0.1", "--tracker", "none", "
 
 # A run of twelve updates that is kept whole: so few windows that it passes the end of an epoch.
 STEPS = 12
-LONG = ("--sequence-length", 256)
-MORE = (*LONG, "--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 5)
+MORE = ("--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 5)
 ON_CPU = ROOT / "tests" / "engines_on_cpu"  # its sitecustomize.py says what these variables do
 ENGINES_ON_CPU = {"ENGINES_ON_CPU": "1", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
 ENGINES_ON_CPU |= {"PYTHONPATH": f"{ON_CPU}{os.pathsep}{ROOT}"}

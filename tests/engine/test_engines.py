@@ -297,7 +297,7 @@ def test_killed_inside_a_save(moment, straight_fsdp2, started, shared, tmp_path)
     """kill -9 for the launcher and both processes, on a slow disk: as soon as the partial checkpoint, or its last file, is there."""
     folder = tmp_path / "run"
     slow = launch.slow_disk(0.1) | FSDP2
-    running = started(folder, *LONG, processes=2, **slow)
+    running = started(folder, *LONG, processes=2, new=True, **slow)
     launch.wait_for(folder / "checkpoints" / moment, running)
     launch.kill_tree(running)
     assert list((folder / "checkpoints").glob(".tmp-*")), "the kill came too late"
@@ -308,7 +308,7 @@ def test_killed_inside_a_save(moment, straight_fsdp2, started, shared, tmp_path)
 @pytest.mark.engines
 def test_stopped_by_a_signal_under_fsdp2(straight_fsdp2, started, shared, tmp_path):
     folder = tmp_path / "run"
-    running = started(folder, *LONG, "--save-every", 3, processes=2, **FSDP2)
+    running = started(folder, *LONG, "--save-every", 3, processes=2, new=True, **FSDP2)
     launch.wait_for(folder / "checkpoints" / "step-00000003", running)
     running.terminate()
     running.wait(launch.PATIENCE)

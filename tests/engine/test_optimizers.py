@@ -85,7 +85,7 @@ def test_muon_is_refused_where_matrices_are_divided():
 
 
 def test_a_run_with_muon_resumes_to_the_same_bits(shared, tmp_path):
-    more = (*launch.LONG, "--steps", 6, "--save-every", 3, "--val-every", 0, "--keep", 9, "--optimizer", "muon")
+    more = ("--steps", 6, "--save-every", 3, "--val-every", 0, "--keep", 9, "--optimizer", "muon")
     shared(tmp_path / "straight", *more)
     launch.copy_until(tmp_path / "straight", tmp_path / "run", 3)
     shared(tmp_path / "run", *more)

@@ -201,11 +201,11 @@ def test_a_disk_too_full_to_publish(disk, trunk, tmp_path):
 
 def test_a_closed_console_does_not_end_the_run(started, tmp_path):
     """Its reader ends while the run trains, as `| tee` does when its disk is full."""
-    read, write = os.pipe()
-    running, printed = started(tmp_path / "run", *MORE, out=write), b""
-    os.close(write)
-    while b"step 2/" not in printed:
-        printed += os.read(read, 4096)
-    os.close(read)
+    console, printed = tmp_path / "console", b""
+    os.mkfifo(console)
+    running = started(tmp_path / "run", *MORE, out=console)
+    with open(console, "rb", buffering=0) as reader:
+        while b"step 2/" not in printed:
+            printed += reader.read(4096)
     assert running.wait(PATIENCE) == 0
     assert launch.rows(tmp_path / "run")[-1]["step"] == STEPS and (tmp_path / "run" / "trunk").exists()

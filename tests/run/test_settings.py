@@ -154,6 +154,7 @@ def test_processes_that_would_train_separate_models_are_refused(shared, tmp_path
     assert "train separate models" in printed
 
 
+@pytest.mark.soak
 def test_fewer_processes_than_requested_by_a_flag_are_refused(shared, tmp_path):
     launcher = ("accelerate", "launch", "--cpu", "--num_processes", "2")
     printed = shared(tmp_path / "run", "--steps", 2, launcher=launcher, fails=True)

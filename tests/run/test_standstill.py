@@ -18,7 +18,7 @@ def second_rank(running) -> psutil.Process:
 
 def test_all_ranks_end_when_one_dies(started, tmp_path):
     folder = tmp_path / "run"
-    running = started(folder, *MORE, "--steps", 5000, processes=2)
+    running = started(folder, *MORE, "--steps", 5000, processes=2, new=True)
     launch.wait_for(folder / "checkpoints" / "step-00000003", running)
     ranks = psutil.Process(running.pid).children()
     second_rank(running).kill()
@@ -32,7 +32,7 @@ def test_all_ranks_end_when_one_dies(started, tmp_path):
 def test_a_suspended_rank_is_reported_and_ended(started, tmp_path):
     """Rank 0 waits for it in a collective, prints its stack and aborts; the launcher takes 30 s to end the suspended one."""
     folder = tmp_path / "run"
-    running = started(folder, *MORE, "--steps", 5000, "--hang-timeout", 6, processes=2)
+    running = started(folder, *MORE, "--steps", 5000, "--hang-timeout", 6, processes=2, new=True)
     launch.wait_for(folder / "checkpoints" / "step-00000003", running)
     suspended = second_rank(running)
     suspended.send_signal(signal.SIGSTOP)

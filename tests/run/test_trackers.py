@@ -198,6 +198,7 @@ def test_wandbs_process_killed_during_the_run(start):
     assert printed.index("It is disabled") < printed.index("step 60/60"), printed
 
 
+@pytest.mark.soak
 def test_wandbs_process_suspended_during_the_run(start):
     """The run is finished when it waits for the tracker: a signal then does not change its exit code."""
     with wandb_server.serve() as server:
