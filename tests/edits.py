@@ -13,6 +13,7 @@ SET_RATE = 'group["lr"] = rate'
 CHECK_LAUNCH = "    check_launch(accelerator, accumulation, settings)\n"
 BEGIN_TRAINING = "    stop.begin_training("
 START_LOG = "    log = RunLog("
+PREPARE = "    model, optimizer = engines.prepare(accelerator, trunk, optimizer)\n"
 OPTIMIZER = "optimizers.make(trunk, settings, accelerator)"
 
 

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from ..files.tensors import Tensors
 from . import zero
@@ -33,10 +34,17 @@ def engine_of(accelerator: Any) -> Engine | None:
 
 
 def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any]:
-    """`accelerator.prepare`, with which the loop's `optimizer.step` applies an update also under DeepSpeed."""
+    """`accelerator.prepare`, with which the loop's `optimizer.step` applies an update also under DeepSpeed.
+
+    Frozen weights that are mapped from a file stay mapped: DDP does not broadcast them (all ranks have read the same, `begin` compares),
+    and on CPUs they are not moved from "cpu" to "cpu:0", which copies.
+    """
     if accelerator.state.deepspeed_plugin:
         return zero.prepare(accelerator, model, optimizer)
-    return accelerator.prepare(model, optimizer)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+    in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
+    return accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
 
 
 def held(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -51,26 +51,31 @@ def test_reading_a_trunk_makes_no_second_copy(large):
     assert 0.9 < float(done.stdout) < 1.15
 
 
+def small_module(trunk, domain, cache, output) -> tuple:
+    """The flags of a module of the last layer, trained for one update."""
+    flags = ("--trunk", trunk, "--name", "cpp", "--data", domain, "--output-dir", output, "--cache-dir", cache)
+    flags += ("--kind", "lora", "--layers", "top:1", "--general-tokens", 0, "--val-fraction", 0, "--tracker", "none")
+    flags += ("--steps", 1, "--warmup-steps", 0, "--batch-size", 2, "--micro-batch-size", 1, "--sequence-length", 64)
+    return (*flags, "--statistics-tokens", 500)
+
+
 def test_publishing_a_module_makes_no_second_trunk(large, domain, cache, altered, tmp_path):
     """The peak above the end of training is a small part of the trunk's weights."""
     folder, size = large
     start = f"    {STATUS}\n    {START}\n"
     script = altered("train_module.py", edits.AFTER_TRAINING, edits.AFTER_TRAINING + start)
     script = altered(script, edits.PUBLISHED, '    print("MORE", status("VmHWM") - before)\n' + edits.PUBLISHED)
-    flags = (
-        "--trunk",
-        folder,
-        "--name",
-        "cpp",
-        "--data",
-        domain,
-        "--output-dir",
-        tmp_path / "run",
-        "--cache-dir",
-        cache,
-    )
-    flags += ("--kind", "lora", "--layers", "top:1", "--general-tokens", 0, "--val-fraction", 0, "--tracker", "none")
-    flags += ("--steps", 1, "--warmup-steps", 0, "--batch-size", 2, "--micro-batch-size", 2, "--sequence-length", 64)
-    found = re.search(r"MORE (\d+)", launch.run(script, *flags, "--statistics-tokens", 500))
+    found = re.search(r"MORE (\d+)", launch.run(script, *small_module(folder, domain, cache, tmp_path / "run")))
     assert found and int(found[1]) < 0.25 * size
     assert (tmp_path / "run" / "module" / "module.safetensors").exists()
+
+
+def test_ddp_makes_no_second_copy_of_frozen_weights(large, domain, cache, altered, tmp_path):
+    """Every process has mapped the same file: DDP need not write rank 0's values into it, which would copy its pages."""
+    folder, size = large
+    start = f"    {STATUS}\n    before = status('RssAnon')\n"
+    end = "    print(f'ANON {rank} {status(\"RssAnon\") - before} ', flush=True)\n"
+    script = altered("train_module.py", edits.PREPARE, start + edits.PREPARE + end)
+    printed = launch.run(script, *small_module(folder, domain, cache, tmp_path / "run"), processes=2)
+    grown = {rank: int(anonymous) for rank, anonymous in re.findall(r"ANON (\d) (-?\d+) ", printed)}
+    assert grown.keys() == {"0", "1"} and max(grown.values()) < 0.25 * size, grown
