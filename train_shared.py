@@ -187,7 +187,7 @@ def main(settings: Settings) -> int:
             interval.add(sums)
         if outcome.finite and expert_load is not None:
             progress.expert_counts = totals.expert_counts
-            expert_load = load_of(torch.tensor(totals.expert_counts, device=device))
+            expert_load = load_of(totals.assignments)
         if settings.dry_run:
             log.end_warm_up(progress)
             continue

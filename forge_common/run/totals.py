@@ -8,7 +8,8 @@ import torch
 class Totals(NamedTuple):
     """Sums over all ranks. loss: nats of the update. num_scored: of the windows of the next update. stop: ranks with a signal.
 
-    grad_norm: before clipping; it is the same on every rank. expert_counts: [L][E] assignments, [] without experts.
+    grad_norm: before clipping; it is the same on every rank. expert_counts: [L][E] assignments, [] without experts. assignments: the
+    same [L, E] on the device, where a copy from the host would be another wait.
     """
 
     loss: float
@@ -16,6 +17,7 @@ class Totals(NamedTuple):
     num_scored: int
     stop: int
     expert_counts: list[list[int]]
+    assignments: torch.Tensor
 
 
 def update_totals(accelerator: Any, sums: list[Any], grad_norm: Any, num_scored: torch.Tensor, stop: Any) -> Totals:
@@ -32,7 +34,7 @@ def update_totals(accelerator: Any, sums: list[Any], grad_norm: Any, num_scored:
     total = accelerator.reduce(torch.cat((scalars, counts.flatten().to(dtype))), "sum")
     grad_norm = getattr(grad_norm, "full_tensor", lambda: grad_norm)()  # a DTensor under FSDP2
     norm = torch.as_tensor(grad_norm, dtype=dtype, device=accelerator.device)
-    norm, loss, labels, stopped, *assignments = torch.cat((norm.reshape(1), total)).tolist()
+    norm, loss, labels, stopped, *numbers = torch.cat((norm.reshape(1), total)).tolist()
     layers, experts = counts.shape
-    rows = [[int(number) for number in assignments[i * experts : (i + 1) * experts]] for i in range(layers)]
-    return Totals(loss, norm, int(labels), int(stopped), rows)
+    rows = [[int(number) for number in numbers[i * experts : (i + 1) * experts]] for i in range(layers)]
+    return Totals(loss, norm, int(labels), int(stopped), rows, total[3:].to(counts.dtype).view_as(counts))

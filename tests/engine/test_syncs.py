@@ -5,8 +5,8 @@ import re
 import edits
 import pytest
 
-# On a CPU nothing waits. Counted are the operations that would wait for another device: those that read a value from it, and
-# those whose result has a size that depends on values.
+# On a CPU nothing waits. Counted are the operations that would wait for another device: those that read a value from it or copy
+# one to it, and those whose result has a size that depends on values.
 COUNTER = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -36,6 +36,7 @@ def counted(name, call):
 def report(step):
     if step == 1:
         torch.Tensor.tolist = counted("waits", torch.Tensor.tolist)
+        torch.tensor = counted("waits", torch.tensor)  # a copy from the host
         torch.distributed.all_reduce = counted("collectives", torch.distributed.all_reduce)
         Counter().__enter__()
     else:
