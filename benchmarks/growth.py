@@ -44,7 +44,7 @@ class Settings:
     rounds: int = 1
     """Measurements of each point."""
     only: tuple[str, ...] = ()
-    """Curves to measure, such as context, or "MB of text"; none: all."""
+    """Curves to measure, such as context or "MB of text", or points such as "context 1024"; none: all."""
     megabytes: int = 100
     """The largest text, in MB: 1000 takes ten minutes more."""
     small: bool = False
@@ -199,16 +199,20 @@ def measure_modules(settings: Settings, point: Point) -> dict[str, float]:
 
 def main(settings: Settings) -> None:
     start, chosen = base(settings.small), curves(settings.small, settings.megabytes)
-    if unknown := set(settings.only) - chosen.keys():
+    named = {f"{curve} {size}": point for curve, sizes in chosen.items() for size, point in sizes.items()}
+    if unknown := set(settings.only) - chosen.keys() - named.keys():
         raise SystemExit(f"--only {', '.join(unknown)}: the curves are {', '.join(chosen)}")
+    # A point that is on several curves is measured once a round.
+    wanted = (name for name in named if not settings.only or {name, name.rpartition(" ")[0]} & {*settings.only})
+    points = {name_of(named[name], start): named[name] for name in wanted}
     conditions = {"threads": settings.threads, "data": settings.data, "base": asdict(start)}
     file = settings.output_dir / "growth.json"
     kept = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"conditions": conditions, "found": {}}
     if kept["conditions"] != conditions and not settings.show:
         raise SystemExit(f"{file} has measurements of other settings. Choose another --output-dir, or remove it.")
     settings.output_dir.mkdir(parents=True, exist_ok=True)
-    # A point that is on several curves is measured once a round.
-    points = {name_of(p, start): p for curve in settings.only or chosen for p in chosen[curve].values()}
+    if not settings.show:
+        trunk_folder(settings)  # which tokenizes the text, so that no measured run has the peak of that
     for number in range(0 if settings.show else settings.rounds):
         for name, point in points.items():
             results = kept["found"].setdefault(name, [])
