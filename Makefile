@@ -8,7 +8,7 @@ DEMO := runs/demo
 SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
 SAMPLE = --max-new-tokens 60 --show-routing
 
-.PHONY: setup demo test lint bench compare engines gpu soak clean
+.PHONY: setup demo test lint bench growth compare engines gpu soak clean
 
 setup: $(READY)
 
@@ -67,6 +67,11 @@ lint: $(READY)
 bench: $(READY) .bench/.ready
 	$(BIN)/python benchmarks/peers.py
 	$(BIN)/python benchmarks/tokenizing.py
+
+# How time and memory grow with context, width, vocabulary, experts, text, modules (docs/GROWTH.md): twenty minutes on two idle cores.
+# The same command continues an interrupted measurement.
+growth: $(READY)
+	$(BIN)/python benchmarks/growth.py
 
 # The packages that are compared with, in a folder of their own: .venv stays as requirements.txt has it.
 .bench/.ready: benchmarks/requirements.txt $(READY)

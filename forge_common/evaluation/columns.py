@@ -77,16 +77,17 @@ def _documents(
 ) -> Column:
     """The windows of `length` of each document, sorted by their size, so that a batch of short ones is narrow."""
     memory = max(settings.router_memory, 1)
+    opened = [Windows(store, length, pack=False, filler=config.ignore_index) for store in stores]
     pieces = []
-    for part, store in enumerate(stores):
-        windows = Windows(store, length, pack=False, filler=config.ignore_index)
-        for i in range(len(windows)):
-            before = partial(windows.before, i, memory, config.eos_token_id)
-            document = (part, windows.spans(i)[0][0])
-            pieces.append(Piece(document, windows.scored(i), partial(windows.__getitem__, i), before))
-    if settings.max_tokens:
-        total = np.cumsum([piece.scored for piece in pieces])
-        pieces = pieces[: int(np.searchsorted(total, settings.max_tokens)) + 1]
+    total = 0
+    for part, i in ((part, i) for part, windows in enumerate(opened) for i in range(len(windows))):
+        windows = opened[part]
+        before = partial(windows.before, i, memory, config.eos_token_id)
+        document = (part, windows.spans(i)[0][0])
+        pieces.append(Piece(document, windows.scored(i), partial(windows.__getitem__, i), before))
+        total += pieces[-1].scored
+        if settings.max_tokens and total >= settings.max_tokens:
+            break
     if not pieces:
         raise UserError(f"{source}: no document to score among the first {share:.2%}. Use --val-fraction 1 for all.")
     sizes = []
