@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from forge_common.run.stop import StopRequest
-from forge_common.settings import OptimizerSettings, RunSettings, accumulation_steps, problems, read_settings, run_main
+from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, problems, read_settings, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(OptimizerSettings, RunSettings):
+class Settings(UpdateSettings, RunSettings):
     # -- data --
     trunk: str
     """Folder that train_shared.py published, or another Transformers checkpoint (folder or hub id)."""
@@ -39,16 +39,14 @@ class Settings(OptimizerSettings, RunSettings):
     """Width of the feed-forward of kind narrow; 0: a quarter of the trunk's."""
     rank: int = 16
     """Rank of kind lora."""
+    module_dtype: Literal["bf16"] | None = None
+    """Type that the published tensors are rounded to; None: that of --dtype, in which they are trained."""
     licence: str | None = None
     """Licence of the module, for its metadata, such as apache-2.0."""
 
     # -- updates --
     steps: int = 1_000
     """Optimizer updates."""
-    batch_size: int = 64
-    """Windows in an update, over all processes."""
-    micro_batch_size: int = 16
-    """Windows that a device holds at once."""
     lr: float = 3e-3
     """Peak learning rate. 3e-3 suits a domain that the trunk hardly saw, 1e-3 to 3e-4 one that it knows."""
     weight_decay: float = 0.0
@@ -68,7 +66,7 @@ def main(settings: Settings) -> int:
 
     from forge_common import checkpoint, optimizers, schedule
     from forge_common.artifacts import artifact
-    from forge_common.artifacts.publish import publish_module
+    from forge_common.artifacts.publish import publish_module, round_tensors
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
     from forge_common.model.config import check_context
@@ -219,6 +217,7 @@ def main(settings: Settings) -> int:
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:
         checkpoint.load_best(accelerator, settings, progress, log.print_line)
+        round_tensors(engines.trained(model), settings.module_dtype)  # the losses are of what will be stored
         losses_after = domain_losses(accelerator, model, domains, settings.micro_batch_size)
         tensors = checkpoint.full_tensors(accelerator, model)
         if accelerator.is_main_process:

@@ -8,11 +8,11 @@
 from dataclasses import dataclass
 
 from forge_common.run.stop import StopRequest
-from forge_common.settings import OptimizerSettings, RunSettings, accumulation_steps, problems, read_settings, run_main
+from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, problems, read_settings, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(OptimizerSettings, RunSettings):
+class Settings(UpdateSettings, RunSettings):
     # -- data --
     data: tuple[str, ...]
     """Sources: file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs|perl. SOURCE@0.7 weights one."""
@@ -52,10 +52,6 @@ class Settings(OptimizerSettings, RunSettings):
     # -- updates --
     steps: int = 10_000
     """Optimizer updates."""
-    batch_size: int = 64
-    """Windows in an update, over all processes."""
-    micro_batch_size: int = 16
-    """Windows that a device holds at once."""
     lr: float = 3e-4
     """Peak learning rate."""
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import UserError
 from .model.config import KINDS, PRESETS, ModelConfig
-from .settings import OptimizerSettings, read_settings, run_main
+from .settings import UpdateSettings, read_settings, run_main
 
 if TYPE_CHECKING:
     from .model.trunk import Trunk
@@ -188,7 +188,7 @@ def count(config: ModelConfig, settings: Settings, devices: int, on_gpu: bool = 
     accumulation = settings.batch_size // (settings.micro_batch_size * devices)
     engine = types.SimpleNamespace(deepspeed_plugin=None)
     launched = types.SimpleNamespace(device=torch.device("cpu"), is_fsdp2=settings.engine == "fsdp2", state=engine)
-    chosen = types.SimpleNamespace(**vars(OptimizerSettings(optimizer=settings.optimizer)), lr=1.0)
+    chosen = types.SimpleNamespace(**vars(UpdateSettings(optimizer=settings.optimizer)), lr=1.0)
     with torch.device("meta"):
         bare = build(config, settings)
     sizes = [(parameter.numel(), parameter.requires_grad) for parameter in bare.parameters()]

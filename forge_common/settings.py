@@ -112,9 +112,13 @@ class RunSettings(ReadingSettings):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerSettings:
-    """The optimizer and the curve of its rate. Both scripts inherit it and add --steps and --lr, whose defaults differ."""
+class UpdateSettings:
+    """The windows of an update, the optimizer and the curve of its rate. Both scripts inherit it and add --steps and --lr, whose defaults differ."""
 
+    batch_size: int = 64
+    """Windows in an update, over all processes."""
+    micro_batch_size: int = 16
+    """Windows that a device holds at once."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """Optimizer of the layers' matrices; everything else has AdamW. muon: one process or DDP, with the same --lr as adamw."""
     beta1: float = 0.9
@@ -211,6 +215,15 @@ def problems(settings: Any) -> list[str]:
             f"--batch-size {value('batch_size')} does not divide into {processes()} process(es) x --micro-batch-size "
             f"{value('micro_batch_size')}; make it a multiple of {at_once}"
         )
+    if value("module_dtype") and value("dtype") != "float32":
+        faults.append(
+            f"--module-dtype {value('module_dtype')} rounds float32 weights; leave out --dtype {value('dtype')}"
+        )
+    if value("module_dtype") and _is_deepspeed_without_bf16():
+        faults.append(
+            f"--module-dtype {value('module_dtype')} under DeepSpeed needs --mixed_precision bf16: in another precision the "
+            "published losses would be those of weights before they are rounded"
+        )
     if value("schedule") not in SCHEDULES:
         faults.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
     if value("kind") is not None and value("kind") not in KINDS:
@@ -227,6 +240,13 @@ def problems(settings: Any) -> list[str]:
             near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
             faults.append(f"--accept-change {name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
     return faults + _shape_problems(value) + _folder_problems(value)
+
+
+def _is_deepspeed_without_bf16() -> bool:
+    """What the launcher started, read from its environment."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
+        return False
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "bf16"
 
 
 def _shape_problems(value: Any) -> list[str]:

@@ -35,6 +35,7 @@ CONFIG = ModelConfig(
     },
 )
 MODULES = {"one": {"kind": "narrow+head", "width": 5, "rank": 0}, "two": {"kind": "lora", "width": 0, "rank": 3}}
+DTYPES = {"one": "float32", "two": "bf16"}  # that the modules are stored in
 ONE = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'  # a tensor in a safetensors header
 TOKENS = torch.tensor([[1, *range(70, 90), 1, *range(100, 110)]])
 
@@ -64,7 +65,9 @@ def build(folder: Path, router: str = "context") -> Path:
         names = plug_in(plain, sizes["kind"], [1], width=sizes["width"], rank=sizes["rank"])
         tensors = {key: torch.randn_like(plain.state_dict()[key]) * 0.1 for key in names}
         metadata = {"name": name, "layers": [1], "val_fraction": 0.1, "licence": "mit", "steps": 3, "tokens_seen": 9}
-        artifact.write_module(folder / name, tensors, metadata | sizes | digests, counts(1 + number), CONFIG)
+        artifact.write_module(
+            folder / name, tensors, metadata | sizes | digests, counts(1 + number), CONFIG, DTYPES[name]
+        )
     modules = tuple(folder / name for name in MODULES)
     assemble.main(assemble.Settings(str(folder / "trunk"), modules, folder / "assembled", router=router))
     return folder

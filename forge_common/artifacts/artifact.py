@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UserError
 from ..files.atomic import publish, read_json, write_json
-from ..files.tensors import PICKLES, Tensors, digest, digests, read_tensors, verify, weight_files
+from ..files.tensors import PICKLES, Tensors, digest, digests, dtype_name, read_tensors, verify, weight_files
 from ..files.untrusted import PLAIN, is_plain, naming, quoted, without_links
 from ..model.config import ModelConfig
 from ..model.modules import put_in
@@ -76,21 +76,28 @@ def write_trunk(
 
 
 def write_module(
-    folder: Path, tensors: Tensors, metadata: dict[str, Any], statistics: Tensors, config: ModelConfig
+    folder: Path,
+    tensors: Tensors,
+    metadata: dict[str, Any],
+    statistics: Tensors,
+    config: ModelConfig,
+    dtype: str = "float32",
 ) -> str:
     """Publishes a module: its tensors, its metadata, the statistics for routers; returns its digest.
 
-    config: of the trunk. It has its name only after it was read back and verified, as in write_trunk.
+    config: of the trunk. dtype: a key of DTYPES, to which the tensors are rounded. It has its name only after it was read
+    back and verified, as in write_trunk.
     """
     if not is_plain(metadata["name"]):
         raise UserError(f"a module cannot be called {quoted(metadata['name'])}. Its name must be {PLAIN[0]}.")
-    stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    stored = {name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
     module_digest = digest(stored)
     metadata = {
         "format_version": FORMAT_VERSION,
         "digest": module_digest,
         "statistics_digest": digest(statistics),
         **metadata,
+        "dtype": dtype_name(DTYPES[dtype]),
         "shapes": {name: list(tensor.shape) for name, tensor in sorted(stored.items())},
         "tensor_digests": digests(stored | statistics),
     }
@@ -225,7 +232,7 @@ def read_module_metadata(folder: Path) -> dict[str, Any]:
 
 
 def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """A module's tensors and metadata, verified against its digests and against the trunk's."""
+    """A module's tensors as they are stored, and its metadata, verified against its digests and against the trunk's."""
     metadata = read_module_metadata(folder)
     for name, trunk_key in (("trunk_digest", "digest"), ("tokenizer_digest", "tokenizer_digest")):
         if metadata.get(name) != trunk_metadata[trunk_key]:
@@ -243,6 +250,12 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
             raise UserError(
                 f"{path}: {quoted(name)} has the shape {actual.get(name)}, module.json says {expected.get(name)}. "
                 "Fetch the module again."
+            )
+    for name, tensor in tensors.items():
+        stored = dtype_name(tensor.dtype)
+        if metadata.get("dtype", stored) != stored:  # modules of earlier versions have no dtype
+            raise UserError(
+                f"{path}: {quoted(name)} is of {stored}, module.json says {metadata['dtype']}. Fetch the module again."
             )
     return tensors, metadata
 

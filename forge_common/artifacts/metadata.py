@@ -65,6 +65,7 @@ TRUNK = COMMON | {"kind": one_of("trunk")}
 MODULE = COMMON | {
     "name": PLAIN,
     "kind": one_of(*KINDS),
+    "dtype": one_of("float32", "float64", "bfloat16"),
     "layers": ("a list of different layers in ascending order", _ascending),
     "shapes": dict_of(list_of(COUNT)),
     "trunk_digest": DIGEST,

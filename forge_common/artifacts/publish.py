@@ -10,7 +10,7 @@ from ..data.tokenizer import Tokenizer
 from ..files.tensors import Tensors
 from ..model.config import ModelConfig
 from ..routing import statistics
-from .artifact import replaced_tensors, write_module, write_trunk
+from .artifact import DTYPES, replaced_tensors, write_module, write_trunk
 
 
 def publish_trunk(
@@ -40,6 +40,14 @@ def publish_trunk(
     }
     path = settings.output_dir / "trunk"
     return path, write_trunk(path, tensors, config, tokenizer, metadata, counts)
+
+
+@torch.no_grad()
+def round_tensors(tensors: Tensors, dtype: str | None) -> None:
+    """Rounds a module's tensors to the nearest values of --module-dtype, in place: losses measured after it are of what is stored."""
+    if dtype is not None:
+        for tensor in tensors.values():
+            tensor.copy_(tensor.to(DTYPES[dtype]))
 
 
 def publish_module(
@@ -85,7 +93,8 @@ def publish_module(
         },
     }
     path = settings.output_dir / "module"
-    return path, write_module(path, module, metadata, counts | moments, config)
+    dtype = settings.module_dtype or settings.dtype
+    return path, write_module(path, module, metadata, counts | moments, config, dtype)
 
 
 def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[str, Any]:

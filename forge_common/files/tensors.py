@@ -17,12 +17,17 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Tensors = dict[str, torch.Tensor]
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """float32 for torch.float32."""
+    return str(dtype).removeprefix("torch.")
+
+
 def digest(tensors: Tensors) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, sorted by name; it does not depend on the file's layout."""
     total = hashlib.sha256()
     for name in sorted(tensors):
         tensor = tensors[name].detach().cpu().contiguous()
-        total.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}\n".encode())
+        total.update(f"{name} {dtype_name(tensor.dtype)} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
@@ -60,7 +65,7 @@ def read_tensors(path: Path, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor
         if not name.isprintable() or len(name) > 256:
             raise UserError(f"{path}: a tensor is called {quoted(name)}. Do not use this artifact.")
         if tensor.dtype not in dtypes:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            allowed = ", ".join(map(dtype_name, dtypes))
             raise UserError(
                 f"{path}: {name} is of {tensor.dtype}, not of {allowed}. Export the model with one of these."
             )

@@ -27,7 +27,7 @@ from accelerate.utils.launch import (
     prepare_simple_launcher_cmd_env,
 )
 
-from forge_common.settings import OptimizerSettings
+from forge_common.settings import UpdateSettings
 
 REPOSITORY = Path(__file__).parents[2]
 CONFIGS = sorted((REPOSITORY / "accelerate_configs").glob("*.yaml"))
@@ -194,7 +194,7 @@ def test_deepspeed_reaches_the_plugin(stage):
         plugin = DeepSpeedPlugin()
     assert environment["ACCELERATE_USE_DEEPSPEED"] == "true" and plugin.zero_stage == stage
     assert plugin.gradient_accumulation_steps == "auto"
-    assert plugin.gradient_clipping == OptimizerSettings.max_grad_norm == 1.0
+    assert plugin.gradient_clipping == UpdateSettings.max_grad_norm == 1.0
     assert plugin.zero3_save_16bit_model is False and plugin.zero3_init_flag is False
 
 

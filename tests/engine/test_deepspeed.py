@@ -288,6 +288,16 @@ def test_a_module_of_deepspeed_is_that_of_one_process(name, precision, modules):
     assert first["trunk_digest"] == second["trunk_digest"]
 
 
+@pytest.mark.parametrize("name", ["zero2", "zero3-sharded"])
+def test_a_module_of_deepspeed_that_is_stored_in_bf16(name, module, engine, tmp_path):
+    """Its 16 bits are those that the engine computed with, so the losses are of them."""
+    module(tmp_path / "run", "--steps", 2, "--lr", 1e-3, "--module-dtype", "bf16", **engine(name, BF16))
+    trained = launch.weights(tmp_path / "run", 2)
+    assert launch.same_bits({k: v.bfloat16() for k, v in trained.items()}, published(tmp_path / "run", "module"))
+    losses = json.loads((tmp_path / "run" / "module" / "module.json").read_text())["losses"]["own"]
+    assert losses["after"] == launch.rows(tmp_path / "run", "val/loss")[-1]["val/loss"]
+
+
 def test_a_module_starts_from_the_float32_weights_of_the_trunk(module, trunk, engine, tmp_path):
     """Not from the 16 bits that the engine makes of them: at a rate of almost zero it is published as it was copied."""
     more = ("--steps", 2, "--lr", 1e-30, "--kind", "ffn", "--warmup-steps", 1)

@@ -3,6 +3,7 @@
 docs/ENGINES.md says which tests run where. Those of seconds are here; test_engines_long.py has those of `make engines`.
 """
 
+import json
 import pickle
 from pathlib import Path
 
@@ -324,6 +325,23 @@ def test_every_kind_of_module_under_fsdp2(kind, module, tmp_path):
     module(tmp_path / "one", *more)
     module(tmp_path / "two", *more, processes=2, **FSDP2)
     assert launch.difference(*(published(tmp_path / name, "module") for name in ("one", "two"))) < 1e-6
+
+
+@pytest.mark.engines
+def test_a_module_stored_in_bf16_under_fsdp2(module, tmp_path):
+    """What was trained, rounded, and the losses are those of the rounded values, as of one process."""
+    more = (*MORE, "--lr", 1e-3, "--module-dtype", "bf16")
+    module(tmp_path / "one", *more)
+    module(tmp_path / "two", *more, processes=2, **FSDP2)
+    rounding = []
+    after = []
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        trained = launch.weights(folder, json.loads((folder / "module" / "module.json").read_text())["steps"])
+        assert launch.same_bits({k: v.bfloat16() for k, v in trained.items()}, published(folder, "module"))
+        after.append(json.loads((folder / "module" / "module.json").read_text())["losses"]["own"]["after"])
+        rounding.append(after[-1] - launch.rows(folder, "val/loss")[-1]["val/loss"])
+    assert after[0] == pytest.approx(after[1], abs=2e-6)
+    assert min(map(abs, rounding)) > 5e-6, "the losses are of weights that were not rounded"
 
 
 @pytest.mark.engines

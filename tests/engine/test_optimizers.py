@@ -12,7 +12,7 @@ from forge_common.errors import UserError
 from forge_common.model.config import ModelConfig
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
-from forge_common.settings import OptimizerSettings
+from forge_common.settings import UpdateSettings
 
 ONE_PROCESS = types.SimpleNamespace(
     device=torch.device("cpu"), is_fsdp2=False, state=types.SimpleNamespace(deepspeed_plugin=None)
@@ -21,7 +21,7 @@ SHAPE = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "nu
 
 
 def settings_of(**changes):
-    return types.SimpleNamespace(lr=0.01, **dataclasses.asdict(OptimizerSettings(**changes)))
+    return types.SimpleNamespace(lr=0.01, **dataclasses.asdict(UpdateSettings(**changes)))
 
 
 def trunk_of(**changes):

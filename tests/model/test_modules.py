@@ -134,6 +134,30 @@ def test_a_trunk_stored_in_bf16(module, tmp_path):
     assert losses["after"] < losses["before"]
 
 
+@pytest.mark.parametrize("made", ["ffn+head"], indirect=True)
+def test_a_module_stored_in_bf16(made, module, altered, trunk, domain, cache, tmp_path):
+    """Trained in float32 to the same bits, also over a resume, and rounded once; its losses are those of what is stored."""
+    kind, straight, _ = made
+    folder = tmp_path / "run"
+    more = ("--steps", STEPS, "--kind", kind, "--keep", 100, "--val-documents", "--module-dtype", "bf16")
+    module(folder, *more, script=altered("train_module.py", edits.CHECK_STOP, edits.interrupted_at(5)))
+    module(folder, *more)
+    assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
+    before, after = (load_file(run / "module" / "module.safetensors") for run in (straight, folder))
+    assert launch.same_bits({name: tensor.bfloat16() for name, tensor in before.items()}, after)
+    metadata = [json.loads((run / "module" / "module.json").read_text()) for run in (straight, folder)]
+    assert [each["dtype"] for each in metadata] == ["float32", "bfloat16"]
+    assert metadata[1]["digest"] == artifact.digest(after)
+    common = ("--model", trunk, "--data", f"cpp={domain}", "--cache-dir", cache, "--val-fraction", 0.1)
+    evaluate(*common, "--module", folder / "module", "--json", tmp_path / "rows.json")
+    [stored] = [r["loss"] for r in json.loads((tmp_path / "rows.json").read_text())["rows"] if r["model"] != "trunk"]
+    trained = launch.rows(folder, "val/loss")[-1]["val/loss"]
+    published = metadata[1]["losses"]["own"]["after"]
+    assert abs(published - stored) < 1e-6 < abs(published - trained) < 1e-3
+    generate = ("--module", folder / "module", "--prompt", "#include", "--max-new-tokens", 3)
+    assert launch.run_python("-m", "forge_common.generate", "--model", trunk, *generate).startswith("#include")
+
+
 def test_only_the_chosen_layers(module, tmp_path):
     module(tmp_path / "run", "--steps", 2, "--kind", "ffn", "--layers", "top:1")
     assert all(name.startswith("model.layers.1.mlp.") for name in launch.weights(tmp_path / "run", 2))

@@ -9,10 +9,11 @@ import launch
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import train_module
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.model.config import model_config
 from forge_common.run import launch_checks
-from forge_common.settings import MODEL_SETTINGS
+from forge_common.settings import MODEL_SETTINGS, problems
 
 
 def test_all_problems_in_one_message(shared, tmp_path):
@@ -55,6 +56,26 @@ def test_a_name_that_cannot_be_published_is_refused_before_training(module, tmp_
     ):
         assert expected in printed
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "launched", "expected"),
+    [
+        ("float32", {}, []),
+        ("float64", {}, ["leave out --dtype float64"]),
+        ("float32", {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_MIXED_PRECISION": "bf16"}, []),
+        ("float32", {"ACCELERATE_USE_DEEPSPEED": "true"}, ["needs --mixed_precision bf16"]),
+    ],
+)
+def test_a_module_that_cannot_be_rounded_with_its_losses_is_refused(dtype, launched, expected, monkeypatch, tmp_path):
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    required = {"trunk": "trunk", "name": "law", "data": ("law",), "output_dir": tmp_path / "run"}
+    found = problems(train_module.Settings(**required, dtype=dtype, module_dtype="bf16"))
+    assert len(found) == len(expected) and all(part in fault for part, fault in zip(expected, found, strict=True))
+    assert not problems(train_module.Settings(**required, dtype=dtype))
 
 
 def test_for_an_unknown_flag_the_nearest_is_named(shared, tmp_path):
