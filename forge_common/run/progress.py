@@ -18,7 +18,7 @@ FREE |= {"tracker", "project", "run_name", "cache_dir", "dry_run", "patience", "
 FREE |= {"on_full_disk", "activation_checkpointing", "deterministic"}
 # Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
 ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
-ACCEPTABLE |= {"beta1", "beta2", "eps", "wsd_decay_share"}
+ACCEPTABLE |= {"beta1", "beta2", "eps", "wsd_decay_share", "module_dtype"}
 ACCEPTABLE |= {"mixed_precision"}  # of the launcher
 # Settings that earlier versions did not have -> the values that give what those versions did.
 ADDED = {"val_tokens": 0, "val_documents": False}
