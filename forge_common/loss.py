@@ -35,8 +35,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class _HeadCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(hidden @ weight.T)[label], CHUNK_ROWS rows at a time. The forward pass computes the gradients too.
 
-    torch's F.linear_cross_entropy does the same, but returns the sum in the dtype of its input: under autocast in bfloat16
-    15680 instead of 15666.
+    One tensor [CHUNK_ROWS, V] becomes logits, log p and gradient in turn, for every chunk; under autocast it is two. torch's
+    F.linear_cross_entropy does the same, but returns the sum in the dtype of its input: under autocast in bfloat16 15680 instead
+    of 15666.
     """
 
     @staticmethod
@@ -46,11 +47,13 @@ class _HeadCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        buffer = hidden.new_empty(min(CHUNK_ROWS, len(labels)), len(weight))
         for start in range(0, len(labels), CHUNK_ROWS):
             rows, target = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS]
             scored = (target != ignore_index).unsqueeze(1)
             target = target.unsqueeze(1).masked_fill(~scored, 0)
-            log_p = torch.log_softmax((rows @ weight.T).to(wide), dim=-1)
+            logits = torch.mm(rows, weight.T, out=buffer[: len(rows)]).to(wide)
+            log_p = torch.log_softmax(logits, dim=-1, out=logits)
             nats -= log_p.gather(1, target).masked_fill(~scored, 0).sum()
             if not (needs_hidden or needs_weight):
                 continue
@@ -64,20 +67,19 @@ class _HeadCrossEntropy(torch.autograd.Function):
             elif weight_grad is not None:
                 weight_grad += grad.T @ rows
         ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
+        ctx.dtypes = hidden.dtype, weight.dtype
         return nats
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (upstream,) = grad_outputs
         hidden_grad, weight_grad = ctx.saved_tensors
-        return (
-            # In float32, since bfloat16 would round a scale such as 1/3 by 0.2 %.
-            None if hidden_grad is None else (hidden_grad.to(upstream.dtype) * upstream).to(hidden_grad.dtype),
-            None if weight_grad is None else (weight_grad * upstream).to(ctx.weight_dtype),
-            None,
-            None,
-        )
+        return _scaled(hidden_grad, upstream, ctx.dtypes[0]), _scaled(weight_grad, upstream, ctx.dtypes[1]), None, None
+
+
+def _scaled(gradient: torch.Tensor | None, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor | None:
+    """gradient * scale, in place where nothing is cast. In float32, since bfloat16 would round a scale such as 1/3 by 0.2 %."""
+    return None if gradient is None else gradient.to(scale.dtype).mul_(scale).to(dtype)
 
 
 def head_cross_entropy(
@@ -85,8 +87,8 @@ def head_cross_entropy(
 ) -> torch.Tensor:
     """Sum of nats of `labels` [R] for hidden [R, D] and head weight [V, D], without a tensor [R, V].
 
-    Rows with the label `ignore_index` add 0 to the loss and to the gradient. Returns a scalar in at least float32. No double
-    backward.
+    Rows with the label `ignore_index` add 0 to the loss and to the gradient. Returns a scalar in at least float32. One
+    backward pass: it scales the gradients in place, and torch refuses a second one.
     """
     device = hidden.device.type
     if not torch.is_grad_enabled():  # needs_input_grad is True for parameters even then

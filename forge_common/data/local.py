@@ -54,7 +54,8 @@ def versions(name: str) -> dict[str, str]:
     if name == "perl":
         return {"perl": _perl_config("version")}
     wanted = {"python": CODE_PACKAGES, "cpp": HEADER_PACKAGES, "docs": None}.get(name, ())
-    installed = {d.name: d.version for d in metadata.distributions() if d.name}  # a broken installation has no name
+    facts = [package.metadata for package in metadata.distributions()]  # parsed at each look
+    installed = {fact["Name"]: fact["Version"] for fact in facts if fact["Name"]}  # a broken installation has no name
     packages = {package: installed[package] for package in sorted(installed) if wanted is None or package in wanted}
     return {"python": platform.python_version(), **packages}
 

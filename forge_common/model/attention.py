@@ -17,9 +17,6 @@ from .config import ModelConfig
 # For generation: the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]. A mixture appends its router's state.
 Cache = list[Any]
 
-# inductor rejects a mask that is made of numbers of its own graph ("convert FlexibleLayout to FixedLayout first").
-outside_of_graphs: Any = torch.compiler.disable
-
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
@@ -93,13 +90,14 @@ def document_mask(document: torch.Tensor, past: int = 0, fused: bool = False) ->
     [B, 1, T, P + T], True: may attend. fused: the same, as the blocks that flex_attention takes (no `past`).
     """
     if fused:
-        return _document_blocks(document)
+        # inductor rejects a mask that is made of numbers of its own graph ("convert FlexibleLayout to FixedLayout first").
+        outside_of_graphs: Any = torch.compiler.disable  # called here: it imports torch._dynamo, which takes 2 s
+        return outside_of_graphs(_document_blocks)(document)
     length = document.shape[1]
     causal = torch.ones(length - past, length, dtype=torch.bool, device=document.device).tril(past)
     return causal & (document[:, None, past:, None] == document[:, None, None, :])
 
 
-@outside_of_graphs
 def _document_blocks(document: torch.Tensor) -> BlockMask:
     def may_attend(batch, head, query, key):
         return (query >= key) & (document[batch, query] == document[batch, key])

@@ -17,13 +17,12 @@ import copy
 import dataclasses
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
 from ..loss import balance_sum, z_sum
 from .config import KINDS
-from .trunk import FeedForward, Trunk
+from .trunk import FeedForward, Trunk, silu_product
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a FeedForward
 
@@ -39,7 +38,7 @@ class ParallelFeedForward(nn.Module):
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, normed, y, scored, router):
-        return y + self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed)), router
+        return y + self.down_proj(silu_product(self.gate_proj(normed), self.up_proj(normed))), router
 
 
 class RoutedExpert(nn.Module):

@@ -25,6 +25,29 @@ FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
 PARALLEL = {"mlp", "block_sparse_moe", "addition"}  # side by side in a layer: none is the input of another
 
 
+class _SiluProduct(torch.autograd.Function):
+    """silu(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep silu(gate) too.
+
+    With s = sigmoid(gate): d / d gate = up * s * (1 + gate * (1 - s)), d / d up = silu(gate) = gate * s.
+    """
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        (grad,) = grad_outputs
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+
+
+def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up, elementwise."""
+    return _SiluProduct.apply(gate, up)
+
+
 class FeedForward(nn.Module):
     """SwiGLU. Source: Shazeer, GLU variants, arXiv 2002.05202."""
 
@@ -35,7 +58,7 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
 
 
 class Expert(nn.Module):
@@ -48,7 +71,7 @@ class Expert(nn.Module):
         self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x):
-        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.w2(silu_product(self.w1(x), self.w3(x)))
 
 
 class SparseFeedForward(nn.Module):

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from forge_common.loss import CHUNK_ROWS, balance_sum, head_cross_entropy, nats_per_token, z_sum
+from forge_common.run.ledger import Ledger
 
 WIDTH, VOCABULARY = 6, 11
 ROWS = [1, 7, CHUNK_ROWS - 1, CHUNK_ROWS, CHUNK_ROWS + 1, 2 * CHUNK_ROWS + 37]
@@ -141,6 +142,25 @@ def test_the_logits_of_all_rows_are_never_in_memory(scored_only):
             head_cross_entropy(hidden, weight, labels, -100).backward()
     assert max(sizes.made) == CHUNK_ROWS * vocabulary
     assert max(saved, default=0) <= max(hidden.numel(), weight.numel())
+
+
+def test_one_chunk_of_logits_and_one_gradient_of_the_weight_are_in_memory():
+    rows, width, vocabulary = 3 * CHUNK_ROWS, 64, 1024
+    hidden, labels = torch.randn(rows, width, requires_grad=True), torch.randint(0, vocabulary, (rows,))
+    weight = torch.randn(vocabulary, width, requires_grad=True)
+    with Ledger() as ledger:
+        head_cross_entropy(hidden, weight, labels, -100).backward()
+    chunk = 4 * CHUNK_ROWS * vocabulary
+    assert ledger.peak < 1.1 * chunk + 2 * (weight.nbytes + hidden.nbytes)
+
+
+def test_a_second_backward_pass_is_refused():
+    """The first one scales the gradients in place."""
+    hidden, weight, labels = problem(20)
+    loss = head_cross_entropy(hidden, weight, labels, -100)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 # A product added in place, which torch's counter does not know.

@@ -18,7 +18,7 @@ from forge_common.errors import UserError
 from forge_common.loss import CHUNK_ROWS
 from forge_common.model.config import PRESETS, ModelConfig
 from forge_common.model.modules import chosen_layers, plug_in, put_in, untie
-from forge_common.model.trunk import SparseFeedForward, Trunk, even_load, load_of
+from forge_common.model.trunk import SparseFeedForward, Trunk, even_load, load_of, silu_product
 from forge_common.optimizers import parameter_groups
 from forge_common.routing.mixture import Mixture, with_module
 from forge_common.routing.routers import UniformRouter
@@ -522,6 +522,27 @@ def test_activation_checkpointing_keeps_less_and_changes_no_bit(kind, module, au
     for name, gradient in expected.items():
         assert (gradient is None and found[name] is None) or torch.equal(gradient, found[name]), name
     assert less < 0.4 * usual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_gated_product_has_torchs_bits_and_keeps_its_two_factors_alone(dtype):
+    gate, up, upstream = torch.randn(3, 5, 7, 48, generator=torch.Generator().manual_seed(0)).to(dtype)
+    pair = [gate.requires_grad_(), up.requires_grad_()]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        found = silu_product(*pair)
+    assert kept == [gate.data_ptr(), up.data_ptr()]
+    expected = F.silu(gate) * up
+    assert torch.equal(found, expected)
+    for mine, other in zip(
+        torch.autograd.grad(found, pair, upstream), torch.autograd.grad(expected, pair, upstream), strict=True
+    ):
+        assert torch.equal(mine, other)
+
+
+def test_the_gradient_of_the_gated_product_is_its_derivative():
+    pair = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    assert torch.autograd.gradcheck(silu_product, [part.requires_grad_() for part in pair.unbind()])
 
 
 @pytest.mark.parametrize("module", ["ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert"])
