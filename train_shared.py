@@ -166,6 +166,7 @@ def main(settings: Settings) -> int:
             with accelerator.accumulate(model):
                 sums.append(model(micro_batch, expert_load))
                 accelerator.backward(sums[-1].objective * scale)
+                sums[-1] = sums[-1].detached()  # frees the graph, whose nodes lie between the memory of its activations
 
                 # -- apply or skip --
                 if accelerator.sync_gradients:

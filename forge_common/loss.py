@@ -26,6 +26,10 @@ class Sums(NamedTuple):
     z: torch.Tensor
     expert_counts: torch.Tensor
 
+    def detached(self) -> "Sums":
+        """The same values without the graph of the backward pass."""
+        return Sums(*(part.detach() for part in self))
+
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """At least float32, for sums of nats: bfloat16 keeps 3 significant digits."""
