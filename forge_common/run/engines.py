@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from ..files.tensors import Tensors
 from . import zero
@@ -45,6 +46,16 @@ def held(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.bfloat16() if rounded else tensor
 
 
+def prepared(accelerator: Any) -> tuple[torch.nn.Module, Any]:
+    """The model and the optimizer that accelerate prepared, from where its save_state and load_state take them too."""
+    return accelerator._models[0], accelerator._optimizers[0]
+
+
+def bare(accelerator: Any, model: torch.nn.Module) -> torch.nn.Module:
+    """`model` without the wrappers of DDP and torch.compile."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
 def trained(model: torch.nn.Module) -> Tensors:
     """The parameters that require a gradient, by name: under FSDP2 those that the optimizer updates, never the gathered ones.
 
@@ -54,6 +65,11 @@ def trained(model: torch.nn.Module) -> Tensors:
         return zero.shapes(model)
     model.state_dict()  # FSDP2 leaves the last forward pass's gathered copies in place of the parameters; this puts them back
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def in_host_memory(state: Any) -> Any:
+    """A copy of nested dicts, lists and tuples, with a copy of each tensor on the CPU."""
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 # ---- FSDP2: a DTensor for each parameter and for each of the optimizer's tensors of its shape ----
@@ -68,7 +84,7 @@ def _gather_fsdp2(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[T
             value = cast(DTensor, value.detach().to(value.device_mesh.device_type)).full_tensor()
         if not keep:
             return None  # freed before the next one is gathered
-        return value.cpu() if isinstance(value, torch.Tensor) else value
+        return in_host_memory(value)  # the loop changes a tensor that was whole, such as the count of steps
 
     weights = {name: whole(parameter) for name, parameter in trained(model).items()}
     state = optimizer.state_dict()

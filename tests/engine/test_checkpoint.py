@@ -15,6 +15,8 @@ from launch import reseal
 
 from forge_common import checkpoint
 from forge_common.errors import UserError
+from forge_common.run import checkpoint_writer
+from forge_common.run.checkpoint_folder import fault
 from forge_common.run.progress import Progress
 
 
@@ -26,7 +28,6 @@ def prepared():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Linear(300, 2))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-    checkpoint.checkpoint_trainable_only(accelerator)
     return accelerator, model, optimizer
 
 
@@ -37,19 +38,24 @@ def train(prepared) -> None:
     optimizer.zero_grad()
 
 
-def save(prepared, folder: Path, step: int, *, keep: int = 1, required: bool = True, best: int = 0) -> None:
-    accelerator, model, _ = prepared
-    train(prepared)
-    progress = Progress("id", {}, {}, global_step=step, best_step=best)
+def writer_of(prepared, folder: Path, keep: int = 1) -> checkpoint_writer.Writer:
     assert folder.name == "checkpoints"
-    settings = types.SimpleNamespace(output_dir=folder.parent, keep=keep)
-    checkpoint.save(accelerator, model, settings, progress, required=required, print_line=print)
+    accelerator, model, _ = prepared
+    return checkpoint_writer.Writer(accelerator, model, types.SimpleNamespace(output_dir=folder.parent, keep=keep))
+
+
+def save(prepared, folder: Path, step: int, *, keep: int = 1, required: bool = True, best: int = 0) -> None:
+    """Trains an update and writes a checkpoint to the end."""
+    train(prepared)
+    writer = writer_of(prepared, folder, keep)
+    writer.save(Progress("id", {}, {}, global_step=step, best_step=best), required=required, print_line=print)
+    writer.wait()
 
 
 def steps(folder: Path) -> list[int]:
     """The updates of the checkpoints with a final name, all of which must verify."""
     found = sorted(folder.glob("step-????????"))
-    assert all(checkpoint.fault(path) is None for path in found)
+    assert all(fault(path) is None for path in found)
     return [int(path.name.removeprefix("step-")) for path in found]
 
 
@@ -178,7 +184,7 @@ def test_a_planted_pickle_does_not_run(name, form, prepared, tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with open(path / name, "wb") as file:
         pickle.dump(Evil(marker), file) if form == "pickle" else torch.save(Evil(marker), file)
-    assert name in checkpoint.fault(path)
+    assert name in fault(path)
     reseal(path)
     if name == "random_states_0.pkl":  # accelerate skips it; every random number follows from seed, update and rank
         checkpoint.load(accelerator, path)
@@ -224,11 +230,11 @@ def test_on_a_full_disk_only_the_new_checkpoint_is_lost(leaving, foreseen, prepa
     """Not started where the lack of space is known before; removed where the disk fills up in the middle of a file."""
     folder = small_disk / "checkpoints"
     save(prepared, folder, 1)
-    missing = checkpoint.size(prepared[1]) - leaving
+    missing = checkpoint_writer.size(prepared[1]) - leaving
     if foreseen:
         monkeypatch.setattr(prepared[0], "save_state", lambda folder: pytest.fail("it was started"))
     else:
-        monkeypatch.setattr(checkpoint, "size", lambda model: 0)
+        monkeypatch.setattr(checkpoint_writer, "size", lambda model: 0)
     filler = fill(small_disk, leaving=leaving)
     save(prepared, folder, 2, required=False)
     printed = capsys.readouterr().out

@@ -9,8 +9,8 @@ import edits
 import launch
 import pytest
 
-from forge_common import checkpoint
 from forge_common.errors import UserError
+from forge_common.run.checkpoint_folder import fault
 from forge_common.run.progress import Progress, check_same
 from forge_common.settings import RunSettings, to_json
 
@@ -91,9 +91,9 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_detected(name, how, straight, tmp_path):
     copy = tmp_path / "step-00000012"
     shutil.copytree(straight / "checkpoints" / copy.name, copy)
-    assert checkpoint.fault(copy) is None
+    assert fault(copy) is None
     damage(copy / name, how)
-    assert name in checkpoint.fault(copy)
+    assert name in fault(copy)
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(straight, shared, tmp_path):
