@@ -1,9 +1,13 @@
 """A checkpoint is complete or absent after a kill, a full disk or a damaged file; loading one executes no code."""
 
+import errno
+import json
 import os
 import pickle
 import shutil
+import threading
 import types
+from copy import deepcopy
 from pathlib import Path
 
 import launch
@@ -128,6 +132,42 @@ def test_everything_is_synced_before_it_has_its_name(prepared, tmp_path, monkeyp
     assert whole | {".tmp-step-00000002"} <= synced and {"model.safetensors", "optimizer.bin", "manifest.json"} <= whole
     assert calls[commit + 1] == ("fsync", "checkpoints")
     assert ("rename", "step-00000001") in calls[commit + 2 :]
+
+
+def test_the_loop_goes_on_while_a_checkpoint_is_written(prepared, tmp_path, monkeypatch):
+    """The thread waits before it writes until the loop has trained on: every file holds the state at `save`."""
+    accelerator, model, optimizer = prepared
+    folder = tmp_path / "checkpoints"
+    save(prepared, folder, 1)
+    go_on, in_loop, save_state = threading.Event(), threading.current_thread(), accelerator.save_state
+
+    def held_up(place):
+        assert threading.current_thread() is in_loop or go_on.wait(60)
+        return save_state(place)
+
+    monkeypatch.setattr(accelerator, "save_state", held_up)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments, random_state = deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    writer, progress = writer_of(prepared, folder), Progress("id", {}, {}, global_step=2, passes={"a": 1.0})
+    writer.save(progress, required=False, print_line=print)
+    for _ in range(3):
+        train(prepared)
+        progress.global_step += 1
+        progress.passes["a"] += 1
+    assert steps(folder) == [1] and (folder / ".tmp-step-00000002").is_dir()
+    go_on.set()
+    writer.wait()
+    assert steps(folder) == [2]
+    path = folder / "step-00000002"
+    assert not launch.same_bits(before, model.state_dict())
+    assert launch.same_bits(before, launch.load_file(path / "model.safetensors"))
+    stored = torch.load(path / "optimizer.bin", weights_only=True)
+    assert stored["param_groups"] == moments["param_groups"]
+    assert all(launch.same_bits(state, stored["state"][index]) for index, state in moments["state"].items())
+    written = json.loads((path / "progress.json").read_text())
+    assert (written["global_step"], written["passes"]) == (2, {"a": 1.0})
+    states = torch.load(path / "random_states_0.pkl", weights_only=False)
+    assert torch.equal(states["torch_manual_seed"], random_state)
 
 
 def test_a_damaged_best_checkpoint_is_not_published(prepared, tmp_path, capsys):
@@ -257,3 +297,20 @@ def test_another_error_in_a_save_does_not_count_as_a_full_disk(prepared, tmp_pat
     monkeypatch.setattr(prepared[0], "save_state", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         save(prepared, tmp_path / "checkpoints", 1)
+
+
+def test_an_error_of_the_thread_is_printed_at_once_and_raised_by_the_next_save(prepared, tmp_path, capsys, monkeypatch):
+    folder, writer = tmp_path / "checkpoints", writer_of(prepared, tmp_path / "checkpoints")
+    save(prepared, folder, 1)
+
+    def broken(old, new):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "rename", broken)
+    train(prepared)
+    writer.save(Progress("id", {}, {}, global_step=2), required=False, print_line=print)
+    with pytest.raises(OSError, match="Input/output error"):
+        writer.save(Progress("id", {}, {}, global_step=3), required=True, print_line=print)
+    assert "step-00000002 was not written ([Errno 5] Input/output error)" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert steps(folder) == [1] and checkpoint.newest(prepared[0], folder) == folder / "step-00000001"
