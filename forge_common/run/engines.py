@@ -6,7 +6,7 @@ another engine and with another number of processes.
 
 To add an engine, write two functions and return them from `engine_of`. All ranks call both:
 - gather(model, optimizer, keep) -> (weights, optimizer_state). The two files' contents on the CPU where `keep` (the main process),
-  in float32 or the dtype that the optimizer updates. What the others return is not read.
+  in float32 or the dtype that the optimizer updates; no tensor that a later update changes. What the others return is not read.
 - scatter(model, optimizer, weights, optimizer_state). Every rank is handed both files, memory-mapped: take the own part only.
 `model` is without the wrappers of DDP and torch.compile, the `optimizer` that which `prepare` returned.
 """
