@@ -54,8 +54,9 @@ def size(model: torch.nn.Module) -> int:
 class Writer:
     """Writes the checkpoints of a run beside its training.
 
-    The loop waits for a copy of the trained state in host memory (12 bytes for a float32 parameter, on the main process). A thread
-    writes, hashes, syncs and renames. A checkpoint that the loop waits for anyway (`required`) is written without a copy.
+    The loop waits for a copy of the trained state in host memory (12 bytes for a float32 parameter, on the main process, from the
+    first copy to the end of the run). A thread writes, hashes, syncs and renames. A checkpoint that the loop waits for anyway
+    (`required`) is written without a copy.
     """
 
     def __init__(self, accelerator: Any, model: torch.nn.Module, settings: Any):
@@ -63,6 +64,7 @@ class Writer:
         self.model = model
         self.settings = settings
         self._thread: Future[None] | None = None
+        self._copy: State | None = None  # its memory is used again
 
     def save(self, progress: Progress, *, required: bool, print_line: Callable[[str], None]) -> None:
         """Writes OUTPUT/checkpoints/step-N under a temporary name, with a manifest, syncs and renames it. A collective.
@@ -106,7 +108,9 @@ class Writer:
         _save_state(accelerator, save.partial, NO_TENSORS)  # the tensors follow
         if accelerator.is_main_process:
             present = State({name: tensor.detach() for name, tensor in trained(model).items()}, optimizer.state_dict())
-            save.state = present if save.required else in_host_memory(present)
+            if not save.required:
+                present = self._copy = in_host_memory(present, self._copy)
+            save.state = present
 
     def _start(self, save: Save) -> None:
         if self.accelerator.is_main_process:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..files.tensors import Tensors
 from . import zero
@@ -67,9 +67,22 @@ def trained(model: torch.nn.Module) -> Tensors:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def in_host_memory(state: Any) -> Any:
-    """A copy of nested dicts, lists and tuples, with a copy of each tensor on the CPU."""
-    return tree_map_only(torch.Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
+def in_host_memory(state: Any, memory: Any = None) -> Any:
+    """A copy of nested dicts, lists and tuples, with a copy of each tensor on the CPU.
+
+    memory: an earlier copy, which is overwritten where its tensors fit. New memory takes up to five times as long.
+    """
+
+    def copied(value: Any, kept: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if isinstance(kept, torch.Tensor) and (kept.shape, kept.dtype) == (value.shape, value.dtype):
+            return kept.copy_(value.detach())
+        return value.detach().to("cpu", copy=True)
+
+    values, structure = tree_flatten(state)
+    kept = [*tree_leaves(memory), *[None] * len(values)]
+    return tree_unflatten([copied(*pair) for pair in zip(values, kept, strict=False)], structure)
 
 
 # ---- FSDP2: a DTensor for each parameter and for each of the optimizer's tensors of its shape ----

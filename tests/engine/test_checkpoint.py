@@ -145,27 +145,31 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(prepared, tmp_path, monk
         assert threading.current_thread() is in_loop or go_on.wait(60)
         return save_state(place)
 
+    writer = writer_of(prepared, folder)
+    writer.save(Progress("id", {}, {}, global_step=2), required=False, print_line=print)  # its memory is used again
+    train(prepared)
+    writer.wait()
     monkeypatch.setattr(accelerator, "save_state", held_up)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     moments, random_state = deepcopy(optimizer.state_dict()), torch.get_rng_state()
-    writer, progress = writer_of(prepared, folder), Progress("id", {}, {}, global_step=2, passes={"a": 1.0})
+    progress = Progress("id", {}, {}, global_step=3, passes={"a": 1.0})
     writer.save(progress, required=False, print_line=print)
     for _ in range(3):
         train(prepared)
         progress.global_step += 1
         progress.passes["a"] += 1
-    assert steps(folder) == [1] and (folder / ".tmp-step-00000002").is_dir()
+    assert steps(folder) == [2] and (folder / ".tmp-step-00000003").is_dir()
     go_on.set()
     writer.wait()
-    assert steps(folder) == [2]
-    path = folder / "step-00000002"
+    assert steps(folder) == [3]
+    path = folder / "step-00000003"
     assert not launch.same_bits(before, model.state_dict())
     assert launch.same_bits(before, launch.load_file(path / "model.safetensors"))
     stored = torch.load(path / "optimizer.bin", weights_only=True)
     assert stored["param_groups"] == moments["param_groups"]
     assert all(launch.same_bits(state, stored["state"][index]) for index, state in moments["state"].items())
     written = json.loads((path / "progress.json").read_text())
-    assert (written["global_step"], written["passes"]) == (2, {"a": 1.0})
+    assert (written["global_step"], written["passes"]) == (3, {"a": 1.0})
     states = torch.load(path / "random_states_0.pkl", weights_only=False)
     assert torch.equal(states["torch_manual_seed"], random_state)
 
