@@ -72,7 +72,7 @@ def main(settings: Settings) -> int:
     from forge_common.model.config import check_context
     from forge_common.model.modules import chosen_layers, plug_in
     from forge_common.model.trunk import even_load, load_of
-    from forge_common.run import engines
+    from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch, check_trunk_dtype
@@ -119,13 +119,13 @@ def main(settings: Settings) -> int:
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata, general)  # refuses machines that differ
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
-    checkpoint.checkpoint_trainable_only(accelerator)
+    writer = checkpoint_writer.Writer(accelerator, model, settings)
 
     # ---- Resume ----
     progress = checkpoint.resume(accelerator, settings, fresh)
     if progress.global_step == 0 and not settings.dry_run:
         progress.losses_before = domain_losses(accelerator, model, domains, settings.micro_batch_size)
-    prepare(accelerator, settings, checkpoint.size(model))
+    prepare(accelerator, settings, checkpoint_writer.size(model))
 
     # ---- Train ----
     # This chapter is the same text in train_shared.py and train_module.py; a test compares them.
@@ -207,7 +207,7 @@ def main(settings: Settings) -> int:
             with log.clock_paused(), stop.slow_section():
                 progress.interval = interval.sum_over_ranks()
                 required = bool(stop.reason) or step == last or settings.on_full_disk == "stop"
-                checkpoint.save(accelerator, model, settings, progress, required=required, print_line=log.print_line)
+                writer.save(progress, required=required, print_line=log.print_line)
     update_batches.close()
     stop.phase = "publishing"  # everything is saved: from here on a signal ends the run at once
 

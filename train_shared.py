@@ -74,7 +74,7 @@ def main(settings: Settings) -> int:
     from forge_common.data.order import updates
     from forge_common.model.config import check_context, model_config
     from forge_common.model.trunk import Trunk, even_load, load_of
-    from forge_common.run import engines
+    from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch
@@ -118,11 +118,11 @@ def main(settings: Settings) -> int:
     accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata)  # refuses machines that differ
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
-    checkpoint.checkpoint_trainable_only(accelerator)
+    writer = checkpoint_writer.Writer(accelerator, model, settings)
 
     # ---- Resume ----
     progress = checkpoint.resume(accelerator, settings, fresh)
-    prepare(accelerator, settings, checkpoint.size(model))
+    prepare(accelerator, settings, checkpoint_writer.size(model))
 
     # ---- Train ----
     # This chapter is the same text in train_shared.py and train_module.py; a test compares them.
@@ -204,7 +204,7 @@ def main(settings: Settings) -> int:
             with log.clock_paused(), stop.slow_section():
                 progress.interval = interval.sum_over_ranks()
                 required = bool(stop.reason) or step == last or settings.on_full_disk == "stop"
-                checkpoint.save(accelerator, model, settings, progress, required=required, print_line=log.print_line)
+                writer.save(progress, required=required, print_line=log.print_line)
     update_batches.close()
     stop.phase = "publishing"  # everything is saved: from here on a signal ends the run at once
 

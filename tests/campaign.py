@@ -22,7 +22,7 @@ import launch
 import psutil
 import torch
 
-from forge_common.checkpoint import fault
+from forge_common.run.checkpoint_folder import fault
 
 
 @dataclass(frozen=True)

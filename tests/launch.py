@@ -23,7 +23,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from forge_common import checkpoint
+from forge_common.run.checkpoint_folder import fault, manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ("accelerate", "launch", "--config_file", str(ROOT / "accelerate_configs" / "cpu.yaml"))
@@ -275,5 +275,5 @@ def copy_until(source: Path, target: Path, step: int) -> None:
 
 def reseal(path: Path) -> None:
     """Writes a manifest that matches the changed files of a checkpoint, as an attacker would."""
-    (path / "manifest.json").write_text(json.dumps(checkpoint.manifest(path)))
-    assert checkpoint.fault(path) is None
+    (path / "manifest.json").write_text(json.dumps(manifest(path)))
+    assert fault(path) is None

@@ -6,7 +6,7 @@ another engine and with another number of processes.
 
 To add an engine, write two functions and return them from `engine_of`. All ranks call both:
 - gather(model, optimizer, keep) -> (weights, optimizer_state). The two files' contents on the CPU where `keep` (the main process),
-  in float32 or the dtype that the optimizer updates. What the others return is not read.
+  in float32 or the dtype that the optimizer updates; no tensor that a later update changes. What the others return is not read.
 - scatter(model, optimizer, weights, optimizer_state). Every rank is handed both files, memory-mapped: take the own part only.
 `model` is without the wrappers of DDP and torch.compile, the `optimizer` that which `prepare` returned.
 """
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..files.tensors import Tensors
 from . import zero
@@ -53,6 +54,16 @@ def held(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
     return tensor.bfloat16() if rounded else tensor
 
 
+def prepared(accelerator: Any) -> tuple[torch.nn.Module, Any]:
+    """The model and the optimizer that accelerate prepared, from where its save_state and load_state take them too."""
+    return accelerator._models[0], accelerator._optimizers[0]
+
+
+def bare(accelerator: Any, model: torch.nn.Module) -> torch.nn.Module:
+    """`model` without the wrappers of DDP and torch.compile."""
+    return accelerator.unwrap_model(model, keep_torch_compile=False)
+
+
 def trained(model: torch.nn.Module) -> Tensors:
     """The parameters that require a gradient, by name: under FSDP2 those that the optimizer updates, never the gathered ones.
 
@@ -62,6 +73,24 @@ def trained(model: torch.nn.Module) -> Tensors:
         return zero.shapes(model)
     model.state_dict()  # FSDP2 leaves the last forward pass's gathered copies in place of the parameters; this puts them back
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def in_host_memory(state: Any, memory: Any = None) -> Any:
+    """A copy of nested dicts, lists and tuples, with a copy of each tensor on the CPU.
+
+    memory: an earlier copy, which is overwritten where its tensors fit. New memory takes up to five times as long.
+    """
+
+    def copied(value: Any, kept: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        if isinstance(kept, torch.Tensor) and (kept.shape, kept.dtype) == (value.shape, value.dtype):
+            return kept.copy_(value.detach())
+        return value.detach().to("cpu", copy=True)
+
+    values, structure = tree_flatten(state)
+    kept = [*tree_leaves(memory), *[None] * len(values)]
+    return tree_unflatten([copied(*pair) for pair in zip(values, kept, strict=False)], structure)
 
 
 # ---- FSDP2: a DTensor for each parameter and for each of the optimizer's tensors of its shape ----
@@ -76,7 +105,7 @@ def _gather_fsdp2(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[T
             value = cast(DTensor, value.detach().to(value.device_mesh.device_type)).full_tensor()
         if not keep:
             return None  # freed before the next one is gathered
-        return value.cpu() if isinstance(value, torch.Tensor) else value
+        return in_host_memory(value)  # the loop changes a tensor that was whole, such as the count of steps
 
     weights = {name: whole(parameter) for name, parameter in trained(model).items()}
     state = optimizer.state_dict()

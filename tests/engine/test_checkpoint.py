@@ -1,9 +1,13 @@
 """A checkpoint is complete or absent after a kill, a full disk or a damaged file; loading one executes no code."""
 
+import errno
+import json
 import os
 import pickle
 import shutil
+import threading
 import types
+from copy import deepcopy
 from pathlib import Path
 
 import launch
@@ -15,6 +19,8 @@ from launch import reseal
 
 from forge_common import checkpoint
 from forge_common.errors import UserError
+from forge_common.run import checkpoint_writer
+from forge_common.run.checkpoint_folder import fault
 from forge_common.run.progress import Progress
 
 
@@ -26,7 +32,6 @@ def prepared():
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(64, 300), torch.nn.Linear(300, 2))
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
-    checkpoint.checkpoint_trainable_only(accelerator)
     return accelerator, model, optimizer
 
 
@@ -37,19 +42,24 @@ def train(prepared) -> None:
     optimizer.zero_grad()
 
 
-def save(prepared, folder: Path, step: int, *, keep: int = 1, required: bool = True, best: int = 0) -> None:
-    accelerator, model, _ = prepared
-    train(prepared)
-    progress = Progress("id", {}, {}, global_step=step, best_step=best)
+def writer_of(prepared, folder: Path, keep: int = 1) -> checkpoint_writer.Writer:
     assert folder.name == "checkpoints"
-    settings = types.SimpleNamespace(output_dir=folder.parent, keep=keep)
-    checkpoint.save(accelerator, model, settings, progress, required=required, print_line=print)
+    accelerator, model, _ = prepared
+    return checkpoint_writer.Writer(accelerator, model, types.SimpleNamespace(output_dir=folder.parent, keep=keep))
+
+
+def save(prepared, folder: Path, step: int, *, keep: int = 1, required: bool = True, best: int = 0) -> None:
+    """Trains an update and writes a checkpoint to the end."""
+    train(prepared)
+    writer = writer_of(prepared, folder, keep)
+    writer.save(Progress("id", {}, {}, global_step=step, best_step=best), required=required, print_line=print)
+    writer.wait()
 
 
 def steps(folder: Path) -> list[int]:
     """The updates of the checkpoints with a final name, all of which must verify."""
     found = sorted(folder.glob("step-????????"))
-    assert all(checkpoint.fault(path) is None for path in found)
+    assert all(fault(path) is None for path in found)
     return [int(path.name.removeprefix("step-")) for path in found]
 
 
@@ -124,6 +134,46 @@ def test_everything_is_synced_before_it_has_its_name(prepared, tmp_path, monkeyp
     assert ("rename", "step-00000001") in calls[commit + 2 :]
 
 
+def test_the_loop_goes_on_while_a_checkpoint_is_written(prepared, tmp_path, monkeypatch):
+    """The thread waits before it writes until the loop has trained on: every file holds the state at `save`."""
+    accelerator, model, optimizer = prepared
+    folder = tmp_path / "checkpoints"
+    save(prepared, folder, 1)
+    go_on, in_loop, save_state = threading.Event(), threading.current_thread(), accelerator.save_state
+
+    def held_up(place):
+        assert threading.current_thread() is in_loop or go_on.wait(60)
+        return save_state(place)
+
+    writer = writer_of(prepared, folder)
+    writer.save(Progress("id", {}, {}, global_step=2), required=False, print_line=print)  # its memory is used again
+    train(prepared)
+    writer.wait()
+    monkeypatch.setattr(accelerator, "save_state", held_up)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    moments, random_state = deepcopy(optimizer.state_dict()), torch.get_rng_state()
+    progress = Progress("id", {}, {}, global_step=3, passes={"a": 1.0})
+    writer.save(progress, required=False, print_line=print)
+    for _ in range(3):
+        train(prepared)
+        progress.global_step += 1
+        progress.passes["a"] += 1
+    assert steps(folder) == [2] and (folder / ".tmp-step-00000003").is_dir()
+    go_on.set()
+    writer.wait()
+    assert steps(folder) == [3]
+    path = folder / "step-00000003"
+    assert not launch.same_bits(before, model.state_dict())
+    assert launch.same_bits(before, launch.load_file(path / "model.safetensors"))
+    stored = torch.load(path / "optimizer.bin", weights_only=True)
+    assert stored["param_groups"] == moments["param_groups"]
+    assert all(launch.same_bits(state, stored["state"][index]) for index, state in moments["state"].items())
+    written = json.loads((path / "progress.json").read_text())
+    assert (written["global_step"], written["passes"]) == (3, {"a": 1.0})
+    states = torch.load(path / "random_states_0.pkl", weights_only=False)
+    assert torch.equal(states["torch_manual_seed"], random_state)
+
+
 def test_a_damaged_best_checkpoint_is_not_published(prepared, tmp_path, capsys):
     accelerator, model, _ = prepared
     folder = tmp_path / "checkpoints"
@@ -178,7 +228,7 @@ def test_a_planted_pickle_does_not_run(name, form, prepared, tmp_path):
     before = {key: value.clone() for key, value in model.state_dict().items()}
     with open(path / name, "wb") as file:
         pickle.dump(Evil(marker), file) if form == "pickle" else torch.save(Evil(marker), file)
-    assert name in checkpoint.fault(path)
+    assert name in fault(path)
     reseal(path)
     if name == "random_states_0.pkl":  # accelerate skips it; every random number follows from seed, update and rank
         checkpoint.load(accelerator, path)
@@ -224,11 +274,11 @@ def test_on_a_full_disk_only_the_new_checkpoint_is_lost(leaving, foreseen, prepa
     """Not started where the lack of space is known before; removed where the disk fills up in the middle of a file."""
     folder = small_disk / "checkpoints"
     save(prepared, folder, 1)
-    missing = checkpoint.size(prepared[1]) - leaving
+    missing = checkpoint_writer.size(prepared[1]) - leaving
     if foreseen:
         monkeypatch.setattr(prepared[0], "save_state", lambda folder: pytest.fail("it was started"))
     else:
-        monkeypatch.setattr(checkpoint, "size", lambda model: 0)
+        monkeypatch.setattr(checkpoint_writer, "size", lambda model: 0)
     filler = fill(small_disk, leaving=leaving)
     save(prepared, folder, 2, required=False)
     printed = capsys.readouterr().out
@@ -251,3 +301,20 @@ def test_another_error_in_a_save_does_not_count_as_a_full_disk(prepared, tmp_pat
     monkeypatch.setattr(prepared[0], "save_state", broken)
     with pytest.raises(RuntimeError, match="illegal memory access"):
         save(prepared, tmp_path / "checkpoints", 1)
+
+
+def test_an_error_of_the_thread_is_printed_at_once_and_raised_by_the_next_save(prepared, tmp_path, capsys, monkeypatch):
+    folder, writer = tmp_path / "checkpoints", writer_of(prepared, tmp_path / "checkpoints")
+    save(prepared, folder, 1)
+
+    def broken(old, new):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "rename", broken)
+    train(prepared)
+    writer.save(Progress("id", {}, {}, global_step=2), required=False, print_line=print)
+    with pytest.raises(OSError, match="Input/output error"):
+        writer.save(Progress("id", {}, {}, global_step=3), required=True, print_line=print)
+    assert "step-00000002 was not written ([Errno 5] Input/output error)" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert steps(folder) == [1] and checkpoint.newest(prepared[0], folder) == folder / "step-00000001"

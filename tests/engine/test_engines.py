@@ -126,9 +126,7 @@ def test_bf16_keeps_what_is_exact(shared, altered, tmp_path):
     """A count of 639 tokens (bfloat16: 640), a load of 1/3, gradients added up in float32, a size of float32's bytes."""
     sgd = "torch.optim.SGD(optimizers.parameter_groups(trunk, 0.0), lr=settings.lr, momentum=0.9)"
     script = altered("train_shared.py", edits.OPTIMIZER, sgd)
-    show = (
-        '    log.print_line(f"size {checkpoint.size(model)} bytes")\n'  # after a validation: no backward pass reshards
-    )
+    show = '    log.print_line(f"size {checkpoint_writer.size(model)} bytes")\n'  # after a validation: no backward pass reshards
     script = altered(script, edits.AFTER_TRAINING, edits.AFTER_TRAINING + show)
     more = (*MORE, "--steps", 2, "--sequence-length", 640, "--max-grad-norm", 1e9)
     more += ("--batch-size", 4, "--micro-batch-size", 1)

@@ -1,16 +1,18 @@
 """A stopped and resumed run equals an uninterrupted one, bit for bit; a damaged checkpoint costs one checkpoint."""
 
 import json
+import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import edits
 import launch
 import pytest
 
-from forge_common import checkpoint
 from forge_common.errors import UserError
+from forge_common.run.checkpoint_folder import fault
 from forge_common.run.progress import Progress, check_same
 from forge_common.settings import RunSettings, to_json
 
@@ -73,6 +75,21 @@ def test_one_two_one_processes(dtype, bound, shared, altered, tmp_path):
         assert row["train/grad_norm"] == pytest.approx(reference["train/grad_norm"], rel=10 * bound)
 
 
+def test_killed_while_a_checkpoint_is_written_beside_the_updates(straight, shared, started, tmp_path):
+    """On a slow disk: the log has a later update before the checkpoint has its name. The resumed run starts from update 0."""
+    folder = tmp_path / "run"
+    running = started(folder, *launch.MORE, "--save-every", 3, **launch.slow_disk(0.2))
+    launch.wait_for(folder / "checkpoints" / ".tmp-step-00000003", running)
+    while launch.rows(folder)[-1]["step"] < 4:
+        assert running.poll() is None
+        time.sleep(0.005)
+    os.kill(running.pid, signal.SIGKILL)
+    assert running.wait(launch.PATIENCE) == -signal.SIGKILL
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == [".tmp-step-00000003"]
+    assert "resumed" not in shared(folder, *launch.MORE)
+    launch.same_run(straight, folder)
+
+
 def damage(path: Path, how: str) -> None:
     content = path.read_bytes()
     middle = len(content) // 2
@@ -91,9 +108,9 @@ def damage(path: Path, how: str) -> None:
 def test_a_damaged_checkpoint_is_detected(name, how, straight, tmp_path):
     copy = tmp_path / "step-00000012"
     shutil.copytree(straight / "checkpoints" / copy.name, copy)
-    assert checkpoint.fault(copy) is None
+    assert fault(copy) is None
     damage(copy / name, how)
-    assert name in checkpoint.fault(copy)
+    assert name in fault(copy)
 
 
 def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(straight, shared, tmp_path):

@@ -13,6 +13,7 @@ import types
 from contextlib import nullcontext
 from pathlib import Path
 
+import edits
 import launch
 import psutil
 import pytest
@@ -168,6 +169,17 @@ def test_a_disk_that_fills_up_during_a_run(then, disk, started, shared, straight
         shared(folder, *more)
     assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
     assert launch.without_times(straight) == launch.without_times(folder)
+
+
+def test_an_error_beside_the_updates_ends_all_ranks(shared, altered, tmp_path):
+    """The main process cannot give a checkpoint its name: the others, which wait at the next one, end with it."""
+    broken = "    if rank == 0:\n        __import__('os').rename = lambda old, new: open('/proc/self/mem').read(1)\n"
+    script = altered("train_shared.py", edits.BEGIN_TRAINING, broken + edits.BEGIN_TRAINING)
+    printed = shared(tmp_path / "run", *MORE, processes=2, script=script, fails=True)
+    assert "step-00000001 was not written ([Errno 5] Input/output error)" in printed
+    assert "OSError: [Errno 5] Input/output error" in printed
+    assert "another process could not write the checkpoint, and prints why" in printed
+    assert launch.steps_of(printed) == [1, 2]
 
 
 def test_rows_are_kept_until_there_is_space(disk, capsys):
