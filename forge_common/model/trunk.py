@@ -210,6 +210,8 @@ class Trunk(nn.Module):
             None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         )
         self.head_change: nn.Module | None = None  # of a module: weight [V, D] -> [V, D]
+        if self.model.embed_tokens.weight.is_meta:
+            return  # the values come from elsewhere, and random numbers for none take longer than everything else here
         self.apply(self._initialize)
         residual = config.initializer_range / math.sqrt(2 * config.num_hidden_layers)  # GPT-2's rule
         for name, parameter in self.named_parameters():

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from safetensors.torch import save_file
 
@@ -35,13 +36,14 @@ NO_TENSORS = State({}, {})
 
 @dataclass
 class Save:
-    """A checkpoint that is being written. progress: the content of progress.json. needed: bytes."""
+    """A checkpoint that is being written. progress: the content of progress.json. needed: bytes. beside: while the loop goes on."""
 
     final: Path
     partial: Path
     progress: dict[str, Any]
     needed: int
     required: bool
+    beside: bool
     print_line: Callable[[str], None]
     state: State = NO_TENSORS  # of the main process, once it is taken
 
@@ -55,8 +57,8 @@ class Writer:
     """Writes the checkpoints of a run beside its training.
 
     The loop waits for a copy of the trained state in host memory (12 bytes for a float32 parameter, on the main process, from the
-    first copy to the end of the run). A thread writes, hashes, syncs and renames. A checkpoint that the loop waits for anyway
-    (`required`) is written without a copy.
+    first copy to the end of the run). A thread writes, hashes, syncs and renames. The loop waits for the thread, and no copy is made,
+    where the checkpoint is `required` or its copy would take more than half of the free memory.
     """
 
     def __init__(self, accelerator: Any, model: torch.nn.Module, settings: Any):
@@ -69,8 +71,8 @@ class Writer:
     def save(self, progress: Progress, *, required: bool, print_line: Callable[[str], None]) -> None:
         """Writes OUTPUT/checkpoints/step-N under a temporary name, with a manifest, syncs and renames it. A collective.
 
-        Waits for the checkpoint before this one. Returns when the state is copied or, where this one is `required`, when it has
-        its name. Then all but the settings.keep newest and the best by validation are deleted. Where the disk is full, the
+        Waits for the checkpoint before this one. Returns when the state is copied or, without a copy, when this one has its name.
+        Then all but the settings.keep newest and the best by validation are deleted. Where the disk is full, the
         partial checkpoint is removed, the older ones stay, and the message says how much space is missing; if the checkpoint
         is `required`, that is a UserError on all ranks. Another error is raised on all ranks; one in the thread is printed at
         once and raised by the next `save`.
@@ -80,7 +82,9 @@ class Writer:
         if (folder / name).exists():
             return
         content = dataclasses.asdict(progress)  # a copy: the loop changes the other
-        save = Save(folder / name, folder / f".tmp-{name}", content, size(self.model), required, print_line)
+        save = Save(
+            folder / name, folder / f".tmp-{name}", content, size(self.model), required, not required, print_line
+        )
         parts = (self._begin, self._take_state, self._start)
         if not all(self._has_room(part, save) for part in parts):
             self._give_up(save)
@@ -108,7 +112,8 @@ class Writer:
         _save_state(accelerator, save.partial, NO_TENSORS)  # the tensors follow
         if accelerator.is_main_process:
             present = State({name: tensor.detach() for name, tensor in trained(model).items()}, optimizer.state_dict())
-            if not save.required:
+            save.beside &= self._copy is not None or save.needed < psutil.virtual_memory().available / 2
+            if save.beside:
                 present = self._copy = in_host_memory(present, self._copy)
             save.state = present
 
@@ -117,7 +122,7 @@ class Writer:
             pool = ThreadPoolExecutor(1, "checkpoint")
             self._thread = pool.submit(self._finish, save)
             pool.shutdown(wait=False)  # it ends with its work; the end of the process waits for it, os._exit does not
-            if save.required:
+            if not save.beside:
                 self.wait()
 
     def wait(self) -> None:

@@ -11,6 +11,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import launch
+import psutil
 import pytest
 import torch
 from accelerate import Accelerator
@@ -172,6 +173,15 @@ def test_the_loop_goes_on_while_a_checkpoint_is_written(prepared, tmp_path, monk
     assert (written["global_step"], written["passes"]) == (3, {"a": 1.0})
     states = torch.load(path / "random_states_0.pkl", weights_only=False)
     assert torch.equal(states["torch_manual_seed"], random_state)
+
+
+def test_without_memory_for_a_copy_the_loop_waits(prepared, tmp_path, monkeypatch):
+    """The bytes are then those of the model itself, so nothing may change them while they are written."""
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(available=0))
+    folder = tmp_path / "checkpoints"
+    train(prepared)
+    writer_of(prepared, folder).save(Progress("id", {}, {}, global_step=1), required=False, print_line=print)
+    assert steps(folder) == [1]
 
 
 def test_a_damaged_best_checkpoint_is_not_published(prepared, tmp_path, capsys):
