@@ -1,6 +1,6 @@
 """FSDP2 as accelerate_configs/fsdp2.yaml has it, on CPU processes (tests/engines_on_cpu), held against one process.
 
-docs/ENGINES.md says which tests run where. Those of seconds are here; test_engines_long.py has those of `make engines`.
+docs/ENGINES.md says which tests run where: those of seconds in `make test`, those marked `engines` in `make engines`.
 """
 
 import json
@@ -129,7 +129,7 @@ def test_bf16_keeps_what_is_exact(shared, altered, tmp_path):
     show = '    log.print_line(f"size {checkpoint_writer.size(model)} bytes")\n'  # after a validation: no backward pass reshards
     script = altered(script, edits.AFTER_TRAINING, edits.AFTER_TRAINING + show)
     more = (*MORE, "--steps", 2, "--sequence-length", 640, "--max-grad-norm", 1e9)
-    more += ("--batch-size", 4, "--micro-batch-size", 1)
+    more += ("--batch-size", 4, "--micro-batch-size", 1, "--val-fraction", 0.1, "--val-tokens", 1279)
     more += ("--num-experts", 3, "--router-aux-loss-coef", 1.0)
     one, two = tmp_path / "one", tmp_path / "two"
     printed_by_one = shared(one, *more, script=script, **BF16)

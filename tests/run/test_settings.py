@@ -88,7 +88,7 @@ def test_for_an_unknown_flag_the_nearest_is_named(shared, tmp_path):
     [
         (("--tokenizer", "nothing.json"), "--tokenizer nothing.json"),
         (("--val-fraction", 0.0001), "Raise --val-fraction"),
-        (("--sequence-length", 100_000), "fewer than one update"),
+        (("--sequence-length", 20_000), "fewer than one update"),
         (("--resume", "require"), "--resume require"),
         (("--tracker", "trackio"), "pip install trackio"),
         (("--document-separator", ""), "document_separator"),
