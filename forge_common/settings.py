@@ -160,10 +160,20 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
     """Ends the process with main's code; a UserError is printed without a traceback (code 1)."""
     try:
         exit_code = main(settings)
+        _leave_process_group()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         exit_code = 1
     raise SystemExit(exit_code)
+
+
+def _leave_process_group() -> None:
+    """Destroys it when main's model is gone. DDP's reducer, if it is the last owner of gloo's group, destroys it without giving up the
+    GIL, for which gloo's thread may wait to free the tensors of the last collective: the process would never end.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def processes() -> int:

@@ -246,13 +246,12 @@ class RunLog:
         )
 
     def close(self, exit_code: int) -> None:
-        """Ends the tracker and the process group. `exit_code`: that of the process."""
+        """Ends the progress bar and the tracker. `exit_code`: that of the process."""
         if self._bar is not None:
             self._bar.close()
         if self.tracker:
             self.tracker.finish(exit_code)
         self.accelerator.trackers = []  # finished or disabled
-        self.accelerator.end_training()
 
 
 def _drop_rows_after(file: Path, step: int, validation_due: bool) -> None:
