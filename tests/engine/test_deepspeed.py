@@ -22,7 +22,22 @@ pytestmark = [pytest.mark.engines, pytest.mark.skipif(not INSTALLED, reason="Dee
 
 STEPS = 5
 EMPTY, BAD = 2, 4
-MORE = ("--steps", STEPS, "--save-every", 1, "--keep", 100, "--val-every", 4, "--val-fraction", 0.02, "--lr", 0.001)
+MORE = (
+    "--steps",
+    STEPS,
+    "--save-every",
+    1,
+    "--keep",
+    100,
+    "--val-every",
+    4,
+    "--val-fraction",
+    0.1,
+    "--val-tokens",
+    1279,
+    "--lr",
+    0.001,
+)
 MIXTURE = ("--num-experts", 4)
 FLOAT32 = {"ACCELERATE_MIXED_PRECISION": "no"}
 BF16 = {"ACCELERATE_MIXED_PRECISION": "bf16"}
@@ -187,7 +202,7 @@ def test_deepspeed_resumes_with_the_same_bits(name, precision, trained, shared, 
 def test_a_killed_run_resumes_with_the_same_bits(trained, started, shared, script, engine, tmp_path):
     straight, folder = trained("zero2", "bf16"), tmp_path / "run"
     how = engine("zero2", BF16)
-    running = started(folder, *MORE, *MIXTURE, script=script, **how)
+    running = started(folder, *MORE, *MIXTURE, script=script, new=True, **how)
     launch.wait_for(folder / "checkpoints" / "step-00000002", running)
     launch.kill_tree(running)
     assert "resumed" in shared(folder, *MORE, *MIXTURE, script=script, **how)
