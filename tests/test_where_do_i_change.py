@@ -277,7 +277,9 @@ def test_dropout(copy, train, unchanged):
     """The loss changes, and a run that was resumed after its first update is the same as one that was not."""
     file = "forge_common/model/trunk.py"
     copy.replace(
-        file, "        return x + y, router\n", "        return x + F.dropout(y, 0.5, self.training), router\n"
+        file,
+        "        return x + y, router\n",
+        "        return x + nn.functional.dropout(y, 0.5, self.training), router\n",
     )
     _, trunk, _ = unchanged
     whole = train(copy.folder, "train_shared.py", *TINY)

@@ -22,7 +22,8 @@ from torch import nn
 from ..errors import UserError
 from ..loss import balance_sum, z_sum
 from .config import KINDS
-from .trunk import FeedForward, Trunk, silu_product
+from .feed_forward import FeedForward, silu_product
+from .trunk import Trunk
 
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a FeedForward
 

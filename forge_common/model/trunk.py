@@ -11,98 +11,18 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..loss import CHUNK_ROWS, Sums, balance_sum, head_cross_entropy, nats_per_token, z_sum
+from ..loss import CHUNK_ROWS, Sums, head_cross_entropy, nats_per_token
 from .attention import Attention, Cache, document_mask, rotary
 from .config import ModelConfig
+from .feed_forward import FeedForward, SparseFeedForward
 
 # The parameters of a layer in the order of the forward pass, for flops_per_token.
 FLOW = "input_layernorm", "q_proj k_proj v_proj", "q_norm k_norm", "o_proj", "post_attention_layernorm"
 FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
 PARALLEL = {"mlp", "block_sparse_moe", "addition"}  # side by side in a layer: none is the input of another
-
-
-class _SiluProduct(torch.autograd.Function):
-    """silu(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep silu(gate) too.
-
-    With s = sigmoid(gate): d / d gate = up * s * (1 + gate * (1 - s)), d / d up = silu(gate) = gate * s.
-    """
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        (grad,) = grad_outputs
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, elementwise."""
-    return _SiluProduct.apply(gate, up)
-
-
-class FeedForward(nn.Module):
-    """SwiGLU. Source: Shazeer, GLU variants, arXiv 2002.05202."""
-
-    def __init__(self, hidden_size: int, intermediate_size: int):
-        super().__init__()
-        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
-
-    def forward(self, x):
-        return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
-
-
-class Expert(nn.Module):
-    """A SwiGLU feed-forward under Mixtral's names."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-
-    def forward(self, x):
-        return self.w2(silu_product(self.w1(x), self.w3(x)))
-
-
-class SparseFeedForward(nn.Module):
-    """Mixtral's mixture of experts: softmax over E, the top k renormalized to 1. Source: arXiv 2401.04088."""
-
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.top_k = config.num_experts_per_tok
-        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
-        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
-
-    def forward(self, x, scored, load):
-        """x [B, T, D], scored [B, T] bool (None: all), load [E] -> y [B, T, D], balance sum, z sum, counts [E] of scored tokens."""
-        rows = x.reshape(-1, x.shape[-1])
-        scored = torch.ones_like(rows[:, 0], dtype=torch.bool) if scored is None else scored.reshape(-1)
-        logits = self.gate(rows)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        probabilities = logits.softmax(-1)
-        weights, chosen = probabilities.topk(self.top_k, dim=-1)
-        weights = weights / weights.sum(-1, keepdim=True)
-        assigned = chosen.unsqueeze(-1) == torch.arange(len(self.experts), device=chosen.device)  # [R, k, E]
-        # Sorted by expert, the assignments are one product for each expert, and their sizes the only thing the host waits for.
-        order = chosen.flatten().argsort(stable=True)
-        sizes = assigned.sum((0, 1)).tolist()
-        sorted_rows = rows.repeat_interleave(self.top_k, dim=0).index_select(0, order)
-        parts = zip(self.experts, sorted_rows.split(sizes), strict=True)
-        outputs = torch.cat([expert(part) for expert, part in parts])  # also without tokens: DDP needs every parameter
-        outputs = outputs.index_select(0, order.argsort()).unflatten(0, chosen.shape)
-        y = (outputs * weights.unsqueeze(-1)).to(rows.dtype).sum(1)
-        counts = (assigned & scored[:, None, None]).sum((0, 1))
-        return y.view_as(x), balance_sum(probabilities, load, scored), z_sum(logits, scored), counts
 
 
 class DecoderLayer(nn.Module):

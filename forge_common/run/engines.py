@@ -89,8 +89,10 @@ def in_host_memory(state: Any, memory: Any = None) -> Any:
         return value.detach().to("cpu", copy=True)
 
     values, structure = tree_flatten(state)
-    kept = [*tree_leaves(memory), *[None] * len(values)]
-    return tree_unflatten([copied(*pair) for pair in zip(values, kept, strict=False)], structure)
+    kept = tree_leaves(memory)
+    if len(kept) != len(values):  # another state, or no copy yet
+        kept = [None] * len(values)
+    return tree_unflatten([copied(*pair) for pair in zip(values, kept, strict=True)], structure)
 
 
 # ---- FSDP2: a DTensor for each parameter and for each of the optimizer's tensors of its shape ----

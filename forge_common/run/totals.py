@@ -37,4 +37,4 @@ def update_totals(accelerator: Any, sums: list[Any], grad_norm: Any, num_scored:
     norm, loss, labels, stopped, *numbers = torch.cat((norm.reshape(1), total)).tolist()
     layers, experts = counts.shape
     rows = [[int(number) for number in numbers[i * experts : (i + 1) * experts]] for i in range(layers)]
-    return Totals(loss, norm, int(labels), int(stopped), rows, total[3:].to(counts.dtype).view_as(counts))
+    return Totals(loss, norm, int(labels), int(stopped), rows, total[len(scalars) :].to(counts.dtype).view_as(counts))

@@ -17,8 +17,9 @@ from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 from forge_common.loss import CHUNK_ROWS
 from forge_common.model.config import PRESETS, ModelConfig
+from forge_common.model.feed_forward import SparseFeedForward, silu_product
 from forge_common.model.modules import chosen_layers, plug_in, put_in, untie
-from forge_common.model.trunk import SparseFeedForward, Trunk, even_load, load_of, silu_product
+from forge_common.model.trunk import Trunk, even_load, load_of
 from forge_common.optimizers import parameter_groups
 from forge_common.routing.mixture import Mixture, with_module
 from forge_common.routing.routers import UniformRouter
