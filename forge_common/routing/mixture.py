@@ -15,7 +15,7 @@ from torch import nn
 
 from ..loss import nats_per_token
 from ..model.modules import RoutedExpert, put_in
-from ..model.trunk import Cache, DecoderLayer, Trunk
+from ..model.trunk import Cache, Trunk
 from .routers import ContextRouter, State
 
 Tensors = dict[str, torch.Tensor]
@@ -48,7 +48,7 @@ class Mixture(nn.Module):
         self.top_k = top_k
         self.weights: torch.Tensor | None = None  # [B, T, E]: output weights of the last pass
         self.changed_by = [  # for each layer, the candidates that change it
-            [e for e, layer in enumerate(layers) if _differs(layer, layers[0])]
+            tuple(e for e, layer in enumerate(layers) if _differs(layer, layers[0]))
             for layers in zip(*(candidate.model.layers for candidate in self.candidates), strict=True)
         ]
 
@@ -136,29 +136,51 @@ class Mixture(nn.Module):
         gates = evidence = None
         if isinstance(self.router, ContextRouter):
             gates, evidence = self.router.route(inputs, state)
-        feeds = [partial(self._feed, index, gates, layer_gates) for index in layers]
+        served: dict = {}  # the same for all layers that the same candidates change
+        feeds = [partial(self._feed, index, gates, layer_gates, served) for index in layers]
         hidden, _ = self.candidates[0].model(inputs, cache=cache, feeds=feeds)
         return hidden, layer_gates[-1] if gates is None else gates, evidence
 
-    def _feed(self, index: int, gates, layer_gates: list, normed, scored, load):
+    def _feed(self, index: int, gates, layer_gates: list, served: dict, normed, scored, load):
         """sum_e g_t(e) F_e(normed), [B, T, D]. The gate of a candidate that does not change this layer goes to the trunk's F_0."""
         if gates is None:
             gates = self.router.layer(index, normed)
             layer_gates.append(gates)
-        gates = self._best(gates).to(normed.dtype)
+            served = {}
         changed_by = self.changed_by[index]
-        trunk_layer = self.candidates[0].model.layers[index]
-        parts = [(1 - gates[..., changed_by].sum(-1), partial(trunk_layer.feed, scored=None, load=load))]
-        parts += [(gates[..., e], _function(self.candidates[e].model.layers[index], load)) for e in changed_by]
-        y = torch.zeros_like(normed)
-        for gate, function in parts:
-            if not self.top_k:
-                y += gate.unsqueeze(-1) * function(normed)[0]
-                continue
-            rows = gate > 1e-6
-            if rows.any():
-                y[rows] += gate[rows].unsqueeze(-1) * function(normed[rows][None])[0][0]
-        return y, None
+        if changed_by not in served:
+            served[changed_by] = self._served(self._best(gates).to(normed.dtype), changed_by)
+        flat = normed.flatten(0, 1)
+        y = torch.zeros_like(flat)
+        for e, gate, rows in served[changed_by]:
+            function = self._function(e, index, load)
+            if rows is None:
+                y += gate * function(normed)[0].flatten(0, 1)
+            else:
+                y.index_add_(0, rows, gate * function(flat[rows][None])[0][0])
+        return y.view_as(normed), None
+
+    def _served(self, gates: torch.Tensor, changed_by: tuple[int, ...]):
+        """(candidate, its gates [R, 1], its rows [R] of the B * T, or None for all) of those that serve a token in a layer."""
+        own = gates.flatten(0, 1)[:, changed_by]
+        gates = torch.cat((1 - own.sum(-1, keepdim=True), own), dim=-1)
+        if not self.top_k:
+            return [(e, gates[:, [place]], None) for place, e in enumerate((0, *changed_by))]
+        places, rows = (gates > 1e-6).T.nonzero(as_tuple=True)
+        served = []
+        for place, e in enumerate((0, *changed_by)):
+            of_e = rows[places == place]
+            if len(of_e):
+                served.append((e, gates[of_e, place, None], None if len(of_e) == len(gates) else of_e))
+        return served
+
+    def _function(self, e: int, index: int, load) -> Callable:
+        """A candidate's feed-forward, normed -> (y, ...); of a RoutedExpert the expert alone, without its router row."""
+        layer = self.candidates[e].model.layers[index]
+        expert = layer.addition
+        if isinstance(expert, RoutedExpert):
+            return lambda normed: (expert.expert(normed), None)
+        return partial(layer.feed, scored=None, load=load)
 
     def _best(self, gates: torch.Tensor) -> torch.Tensor:
         """The top_k gates, normalized to 1; the others 0."""
@@ -181,11 +203,3 @@ def _differs(layer: nn.Module, trunk_layer: nn.Module) -> bool:
     """Whether a candidate's layer has parameters that are not objects of the trunk's layer."""
     shared = {id(parameter) for parameter in trunk_layer.parameters()}
     return any(id(parameter) not in shared for parameter in layer.parameters())
-
-
-def _function(layer: DecoderLayer, load) -> Callable:
-    """The candidate's feed-forward, normed -> (y, ...); of a RoutedExpert the expert alone, without its router row."""
-    expert = layer.addition
-    if isinstance(expert, RoutedExpert):
-        return lambda normed: (expert.expert(normed), None)
-    return partial(layer.feed, scored=None, load=load)

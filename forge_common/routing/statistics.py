@@ -1,7 +1,8 @@
 """Statistics of a module's text for the router: counts of tokens and of pairs of tokens, moments of hidden states.
 
 Pairs are counted in buckets of a hash, and counts are stored on a logarithmic scale of 8 bits. A token or pair in fewer than
-`min_documents` documents counts as 0. docs/PRIVACY.md says what can be recovered from the counts.
+`min_documents` documents counts as 0, where each PIECE tokens of a long document are a document. docs/PRIVACY.md says what can
+be recovered from the counts.
 
 V vocabulary, D width, L layers, d width of the projection
 """
@@ -18,6 +19,7 @@ from ..model.config import ModelConfig
 from ..model.trunk import Decoder, even_load
 
 BIGRAM_BUCKETS = 1 << 17  # in a million tokens, about 50,000 pairs are in two documents or more
+PIECE = 1024  # tokens; without it nothing of a few long documents would be counted
 MOMENT_TOKENS = 16_384  # of the sample, for the moments: enough for matrices of 128 x 128
 MOMENT_WIDTH = 128  # wider hidden states are projected to it
 STEPS_PER_DOUBLING = 12  # of the 8-bit scale: counts up to 2.5 million, in steps of 6%
@@ -64,7 +66,8 @@ def count(
 ) -> tuple[Tensors, dict[str, int]]:
     """Counts of tokens [V] and of hashed pairs [BIGRAM_BUCKETS] as 8-bit codes, and the sample's size.
 
-    The first token of a document forms a pair with an EOS. A count is 0 where fewer than `min_documents` documents have it.
+    The first token of a document forms a pair with an EOS. A count is 0 where fewer than `min_documents` documents have it;
+    each PIECE tokens of a document, and the rest of it, are a document here.
     """
     sizes = {"unigrams": vocab_size, "bigrams": BIGRAM_BUCKETS}
     totals = {name: np.zeros(size, np.int64) for name, size in sizes.items()}
@@ -74,9 +77,10 @@ def count(
         padded = np.concatenate(([eos_token_id], document))
         places = {"unigrams": document, "bigrams": bigram_bucket(padded[:-1], padded[1:])}
         for name, indices in places.items():
-            distinct, times = np.unique(indices, return_counts=True)
-            totals[name][distinct] += times
-            documents_with[name][distinct] += 1
+            for start in range(0, len(document), PIECE):
+                distinct, times = np.unique(indices[start : start + PIECE], return_counts=True)
+                totals[name][distinct] += times
+                documents_with[name][distinct] += 1
         sample_size["tokens"] += len(document)
         sample_size["documents"] += 1
     for name, number in documents_with.items():
