@@ -8,7 +8,13 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-CHUNK_ROWS = 512  # rows of logits in memory at a time: 512 x V for any batch
+CHUNK_ROWS = 512  # rows of logits in memory at a time, at most
+CHUNK_LOGITS = 1 << 24  # logits in memory at a time, at most: fewer rows from a vocabulary of 32,768 on
+
+
+def chunk_rows(vocab_size: int) -> int:
+    """Rows of logits in memory at a time, for any batch."""
+    return max(1, min(CHUNK_ROWS, CHUNK_LOGITS // vocab_size))
 
 
 class Sums(NamedTuple):
@@ -37,9 +43,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 class _HeadCrossEntropy(torch.autograd.Function):
-    """Sum of -log softmax(hidden @ weight.T)[label], CHUNK_ROWS rows at a time. The forward pass computes the gradients too.
+    """Sum of -log softmax(hidden @ weight.T)[label], a chunk of rows at a time. The forward pass computes the gradients too.
 
-    One tensor [CHUNK_ROWS, V] becomes logits, log p and gradient in turn, for every chunk; under autocast it is two. torch's
+    One tensor [chunk, V] becomes logits, log p and gradient in turn, for every chunk; under autocast it is two. torch's
     F.linear_cross_entropy does the same, but returns the sum in the dtype of its input: under autocast in bfloat16 15680 instead
     of 15666.
     """
@@ -51,9 +57,10 @@ class _HeadCrossEntropy(torch.autograd.Function):
         nats = torch.zeros((), dtype=wide, device=hidden.device)
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
-        buffer = hidden.new_empty(min(CHUNK_ROWS, len(labels)), len(weight))
-        for start in range(0, len(labels), CHUNK_ROWS):
-            rows, target = hidden[start : start + CHUNK_ROWS], labels[start : start + CHUNK_ROWS]
+        chunk = chunk_rows(len(weight))
+        buffer = hidden.new_empty(min(chunk, len(labels)), len(weight))
+        for start in range(0, len(labels), chunk):
+            rows, target = hidden[start : start + chunk], labels[start : start + chunk]
             scored = (target != ignore_index).unsqueeze(1)
             target = target.unsqueeze(1).masked_fill(~scored, 0)
             logits = torch.mm(rows, weight.T, out=buffer[: len(rows)]).to(wide)
@@ -65,7 +72,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             grad.scatter_(1, target, grad.gather(1, target) - 1)
             grad = grad.masked_fill_(~scored, 0).to(hidden.dtype)
             if hidden_grad is not None:
-                torch.mm(grad, weight, out=hidden_grad[start : start + CHUNK_ROWS])
+                torch.mm(grad, weight, out=hidden_grad[start : start + chunk])
             if weight_grad is not None and wide == hidden.dtype:
                 weight_grad.addmm_(grad.T, rows)
             elif weight_grad is not None:
@@ -107,7 +114,8 @@ def head_cross_entropy(
 @torch.no_grad()
 def nats_per_token(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, ignore_index: int) -> torch.Tensor:
     """Nats [R] of each label of `labels` [R], 0 for `ignore_index`; in chunks, without gradient, in at least float32."""
-    chunks = zip(hidden.split(CHUNK_ROWS), labels.split(CHUNK_ROWS), strict=True)
+    chunk = chunk_rows(len(weight))
+    chunks = zip(hidden.split(chunk), labels.split(chunk), strict=True)
     parts = [
         F.cross_entropy((rows @ weight.T).to(_wide(rows.dtype)), target, ignore_index=ignore_index, reduction="none")
         for rows, target in chunks

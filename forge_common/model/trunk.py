@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..loss import CHUNK_ROWS, Sums, head_cross_entropy, nats_per_token
+from ..loss import Sums, chunk_rows, head_cross_entropy, nats_per_token
 from .attention import Attention, Cache, document_mask, rotary
 from .config import ModelConfig
 from .feed_forward import FeedForward, SparseFeedForward
@@ -117,8 +117,6 @@ class Decoder(nn.Module):
 class Trunk(nn.Module):
     """The model that both scripts train. `Trunk(config)` draws from torch's global generator: seed it first."""
 
-    chunk_rows = CHUNK_ROWS  # rows of logits in memory at a time
-
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -143,6 +141,11 @@ class Trunk(nn.Module):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
+
+    @property
+    def chunk_rows(self) -> int:
+        """Rows of logits in memory at a time."""
+        return chunk_rows(self.config.vocab_size)
 
     @property
     def head(self) -> torch.Tensor:

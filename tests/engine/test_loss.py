@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from forge_common.loss import CHUNK_ROWS, balance_sum, head_cross_entropy, nats_per_token, z_sum
+from forge_common.loss import CHUNK_LOGITS, CHUNK_ROWS, balance_sum, head_cross_entropy, nats_per_token, z_sum
 from forge_common.run.ledger import Ledger
 
 WIDTH, VOCABULARY = 6, 11
@@ -152,6 +152,21 @@ def test_one_chunk_of_logits_and_one_gradient_of_the_weight_are_in_memory():
         head_cross_entropy(hidden, weight, labels, -100).backward()
     chunk = 4 * CHUNK_ROWS * vocabulary
     assert ledger.peak < 1.1 * chunk + 2 * (weight.nbytes + hidden.nbytes)
+
+
+def test_a_large_vocabulary_has_fewer_rows_of_logits_in_memory():
+    rows, vocabulary = 300, 1 << 17
+    hidden, labels = torch.randn(rows, 4, requires_grad=True), torch.randint(0, vocabulary, (rows,))
+    weight = torch.randn(vocabulary, 4, requires_grad=True)
+    with Sizes() as sizes:
+        loss = head_cross_entropy(hidden, weight, labels, -100)
+    assert max(sizes.made) == CHUNK_LOGITS == 128 * vocabulary
+    loss.backward()
+    whole = F.cross_entropy(hidden.detach() @ weight.detach().T, labels, reduction="sum")
+    torch.testing.assert_close(loss.detach(), whole)
+    expected = torch.autograd.grad(F.cross_entropy(hidden @ weight.T, labels, reduction="sum"), (hidden, weight))
+    for found, gradient in zip((hidden.grad, weight.grad), expected, strict=True):
+        torch.testing.assert_close(found, gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_second_backward_pass_is_refused():
