@@ -4,7 +4,6 @@ B batch, T time, E candidates, D width
 """
 
 import copy
-from dataclasses import replace
 
 import torch
 
@@ -34,7 +33,6 @@ class Ensemble:
         self.models, self.config = models, models[0].config
         self.router = copy.copy(router)
         self.router.prior = torch.full((len(models),), 1 / len(models))
-        self.router.tuning = replace(router.tuning, own=1.0)
 
     def to(self, device):
         return self
@@ -48,7 +46,7 @@ class Ensemble:
         log_p = torch.stack([-model.nats(tokens, before) for model in self.models], dim=-1)
         earlier = torch.cat((torch.zeros_like(log_p[:, :1]), log_p[:, :-1]), dim=1)
         start = self.router.prior.expand(len(tokens), -1)
-        weights = self.router.weigh(inputs, torch.zeros_like(earlier), earlier, start)
+        weights = self.router.filter(earlier, inputs, start)
         mixed = -torch.logsumexp(weights.log() + log_p, dim=-1)
         return mixed.masked_fill(labels == self.config.ignore_index, 0)
 

@@ -65,7 +65,7 @@ class Mixture(nn.Module):
         """
         inputs, labels = self.candidates[0].split(tokens)
         state = self._start(inputs, before)
-        hidden, gates, evidence = self._hidden(inputs, state, None)
+        hidden, gates, _, evidence = self._hidden(inputs, state, None)
         ignore = self.config.ignore_index
         flat = hidden.flatten(0, 1)
         chosen = None if evidence is not None and not self.top_k else self._best(gates)
@@ -83,7 +83,8 @@ class Mixture(nn.Module):
         weights = chosen
         if weights is None:
             previous_log_p = torch.cat((torch.zeros_like(log_p[:, :1]), log_p[:, :-1]), dim=1)
-            weights = self.router.weigh(inputs, evidence, previous_log_p, state.outputs)
+            outputs = self.router.weigh(inputs, evidence, previous_log_p, state.outputs)
+            weights = self.router.gates(outputs, mixed=True)
         self.weights = weights
         return -torch.logsumexp(weights.log() + log_p, dim=-1).masked_fill(labels == ignore, 0)
 
@@ -96,11 +97,22 @@ class Mixture(nn.Module):
         cache = [] if cache is None else cache
         depth = 1 + len(self.candidates[0].model.layers)
         state: State = cache[depth] if cache else self._start(inputs, None)
-        hidden, gates, evidence = self._hidden(inputs, state, cache)
-        next_log_p = self._by_head(
-            lambda head, users: (hidden[:, -1:] @ head.T).float().log_softmax(-1)
-        )  # [B, 1, V, E]
-        if evidence is not None and not self.top_k:
+        hidden, gates, filtered, evidence = self._hidden(inputs, state, cache)
+        last = hidden[:, -1:]
+        history = torch.cat((state.history, inputs), dim=1)
+        if evidence is None or self.top_k:
+            weights = self._best(gates)
+            used = (weights[:, -1] > 0).any(0).tolist()
+
+            def next_log_p_under(head: torch.Tensor, users: list[int]) -> torch.Tensor:
+                if not any(used[e] for e in users):
+                    return last.new_zeros(*last.shape[:2], len(head), dtype=torch.float32)
+                return (last @ head.T).float().log_softmax(-1)
+
+            next_log_p = self._by_head(next_log_p_under)  # [B, 1, V, E]
+            state = State(filtered[:, -1], filtered[:, -1], history)
+        else:
+            next_log_p = self._by_head(lambda head, users: (last @ head.T).float().log_softmax(-1))
             rows = hidden[:, :-1].flatten(0, 1)
             labels = inputs[:, 1:]
             log_p = self._by_head(
@@ -108,14 +120,14 @@ class Mixture(nn.Module):
                     -nats_per_token(rows, head, labels.flatten(), self.config.ignore_index).view_as(labels)
                 )
             )
-            first = torch.zeros_like(evidence[:, :1])
+            first = torch.zeros_like(gates[:, :1])
             if state.next_log_p is not None:
                 first = state.next_log_p[:, 0].gather(1, inputs[:, :1, None].expand(-1, -1, len(self.names)))
-            weights = self.router.weigh(inputs, evidence, torch.cat((first, log_p), dim=1), state.outputs)
-        else:
-            weights = self._best(gates)
+            outputs = self.router.weigh(inputs, evidence, torch.cat((first, log_p), dim=1), state.outputs)
+            weights = self.router.gates(outputs, mixed=True)
+            state = State(filtered[:, -1], outputs[:, -1], history, next_log_p)
         self.weights = weights
-        cache[depth:] = [State(gates[:, -1], weights[:, -1], inputs[:, -1:], next_log_p)]
+        cache[depth:] = [state]
         return torch.logsumexp(weights[:, -1].log()[:, None] + next_log_p[:, 0], dim=-1)
 
     def _start(self, inputs: torch.Tensor, before: torch.Tensor | None) -> State:
@@ -126,20 +138,22 @@ class Mixture(nn.Module):
         state = self.router.to(inputs.device).start(len(inputs), at_document=before is None)
         if before is None or not before.shape[1]:
             return state
-        gates, _ = self.router.route(before, state)
-        return State(gates[:, -1], gates[:, -1], before[:, -1:])
+        filtered, _ = self.router.route(before, state)
+        return State(filtered[:, -1], filtered[:, -1], torch.cat((state.history, before), dim=1))
 
     def _hidden(self, inputs: torch.Tensor, state: State, cache: Cache | None):
-        """hidden [B, T, D], gates [B, T, E] (those of the last layer where each layer has its own), the gates' evidence."""
+        """hidden [B, T, D], gates [B, T, E] (of the last layer where each has its own), the filter's states and their evidence."""
         layers = range(len(self.candidates[0].model.layers))
         layer_gates: list[torch.Tensor] = []
-        gates = evidence = None
+        gates = filtered = evidence = None
         if isinstance(self.router, ContextRouter):
-            gates, evidence = self.router.route(inputs, state)
+            filtered, evidence = self.router.route(inputs, state)
+            gates = self.router.gates(filtered, mixed=not 0 < self.top_k < len(self.names))
         served: dict = {}  # the same for all layers that the same candidates change
         feeds = [partial(self._feed, index, gates, layer_gates, served) for index in layers]
         hidden, _ = self.candidates[0].model(inputs, cache=cache, feeds=feeds)
-        return hidden, layer_gates[-1] if gates is None else gates, evidence
+        gates = layer_gates[-1] if gates is None else gates
+        return hidden, gates, gates if filtered is None else filtered, evidence
 
     def _feed(self, index: int, gates, layer_gates: list, served: dict, normed, scored, load):
         """sum_e g_t(e) F_e(normed), [B, T, D]. The gate of a candidate that does not change this layer goes to the trunk's F_0."""

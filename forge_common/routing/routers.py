@@ -9,96 +9,180 @@
 
 A router is solved again when a module is added or left out; that needs no text.
 
-B batch, T time, E candidates, D width, V vocabulary
+B batch, T time, P time before it, E candidates, S = E + 1 states of the filter, D width, V vocabulary
 """
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from .statistics import bigram_bucket, decode, projection
 from .tuning import Tuning
 
-BACKOFF = 200.0  # weight, in occurrences of the previous token, of the unigrams in the bigram probability
+SMOOTHING = 1000.0  # weight, in tokens, of the mean of all candidates' unigrams in a candidate's own
+BACKOFF = 200.0  # weight, in pairs, of the smoothed probabilities in the pair's
+SHARED = 0.5  # of the back-off: the mean of all candidates' pairs; the rest is the candidate's unigrams
+DOCUMENT = 100.0  # weight, in tokens, of the mean of all candidates in the document's own counts
+NEAR_COPY = 64  # power of the similarity of two modules' unigrams: 0.98 counts as 0.27 of a copy, 0.9 as 0.001
+ROWS = 64  # previous tokens whose pairs are summed at once
 RIDGE = 1e-2  # added to the diagonal, as a share of its mean
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass
 class State:
-    """A router's state after the tokens so far."""
+    """A router's state after the tokens so far. S states of its filter: the candidates, and the unknown domain."""
 
-    gates: torch.Tensor  # [B, E]: of the layers
-    outputs: torch.Tensor  # [B, E]: output weights of the heads
-    last: torch.Tensor  # [B, 1]: the last id, -1 where unknown
+    layers: torch.Tensor  # [B, S]: of the layers' filter
+    outputs: torch.Tensor  # [B, S]: of the filter for the output weights
+    history: torch.Tensor  # [B, P]: the ids so far, -1 (on the left) where unknown
     next_log_p: torch.Tensor | None = None  # [B, 1, V, E]: log probabilities of the next token under each head
 
 
 class ContextRouter:
     """Bayes' rule over the document so far: the forward filter of a hidden Markov model whose states are the candidates.
 
-    The likelihood of a token under a candidate is its bigram probability, smoothed by unigrams, from the candidate's counts.
-    An EOS resets the gates to the prior. The gates at t depend on the tokens up to t alone.
+    The likelihood of a token under a candidate is its probability after the token before it, from the candidate's counts. Each
+    candidate's probabilities sum to 1 over the vocabulary. Fewer counts are closer to the mean of all candidates, which says
+    nothing for or against any of them. Tokens that the document repeats count less. One more state is the unknown domain, whose
+    probabilities are the mean of all candidates'. An EOS resets the filter to the prior. The gates at t depend on the tokens up
+    to t alone.
     """
 
     def __init__(self, statistics: list[Tensors], prior: torch.Tensor, eos_token_id: int, tuning: Tuning):
+        """statistics: of each candidate, the trunk first. prior [E]."""
         self.eos = eos_token_id
         self.tuning = tuning
-        self.prior = prior
         self.unigrams = torch.stack([decode(tensors["unigrams"]) for tensors in statistics])
-        self.bigrams = torch.stack([decode(tensors["bigrams"]) for tensors in statistics])
-        self.totals = self.unigrams.sum(1)
+        self.bigrams = torch.stack([tensors["bigrams"] for tensors in statistics])
+        self.count_of = decode(torch.arange(256))
+        totals = self.unigrams.sum(1, keepdim=True)
+        observed = (self.unigrams + 1) / (totals + self.unigrams.shape[1])
+        # Copies of a module share one prior, and a module without counts has none.
+        root = observed[1:].double().sqrt()
+        copies = (root @ root.T).pow(NEAR_COPY).sum(1)
+        counted = totals[1:, 0].double() / (totals[1:, 0] + SMOOTHING) + 1e-9
+        weights = torch.cat((prior[:1].double(), prior[1:].double() * counted / copies))
+        self.shares = (weights / weights.sum()).float()  # [E]: in a mean of all candidates
+        self.prior = torch.cat((self.shares * (1 - tuning.unknown), self.shares.new_tensor([tuning.unknown])))  # [S]
+        self.unigram_p = (self.unigrams + SMOOTHING * (self.shares @ observed)) / (totals + SMOOTHING)
+        self.pairs_after = torch.full_like(
+            self.unigrams, torch.nan
+        )  # [E, V]: sums over the next token, found when needed
 
     def to(self, device: torch.device) -> "ContextRouter":
-        for name in ("prior", "unigrams", "bigrams", "totals"):
+        for name in ("shares", "prior", "unigrams", "bigrams", "count_of", "unigram_p", "pairs_after"):
             setattr(self, name, getattr(self, name).to(device))
         return self
 
     def start(self, batch: int, *, at_document: bool) -> State:
         """The prior. at_document: whether a document begins here; otherwise the token before is unknown."""
-        last = torch.full((batch, 1), self.eos if at_document else -1, device=self.prior.device)
+        history = torch.full((batch, 1), self.eos if at_document else -1, device=self.prior.device)
         prior = self.prior.expand(batch, -1)
-        return State(prior, prior, last)
+        return State(prior, prior, history)
 
-    def scores(self, tokens: torch.Tensor, last: torch.Tensor) -> torch.Tensor:
-        """log p_e(x_t | x_t-1) for tokens [B, T] after `last` [B, 1]: [B, T, E]; 0 where a token is -1."""
-        previous = torch.cat((last, tokens[:, :-1]), dim=1)
-        token = tokens.clamp(min=0)
-        unigram = (self.unigrams[:, token] + 1) / (self.totals + self.unigrams.shape[1])[:, None, None]
-        occurrences = self.unigrams[:, previous.clamp(min=0)]
-        bigram = (self.pairs(previous.clamp(min=0), token) + BACKOFF * unigram) / (occurrences + BACKOFF)
-        return (torch.where(previous >= 0, bigram, unigram).log() * (tokens >= 0)).permute(1, 2, 0)
+    def log_p(self, tokens: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
+        """log p_s(x_t | x_<t) of tokens [B, T] after `history` [B, P]: [B, T, S]; 0 where a token is -1."""
+        p = self.pair_p(torch.cat((history[:, -1:], tokens[:, :-1]), dim=1), tokens)  # [E, B, T]
+        mean = self._mean(p)
+        times, length = repeats(tokens, history, self.eos)
+        document = (times + DOCUMENT * mean) / (length + DOCUMENT)
+        p = torch.cat((p, mean[None]))
+        p = (1 - self.tuning.repeats) * p + self.tuning.repeats * document
+        return (p.log() * (tokens >= 0)).permute(1, 2, 0)
+
+    def pair_p(self, previous: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+        """p_e(token | previous), both [B, T], from the counts: [E, B, T]; p_e(token) where the previous one is -1."""
+        before = previous.clamp(min=0)
+        token = token.clamp(min=0)
+        unigram = self.unigram_p[:, token]
+        pairs = self.pairs(before, token)
+        total = self._pairs_after(before) + BACKOFF
+        shared = self._mean((pairs + BACKOFF * unigram) / total)
+        bigram = (pairs + BACKOFF * (SHARED * shared + (1 - SHARED) * unigram)) / total
+        return torch.where(previous >= 0, bigram, unigram)
 
     def pairs(self, previous: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
         """Upper bound of the count of a pair: of its bucket, and of either token: [E, B, T]."""
-        in_bucket = self.bigrams[:, bigram_bucket(previous, token)]
+        in_bucket = self.count_of[self.bigrams[:, bigram_bucket(previous, token)].long()]
         return in_bucket.minimum(self.unigrams[:, previous]).minimum(self.unigrams[:, token])
 
+    def _pairs_after(self, previous: torch.Tensor) -> torch.Tensor:
+        """The sum of `pairs` over all tokens after `previous` [B, T]: [E, B, T]. Each distinct one is summed once and kept."""
+        distinct = previous.unique()
+        missing = distinct[self.pairs_after[0, distinct].isnan()]
+        every = torch.arange(self.unigrams.shape[1], device=previous.device)
+        for rows in missing.split(ROWS):
+            grid = torch.broadcast_tensors(rows[:, None], every[None])
+            self.pairs_after[:, rows] = self.pairs(*grid).sum(-1)
+        return self.pairs_after[:, previous]
+
+    def _mean(self, p: torch.Tensor) -> torch.Tensor:
+        """The candidates' mean [B, T] of p [E, B, T]."""
+        return torch.einsum("e,ebt->bt", self.shares, p)
+
     def filter(self, evidence: torch.Tensor, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
-        """Gates [B, T, E] from evidence [B, T, E] (weighted log likelihoods) and the gates `start` [B, E] before it."""
-        likelihood = (evidence - evidence.amax(-1, keepdim=True)).exp().transpose(0, 1).contiguous()
-        reset = (tokens == self.eos).T.unsqueeze(-1)
-        any_reset = reset.flatten(1).any(1).tolist()
-        gates = start
-        sequence = []
+        """The filter [B, T, S] after evidence [B, T, S] (weighted log likelihoods), from `start` [B, S].
+
+        In NumPy on the CPU: each step has a few operations on B x S numbers, which cost less there than a call of torch.
+        """
+        likelihood = (evidence - evidence.amax(-1, keepdim=True)).double().exp().transpose(0, 1).cpu().numpy()
+        reset = (tokens == self.eos).T.unsqueeze(-1).cpu().numpy()
+        any_reset = reset.any((1, 2)).tolist()
+        prior = self.prior.double().cpu().numpy()
+        belief = start.double().cpu().numpy()
         stay = 1 - self.tuning.switch
-        arrive = self.tuning.switch * self.prior
+        arrive = self.tuning.switch * prior
+        sequence = np.empty(likelihood.shape)
         for t in range(len(likelihood)):
-            gates = (gates * stay + arrive) * likelihood[t]
-            gates = gates / gates.sum(-1, keepdim=True)
+            belief = (belief * stay + arrive) * likelihood[t]
+            belief /= belief.sum(-1, keepdims=True)
             if any_reset[t]:
-                gates = torch.where(reset[t], self.prior, gates)
-            sequence.append(gates)
-        return torch.stack(sequence, dim=1)
+                belief = np.where(reset[t], prior, belief)
+            sequence[t] = belief
+        return torch.from_numpy(sequence).transpose(0, 1).to(evidence)
+
+    def gates(self, states: torch.Tensor, *, mixed: bool) -> torch.Tensor:
+        """Gates [..., E] of the filter's states [..., S].
+
+        mixed: all candidates serve an unknown domain, by their prior; otherwise the trunk alone does.
+        """
+        known, unknown = states[..., :-1], states[..., -1:]
+        if mixed:
+            return known + unknown * self.shares
+        return torch.cat((known[..., :1] + unknown, known[..., 1:]), dim=-1)
 
     def route(self, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, torch.Tensor]:
-        """Gates and their evidence, both [B, T, E], for tokens [B, T]."""
-        evidence = self.tuning.temperature * self.scores(tokens, state.last)
-        return self.filter(evidence, tokens, state.gates), evidence
+        """The layers' filter and its evidence, both [B, T, S], for tokens [B, T]."""
+        evidence = self.tuning.temperature * self.log_p(tokens, state.history)
+        return self.filter(evidence, tokens, state.layers), evidence
 
     def weigh(self, tokens, evidence, log_p, start) -> torch.Tensor:
-        """Output weights [B, T, E]: the filter with the heads' log p [B, T, E] of the tokens so far added to the evidence."""
-        return self.filter(evidence + self.tuning.own * log_p, tokens, start)
+        """The output weights' filter [B, T, S]: with the heads' log p [B, T, E] of the tokens so far added to the evidence."""
+        unknown = torch.logsumexp(log_p + self.shares.log(), dim=-1, keepdim=True)
+        heads = torch.cat((log_p, unknown), dim=-1)
+        return self.filter(evidence + self.tuning.own * heads, tokens, start)
+
+
+def repeats(tokens: torch.Tensor, history: torch.Tensor, eos: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """How often each of tokens [B, T] was in its document before, and the document's length before it: both [B, T].
+
+    history [B, P]: the ids before, -1 (on the left) where unknown. An EOS ends a document, to which it belongs.
+    """
+    seen = torch.cat((history, tokens), dim=1)
+    place = torch.arange(seen.shape[1], device=seen.device).expand_as(seen)
+    ends = (seen == eos).long()
+    document = ends.cumsum(1) - ends
+    begins = torch.cat((torch.zeros_like(ends[:, :1]), ends[:, :-1]), dim=1)
+    begin = torch.where(begins > 0, place, 0).cummax(1).values
+    length = place - begin.maximum((history < 0).sum(1, keepdim=True))
+    key = document * (seen.max() + 2) + seen
+    ordered, order = key.sort(dim=1, stable=True)
+    new = torch.cat((torch.ones_like(ends[:, :1]), (ordered[:, 1:] != ordered[:, :-1]).long()), dim=1)
+    first = torch.where(new > 0, place, 0).cummax(1).values
+    times = torch.empty_like(place).scatter_(1, order, place - first)
+    return times[:, history.shape[1] :], length[:, history.shape[1] :].clamp(min=0)
 
 
 class LearnedRouter:

@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import math
 import shutil
 import subprocess
 import sys
@@ -113,29 +112,42 @@ def test_token_by_token_with_a_cache_equals_one_pass(assembled_dir, top_k):
     torch.testing.assert_close(torch.cat(nats, dim=1), expected[:, 6:], rtol=0, atol=2e-5)
 
 
-def least_of(unigrams, bigrams, previous: int, token: int) -> float:
-    return min(bigrams[statistics.bigram_bucket(previous, token)], unigrams[previous], unigrams[token])
+def reference_p(router, previous: int, seen: list[int]) -> np.ndarray:
+    """[S, V]: each state's probabilities of the token after `previous`, in float64; seen: the document's tokens so far."""
+    unigrams = router.unigrams.double().numpy()
+    vocabulary = np.arange(unigrams.shape[1])
+    bucket = statistics.bigram_bucket(np.full_like(vocabulary, previous), vocabulary)
+    in_bucket = statistics.decode(router.bigrams).double().numpy()[:, bucket]
+    pairs = np.minimum(np.minimum(in_bucket, unigrams[:, [previous]]), unigrams)
+    totals = unigrams.sum(1, keepdims=True)
+    shares = router.prior[:-1].double().numpy() / router.prior[:-1].double().numpy().sum()
+    mean = shares @ ((unigrams + 1) / (totals + len(vocabulary)))
+    unigram = (unigrams + 1000 * mean) / (totals + 1000)
+    after = pairs.sum(1, keepdims=True) + 200
+    shared = shares @ ((pairs + 200 * unigram) / after)
+    p = (pairs + 100 * shared + 100 * unigram) / after
+    p = np.concatenate((p, shares[None] @ p))
+    times = np.bincount(seen, minlength=len(vocabulary)) if seen else np.zeros(len(vocabulary))
+    document = (times + 100 * p[-1]) / (len(seen) + 100)
+    return (1 - router.tuning.repeats) * p + router.tuning.repeats * document
 
 
 def reference_gates(model, tokens: list[int], log_p_heads: np.ndarray | None = None) -> np.ndarray:
-    """The router's filter, one token and one candidate at a time, in float64. log_p_heads [T, E]: of the labels, if used."""
+    """The router's filter, one token at a time, in float64. log_p_heads [T, E]: of the labels, if used."""
     router, tuning = model.router, model.router.tuning
     prior = router.prior.double().numpy()
-    tables = [[table[e].double().numpy() for table in (router.unigrams, router.bigrams)] for e in range(len(prior))]
-    gates, rows = prior.copy(), []
+    known = prior[:-1] / prior[:-1].sum()
+    states, rows, seen = prior.copy(), [], []
     previous = router.eos
     for t, token in enumerate(tokens):
-        weights = []
-        for unigrams, bigrams in tables:
-            p = (unigrams[token] + 1) / (unigrams.sum() + len(unigrams))
-            pair = least_of(unigrams, bigrams, previous, token)
-            p = (pair + 200 * p) / (unigrams[previous] + 200)
-            weights.append(tuning.temperature * math.log(p))
+        evidence = tuning.temperature * np.log(reference_p(router, previous, seen)[:, token])
         if log_p_heads is not None:
-            weights = [weight + tuning.own * log_p_heads[t, e] for e, weight in enumerate(weights)]
-        gates = (gates * (1 - tuning.switch) + tuning.switch * prior) * np.exp(weights)
-        gates = prior.copy() if token == router.eos else gates / gates.sum()
-        rows.append(gates)
+            unknown = np.log((known * np.exp(log_p_heads[t])).sum())
+            evidence += tuning.own * np.append(log_p_heads[t], unknown)
+        states = (states * (1 - tuning.switch) + tuning.switch * prior) * np.exp(evidence)
+        states = prior.copy() if token == router.eos else states / states.sum()
+        rows.append(states[:-1] + states[-1] * known)
+        seen = [] if token == router.eos else [*seen, token]
         previous = token
     return np.array(rows)
 

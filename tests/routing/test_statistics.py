@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from forge_common.routing import statistics
-from forge_common.routing.routers import ContextRouter
+from forge_common.routing.routers import ContextRouter, repeats
 from forge_common.routing.tuning import Tuning
 
 VOCABULARY, EOS = 300, 1
@@ -30,6 +30,7 @@ def test_codes_are_within_their_bound():
 def test_what_too_few_documents_hold_is_not_counted(least):
     """Against a plain loop over all tokens and pairs: the sum over a bucket, or nothing."""
     texts = documents(0, of=range(2, 80))
+    texts.append(np.concatenate(documents(9, of=range(60, 120))[:12]))  # longer than two pieces
     counts, sample_size = statistics.count(texts, VOCABULARY, EOS, least)
     assert sample_size == {"tokens": sum(map(len, texts)), "documents": len(texts), "min_documents": least}
     times: dict[str, Counter] = defaultdict(Counter)
@@ -40,7 +41,7 @@ def test_what_too_few_documents_hold_is_not_counted(least):
             places = {"unigrams": ids[t], "bigrams": statistics.bigram_bucket(ids[t - 1], ids[t])}
             for name, place in places.items():
                 times[name][place] += 1
-                holders[name][place].add(number)
+                holders[name][place].add((number, (t - 1) // statistics.PIECE))
     for name, tensor in counts.items():
         wanted = np.zeros(len(tensor), np.int64)
         for place, number in times[name].items():
@@ -82,41 +83,119 @@ def router(tuning: Tuning, prior=(0.2, 0.4, 0.4), order=(0, 1, 2)) -> ContextRou
     return ContextRouter([counts[e] for e in order], torch.tensor(prior), EOS, tuning)
 
 
-def test_scores_are_probabilities():
-    """Over all next tokens they sum to 1, up to collisions in a bucket and the coarse scale."""
+def test_the_likelihoods_are_probabilities():
+    """Over all next tokens they sum to 1, for each candidate and the unknown domain, whatever the document before."""
     found = router(Tuning())
     token = torch.arange(VOCABULARY)[:, None]
-    for last in (-1, 20, EOS, 200):
-        scores = found.scores(token, torch.full((VOCABULARY, 1), last))
-        assert torch.allclose(scores[:, 0].double().exp().sum(0), torch.ones(3).double(), atol=0.1), last
+    for history in ([-1], [20], [EOS], [200], [EOS, 20, 20, 7, 20], [-1, -1, 5, EOS, 6, 200]):
+        log_p = found.log_p(token, torch.tensor(history).expand(VOCABULARY, -1))
+        assert torch.allclose(log_p[:, 0].double().exp().sum(0), torch.ones(4).double(), atol=1e-5), history
+
+
+def test_repeats_are_counted_in_the_document_alone():
+    history = torch.tensor([[-1, 5, 5, EOS, 7], [-1, -1, -1, -1, 9]])
+    tokens = torch.tensor([[5, 7, 7, EOS, 7, 5, 5], [9, 9, 4, 9, EOS, EOS, 9]])
+    times, length = repeats(tokens, history, EOS)
+    assert times.tolist() == [[0, 1, 2, 0, 0, 0, 1], [1, 2, 0, 3, 0, 0, 0]]
+    assert length.tolist() == [[1, 2, 3, 4, 0, 1, 2], [1, 2, 3, 4, 5, 0, 0]]
 
 
 def test_the_gates_follow_a_change_of_text_and_reset_at_the_end_of_a_document():
     found = router(Tuning())
     low, high = documents(6, 1, 30, range(2, 150))[0][:-1], documents(7, 1, 30, range(150, VOCABULARY))[0][:-1]
     tokens = torch.from_numpy(np.concatenate((low, high, [EOS], low)))[None]
-    gates, _ = found.route(tokens, found.start(1, at_document=True))
+    states, _ = found.route(tokens, found.start(1, at_document=True))
+    assert torch.allclose(states.sum(-1), torch.ones(1, tokens.shape[1]))
+    gates = found.gates(states, mixed=True)
     assert torch.allclose(gates.sum(-1), torch.ones(1, tokens.shape[1]))
     assert (gates[0, 10:30].argmax(-1) == 1).all() and (gates[0, 45:60].argmax(-1) == 2).all()
-    assert torch.equal(gates[0, 60], found.prior)
+    assert torch.equal(states[0, 60], found.prior)
     assert (gates[0, 75:].argmax(-1) == 1).all()
+    alone = found.gates(states, mixed=False)
+    torch.testing.assert_close(alone[..., 0], states[..., 0] + states[..., -1])
+    assert torch.equal(alone[..., 1:], states[..., 1:-1])
+
+
+LARGE = 2048
+
+
+def languages(seed: int, number: int, tokens: int) -> list[list[np.ndarray]]:
+    """Documents of `tokens` each in three languages with one vocabulary: Zipf's law over words in another order, half of them shared."""
+    order = np.random.default_rng(1)
+    draw = np.random.default_rng(seed)
+    p = 1 / np.arange(1, LARGE - 1)
+    half = np.arange(2, LARGE)
+    texts = []
+    for _ in range(3):
+        words = half.copy()
+        own = order.permutation(len(words))[: len(words) // 2]
+        words[own] = words[order.permutation(own)]
+        texts.append([np.append(draw.choice(words, tokens, p=p / p.sum()), EOS) for _ in range(number)])
+    return texts
+
+
+@pytest.fixture(scope="module")
+def million():
+    """Counts on a million tokens of each of three languages."""
+    return [statistics.count(texts, LARGE, EOS, 2)[0] for texts in languages(0, 500, 2000)]
+
+
+def own_gates(every, prior=None) -> list[float]:
+    """The mean gate of the first three modules on new text of their languages, the trunk's counts being the first one's."""
+    prior = torch.full((len(every) + 1,), 1 / (len(every) + 1)) if prior is None else prior
+    found = ContextRouter([every[0], *every], prior, EOS, Tuning())
+    gates = []
+    for e, texts in enumerate(languages(5, 8, 128)):
+        tokens = torch.from_numpy(np.stack(texts))
+        states, _ = found.route(tokens, found.start(len(tokens), at_document=True))
+        each = found.gates(states, mixed=True)[:, 16:-1]
+        gates.append(float((each[..., e + 1] + (each[..., 0] if e == 0 else 0)).mean()))
+    return gates
+
+
+@pytest.mark.parametrize("tokens", [20_000, 60_000])
+def test_a_module_with_few_counts_keeps_its_domain(million, tokens):
+    """At a vocabulary of 2,048 and a million tokens for the others."""
+    thin = statistics.count(languages(3, tokens // 2000, 2000)[1], LARGE, EOS, 2)[0]
+    full, one_thin = own_gates(million), own_gates([million[0], thin, million[2]])
+    assert min(full) > 0.8
+    assert one_thin[1] > full[1] - 0.1 and one_thin[2] > full[2] - 0.1
+
+
+@pytest.mark.parametrize("code", [0, 40, 255])
+def test_statistics_without_information_take_no_domain(million, code):
+    lie = {name: torch.full_like(codes, code) for name, codes in million[0].items()}
+    with_lie = own_gates([*million, lie])
+    assert all(found > expected - 0.06 for found, expected in zip(with_lie, own_gates(million), strict=True))
+
+
+def test_copies_share_one_prior(million):
+    expected = own_gates(million)
+    with_copies = own_gates([*million, *[million[1]] * 16])
+    assert with_copies[0] == pytest.approx(expected[0], abs=0.01) and with_copies[2] == pytest.approx(
+        expected[2], abs=0.01
+    )
+    twice = ContextRouter([million[0], million[1], million[1], million[2]], torch.full((4,), 0.25), EOS, Tuning())
+    once = ContextRouter([million[0], million[1], million[2]], torch.full((3,), 1 / 3), EOS, Tuning())
+    torch.testing.assert_close(twice.prior[1] + twice.prior[2], once.prior[1], rtol=0.05, atol=0)
 
 
 def test_the_order_of_the_candidates_does_not_matter():
     one, other = router(Tuning(), (0.2, 0.5, 0.3)), router(Tuning(), (0.2, 0.3, 0.5), (0, 2, 1))
     tokens = torch.from_numpy(documents(8, 1)[0])[None]
     ours, theirs = (each.route(tokens, each.start(1, at_document=True))[0] for each in (one, other))
-    torch.testing.assert_close(ours[..., [0, 2, 1]], theirs)
+    torch.testing.assert_close(ours[..., [0, 2, 1, 3]], theirs)
 
 
 def test_a_pair_counts_no_more_than_its_rarer_token():
-    """With all buckets full, the scores after an unseen token are those without a previous token."""
+    """With all buckets full, the probabilities after an unseen token are those without a previous token."""
     unigrams = np.full(VOCABULARY, 50)
     unigrams[20] = 0
     full = {"unigrams": unigrams, "bigrams": np.full(statistics.BIGRAM_BUCKETS, 10_000)}
     own = {name: torch.from_numpy(statistics.encode(counts)) for name, counts in full.items()}
     found = ContextRouter([own], torch.ones(1), EOS, Tuning())
-    token = torch.arange(30, 40)[:, None]
-    alone, unseen, seen = (found.scores(token, torch.full((10, 1), last)) for last in (-1, 20, 21))
+    token = torch.arange(10, 30)[None]
+    assert found.pairs(torch.full_like(token, 21), token).max() == pytest.approx(50, rel=0.03)
+    assert not found.pairs(torch.full_like(token, 20), token).any()
+    alone, unseen = (found.pair_p(torch.full_like(token, last), token) for last in (-1, 20))
     torch.testing.assert_close(unseen, alone)
-    assert (seen > alone).all() and (seen <= 0).all()
