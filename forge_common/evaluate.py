@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .routing.mixture import Mixture
 
 
+CREDITS = ("layer_gates", "head_weights")  # keys of a row of an assembled model
+
+
 @dataclass(frozen=True)
 class Settings(ReadingSettings):
     model: str
@@ -139,12 +142,18 @@ def held_out_share(settings: Settings) -> float:
 
 
 def score(model: "LanguageModel", column: "Column", settings: Settings, device: Any) -> dict[str, Any]:
-    """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte."""
+    """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte.
+
+    Of an assembled model also the credits of its candidates: the means over the tokens of the layers' gates and of the heads'
+    weights.
+    """
     import torch
+
+    from .routing.mixture import Mixture
 
     nats: dict[Any, float] = {}
     counts: dict[Any, int] = {}
-    gates = torch.zeros(len(model.names), dtype=torch.float64, device=device)
+    credits = torch.zeros(2, len(model.names), dtype=torch.float64, device=device)
     for start in range(0, len(column.pieces), settings.batch_size):
         batch = column.pieces[start : start + settings.batch_size]
         longest = max(piece.scored for piece in batch) + 1
@@ -154,10 +163,11 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
         for piece, value in zip(batch, sums, strict=True):
             nats[piece.document] = nats.get(piece.document, 0.0) + value
             counts[piece.document] = counts.get(piece.document, 0) + piece.scored
-        if model.weights is not None:
+        if isinstance(model, Mixture):
+            assert model.gates is not None and model.weights is not None
             lengths = torch.tensor([[piece.scored] for piece in batch], device=device)
             scored = torch.arange(longest - 1, device=device) < lengths
-            gates += model.weights[scored].double().sum(0)
+            credits += torch.stack((model.gates[scored].double().sum(0), model.weights[scored].double().sum(0)))
     total = sum(nats.values())
     num_scored = sum(counts.values())
     num_documents = len(nats)
@@ -171,8 +181,9 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": total / math.log(2) / column.bytes if column.bytes else None,
     }
-    if model.weights is not None:
-        result["shares"] = dict(zip(model.names, (gates / num_scored).tolist(), strict=True))
+    if isinstance(model, Mixture):
+        for name, means in zip(CREDITS, (credits / num_scored).tolist(), strict=True):
+            result[name] = dict(zip(model.names, means, strict=True))
     return result
 
 
@@ -193,11 +204,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"{model:<{width}}" + "".join(f"{cell:>30}" for cell in cells))
         lines.append(" " * width + "".join(f"{cell:>30}" for cell in below))
     for model in models:
-        if "shares" in at[model, domains[0]]:
-            lines.append(f"\ngate weights in {model}, mean over the tokens")
-            for name in at[model, domains[0]]["shares"]:
-                cells = "".join(f"{at[model, domain]['shares'][name]:>30.1%}" for domain in domains)
-                lines.append(f"{name:<{width}}{cells}")
+        if CREDITS[0] not in at[model, domains[0]]:
+            continue
+        lines.append(f"\ncredits in {model}: gates of the layers / weights of the heads, means over the tokens")
+        for name in at[model, domains[0]][CREDITS[0]]:
+            cells = [" / ".join(f"{at[model, domain][key][name]:.1%}" for key in CREDITS) for domain in domains]
+            lines.append(f"{name:<{width}}" + "".join(f"{cell:>30}" for cell in cells))
     tokens = ", ".join(f"{domain} {at[models[0], domain]['tokens']:,}" for domain in domains)
     return "\n".join([*lines, f"nats per token ± standard error over documents; tokens scored: {tokens}"])
 

@@ -47,6 +47,7 @@ class Mixture(nn.Module):
         self.router = router
         self.top_k = top_k
         self.weights: torch.Tensor | None = None  # [B, T, E]: output weights of the last pass
+        self.gates: torch.Tensor | None = None  # [B, T, E]: the layers' gates of the last pass
         self.changed_by = [  # for each layer, the candidates that change it
             [e for e, layer in enumerate(layers) if _differs(layer, layers[0])]
             for layers in zip(*(candidate.model.layers for candidate in self.candidates), strict=True)
@@ -85,6 +86,7 @@ class Mixture(nn.Module):
             previous_log_p = torch.cat((torch.zeros_like(log_p[:, :1]), log_p[:, :-1]), dim=1)
             weights = self.router.weigh(inputs, evidence, previous_log_p, state.outputs)
         self.weights = weights
+        self.gates = self._best(gates)
         return -torch.logsumexp(weights.log() + log_p, dim=-1).masked_fill(labels == ignore, 0)
 
     @torch.no_grad()
@@ -115,6 +117,7 @@ class Mixture(nn.Module):
         else:
             weights = self._best(gates)
         self.weights = weights
+        self.gates = self._best(gates)
         cache[depth:] = [State(gates[:, -1], weights[:, -1], inputs[:, -1:], next_log_p)]
         return torch.logsumexp(weights[:, -1].log()[:, None] + next_log_p[:, 0], dim=-1)
 
