@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .errors import UserError
 from .files.atomic import write_json, write_text
+from .files.untrusted import naming
 from .settings import ReadingSettings, read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
@@ -89,7 +90,8 @@ def main(settings: Settings) -> int:
         columns = columns or read_columns(sources, tokenizer, model.config, settings, share)
         model.to(device).eval()
         for domain, column in columns.items():
-            rows.append({"model": label, "domain": domain, **score(model, column, settings, device)})
+            with naming(f"{label} on {domain}"):
+                rows.append({"model": label, "domain": domain, **score(model, column, settings, device)})
     print(table(rows))
     print(removals(rows), end="")
     if settings.json:
@@ -145,10 +147,11 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
     """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte.
 
     Of an assembled model also the credits of its candidates: the means over the tokens of the layers' gates and of the heads'
-    weights.
+    weights. UserError for a loss that is not finite.
     """
     import torch
 
+    from .artifacts.checks import check_finite
     from .routing.mixture import Mixture
 
     nats: dict[Any, float] = {}
@@ -161,7 +164,7 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
         before = torch.stack([torch.from_numpy(piece.before()) for piece in batch]).to(device)
         sums = model.nats(tokens, before).double().sum(1).tolist()
         for piece, value in zip(batch, sums, strict=True):
-            nats[piece.document] = nats.get(piece.document, 0.0) + value
+            nats[piece.document] = nats.get(piece.document, 0.0) + check_finite(value, "a window")
             counts[piece.document] = counts.get(piece.document, 0) + piece.scored
         if isinstance(model, Mixture):
             assert model.gates is not None and model.weights is not None

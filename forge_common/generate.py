@@ -125,6 +125,11 @@ def sample(model: "LanguageModel", prompt: list[int], settings: Settings, genera
     new = torch.tensor([prompt], device=generator.device)
     for _ in range(min(settings.max_new_tokens, context - len(prompt))):
         logits = model.next_logits(new, cache)[0].float()
+        if not torch.isfinite(logits).all():
+            raise UserError(
+                "the probabilities of the next token are not finite: some weights are too large. Leave out the module with "
+                "these weights; assemble names it."
+            )
         if settings.temperature == 0:
             token = int(logits.argmax())
         else:

@@ -46,6 +46,10 @@ def _is_tuning(numbers: Any) -> bool:
     return dict_of(number(0, 1e9))[1](numbers) and numbers.keys() == known
 
 
+CHANGE: Field = (
+    "a line of at most 300 printable characters",
+    lambda value: isinstance(value, str) and len(value) <= 300 and value.isprintable(),
+)
 COMMON: dict[str, Field] = {
     "licence": LINE,
     "val_fraction": number(0, 1),
@@ -80,6 +84,9 @@ ASSEMBLED = COMMON | {
         list_of(PLAIN)[1],
     ),
     "digests": dict_of(DIGEST),
+    "licences": dict_of(LINE),
+    "version": integer(1, 1 << 62),
+    "history": list_of(CHANGE),
 }
 FILES = {  # name -> (its fields, the required ones)
     "forge.json": (TRUNK, ("digest", "tokenizer_digest")),
