@@ -121,7 +121,7 @@ def test_experts_are_tried_alone_and_with_their_row(root, key, value):
     assert refused(assemble.main, settings).startswith(f"{root / 'sparse'}: ")
 
 
-def test_a_huge_trunk_is_refused_by_its_name(root):
+def with_huge_trunk(root) -> None:
     path = root / "trunk" / "model.safetensors"
     tensors = load_file(path)
     tensors["model.layers.0.mlp.up_proj.weight"][1] = HUGE
@@ -129,6 +129,10 @@ def test_a_huge_trunk_is_refused_by_its_name(root):
     edit(root / "trunk" / "forge.json", digest=digest(tensors), tensor_digests={})
     for name in MODULES:
         edit(root / name / "module.json", trunk_digest=digest(tensors))
+
+
+def test_a_huge_trunk_is_refused_by_its_name(root):
+    with_huge_trunk(root)
     assert refused(assemble.main, assembling(root)).startswith(f"{root / 'trunk'}: ")
 
 
@@ -150,6 +154,24 @@ def test_a_loss_that_is_not_finite_is_an_error_of_evaluate_and_generate(root, te
         assert not (tmp_path / "rows.json").exists()
         printed = launch.run_python("-m", "forge_common.generate", *model, "--prompt", "def", fails=True)
         assert "not finite" in printed and "Traceback" not in printed
+
+
+def test_a_module_is_not_trained_on_a_trunk_without_a_finite_loss(root, text, cache, tmp_path):
+    with_huge_trunk(root)
+    line = (
+        "--trunk",
+        root / "trunk",
+        "--name",
+        "a",
+        "--data",
+        text,
+        "--output-dir",
+        tmp_path / "run",
+        "--cache-dir",
+        cache,
+    )
+    printed = launch.run("train_module.py", *line, *launch.SIZES, "--general-tokens", 0, "--steps", 2, fails=True)
+    assert "the loss on the held-out text (own) is nan" in printed and "Traceback" not in printed
 
 
 def test_a_mean_loss_that_is_not_finite_is_refused():
