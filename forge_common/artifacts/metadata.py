@@ -46,10 +46,6 @@ def _is_tuning(numbers: Any) -> bool:
     return dict_of(number(0, 1e9))[1](numbers) and numbers.keys() == known
 
 
-CHANGE: Field = (
-    "a line of at most 300 printable characters",
-    lambda value: isinstance(value, str) and len(value) <= 300 and value.isprintable(),
-)
 COMMON: dict[str, Field] = {
     "licence": LINE,
     "val_fraction": number(0, 1),
@@ -75,6 +71,10 @@ MODULE = COMMON | {
     "trunk_digest": DIGEST,
     **dict.fromkeys(("width", "rank"), integer(0, 1 << 20)),
 }
+CHANGE: Field = (
+    "a line of at most 300 printable characters",
+    lambda value: isinstance(value, str) and len(value) <= 300 and value.isprintable(),
+)
 ASSEMBLED = COMMON | {
     "router": one_of(*ROUTERS),
     "top_k": COUNT,

@@ -112,17 +112,6 @@ def publish(
     shutil.rmtree(old_dir, ignore_errors=True)
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges the names of two folders in one step; False where the system or the file system cannot."""
-    library = ctypes.CDLL(None)
-    try:
-        if sys.platform == "darwin":
-            return library.renamex_np(os.fsencode(one), os.fsencode(other), RENAME_EXCHANGE) == 0
-        return library.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
-    except AttributeError:  # an old C library
-        return False
-
-
 @contextmanager
 def _as_not_written(folder: Path, temp_dir: Path) -> Iterator[None]:
     """Says of a UserError about the temporary folder that `folder` was not written."""
@@ -134,6 +123,17 @@ def _as_not_written(folder: Path, temp_dir: Path) -> Iterator[None]:
             f"{folder} was not written, since what was read back is wrong ({first_sentence}). Check the disk, and run the "
             "same command again."
         ) from reason
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges the names of two folders in one step; False where the system or the file system cannot."""
+    library = ctypes.CDLL(None)
+    try:
+        if sys.platform == "darwin":
+            return library.renamex_np(os.fsencode(one), os.fsencode(other), RENAME_EXCHANGE) == 0
+        return library.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+    except AttributeError:  # an old C library
+        return False
 
 
 def rename_if_absent(partial: Path, folder: Path) -> None:
