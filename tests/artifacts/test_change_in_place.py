@@ -207,3 +207,10 @@ def test_a_kill_before_every_call_leaves_the_old_or_the_new_model(root, tmp_path
         if not code:
             break
     assert code == 0 and number > 10 and seen == sorted(seen) and set(seen) == {1, 2}
+
+
+def test_a_link_to_a_model_stays_a_link(root):
+    (root / "link").symlink_to(root / "assembled")
+    assert assemble.main(assemble.Settings(model=root / "link", remove=("two",))) == 0
+    assert (root / "link").is_symlink() and read(root / "assembled")["modules"] == ["one"]
+    assert not list(root.glob(".*"))
