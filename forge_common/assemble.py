@@ -1,40 +1,59 @@
 """Assembles a trunk and modules that were trained separately into one model, which routes every token by itself.
 
     python -m forge_common.assemble --trunk runs/trunk/trunk --modules runs/law/module runs/code/module --output-dir runs/all
+    python -m forge_common.assemble --model runs/all --add runs/perl/module --replace runs/law-2/module --remove code
 
-Nothing is trained. The new folder holds verified copies of all parts. The order of --modules does not matter.
+Nothing is trained. The new folder holds verified copies of all parts. The order of --modules does not matter. With --model, an
+assembled model is changed in place: its folder is exchanged for a complete new one.
 """
 
+import os
 import shutil
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
 from .files.atomic import lack_of_room
 from .files.untrusted import naming_source, without_links
-from .routing.tuning import CALIBRATED, ROUTERS, Tuning
+from .routing.tuning import ROUTERS
 from .settings import ReadingSettings, read_settings, run_main
 
-STATISTICS_TOKENS = 1_000_000  # tokens of --trunk-data that are counted at most
+if TYPE_CHECKING:  # torch is imported after the settings are checked
+    from .artifacts.assembled import Part
+    from .artifacts.checks import Examined
+
+FILES = ("assembled.json", "README.md", "statistics.safetensors", "trunk", "modules")  # of an assembled model
 
 
 @dataclass(frozen=True)
 class Settings(ReadingSettings):
-    trunk: str
+    trunk: str | None = None
     """Trunk: folder or hub id."""
-    modules: tuple[Path, ...]
+    modules: tuple[Path, ...] = ()
     """Folders of modules of this trunk."""
-    output_dir: Path
+    output_dir: Path | None = None
     """New folder for the assembled model."""
     without: tuple[str, ...] = ()
     """Names of modules in --modules to leave out."""
 
+    # -- an assembled model that is changed in place --
+    model: Path | None = None
+    """Assembled model to change, instead of --trunk, --modules and --output-dir."""
+    add: tuple[Path, ...] = ()
+    """Folders of modules to add."""
+    replace: tuple[Path, ...] = ()
+    """Folders of modules that replace those of the same names."""
+    remove: tuple[str, ...] = ()
+    """Names of modules to remove."""
+
     # -- router --
-    router: str = "context"
-    """Router: a name in ROUTERS of forge_common/routing/tuning.py (context, learned, ridge, uniform)."""
-    top_k: int = 0
-    """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module."""
+    router: str | None = None
+    """Router: a name in ROUTERS of forge_common/routing/tuning.py. None: context, or the router of --model."""
+    top_k: int | None = None
+    """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module. None: 0, or as in --model."""
     trunk_data: tuple[str, ...] = ()
     """Sources of text like the trunk's, for the statistics of a trunk that has none."""
     calibrate: tuple[str, ...] = ()
@@ -42,188 +61,235 @@ class Settings(ReadingSettings):
     calibrate_tokens: int = 16_384
     """Tokens of --calibrate at most, all sources together."""
 
+    # -- checks --
+    check_data: tuple[str, ...] = ()
+    """NAME=SOURCE: text of the domain of the module NAME, to measure again the loss that it claims."""
+
+
+class Plan(NamedTuple):
+    """What an assembled model is made of: folders of its parts. before: assembled.json of the model that is changed, or {}."""
+
+    trunk: Path
+    modules: dict[str, Path]
+    router: str
+    top_k: int
+    before: dict[str, Any]
+
+    def stays(self, folder: Path) -> bool:
+        """Whether a part is in the folder of the model that is changed."""
+        return bool(self.before) and folder.is_relative_to(self.trunk.parent)
+
 
 def main(settings: Settings) -> int:
-    if settings.router not in ROUTERS:
-        raise UserError(f"--router {settings.router} is not a router. Choose one of {', '.join(ROUTERS)}.")
-    if settings.output_dir.exists():
-        raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
-    if settings.top_k < 0 or settings.calibrate_tokens < 2:
-        raise UserError(
-            f"--top-k is {settings.top_k}, --calibrate-tokens is {settings.calibrate_tokens}. "
-            "The first must be 0 (all) or more, the second at least 2."
-        )
+    _check(settings)
     # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
     from .artifacts.artifact import local_folder
     from .artifacts.metadata import read_metadata
     from .files.atomic import publish
 
-    trunk_dir = local_folder(settings.trunk)
-    module_dirs = _module_dirs(settings)
+    before: dict[str, Any] = {}
+    if settings.model:
+        folder = settings.model.resolve()  # a link would be exchanged itself
+        before = read_metadata(folder / "assembled.json")
+        trunk = folder / "trunk"
+        modules = _changed(settings, folder, before["modules"])
+    else:
+        assert settings.trunk and settings.output_dir
+        folder = settings.output_dir
+        trunk = local_folder(settings.trunk)
+        modules = _chosen(settings)
+    router = settings.router or before.get("router", "context")
+    top_k = before.get("top_k", 0) if settings.top_k is None else settings.top_k
+    plan = Plan(trunk, modules, router, top_k, before)
 
     def write(temp_dir: Path) -> None:
-        _write(settings, trunk_dir, module_dirs, temp_dir)
+        _write(settings, plan, temp_dir)
+        if before and read_metadata(folder / "assembled.json") != before:
+            raise UserError(f"{folder} was changed by another process meanwhile. Run the same command again.")
 
     def read_back(temp_dir: Path) -> None:  # `_write` has read the parts back, one at a time
         read_metadata(temp_dir / "assembled.json")
 
-    publish(settings.output_dir, write, read_back)
-    print(f"assembled   {settings.output_dir}: the trunk and {', '.join(module_dirs)}; router {settings.router}")
+    publish(folder, write, read_back)
+    version = f", version {before.get('version', 1) + 1}" if before else ""
+    print(f"assembled   {settings.model or folder}{version}: the trunk and {', '.join(modules)}; router {router}")
     return 0
 
 
-def _module_dirs(settings: Settings) -> dict[str, Path]:
-    """The modules' folders by name, sorted, without those of --without."""
-    from .artifacts.artifact import read_module_metadata
-    from .artifacts.metadata import leave_out
+def _check(settings: Settings) -> None:
+    """Refuses flags that contradict each other, before anything is loaded."""
+    new = {"--trunk": settings.trunk, "--modules": settings.modules, "--output-dir": settings.output_dir}
+    changes = {"--add": settings.add, "--replace": settings.replace, "--remove": settings.remove}
+    if settings.model:
+        wrong = [flag for flag, value in (new | {"--without": settings.without}).items() if value]
+        if wrong or not any(changes.values()):
+            hint = f"leave out {', '.join(wrong)}, and " if wrong else ""
+            raise UserError(f"--model changes an assembled model: {hint}give --add, --replace or --remove.")
+        if not (settings.model / "assembled.json").is_file():
+            raise UserError(f"--model {settings.model} is not an assembled model. Name a folder with assembled.json.")
+        others = sorted(path.name for path in settings.model.iterdir() if path.name not in FILES)
+        if others:
+            raise UserError(f"{settings.model} also holds {', '.join(others)}, which would be lost. Move it elsewhere.")
+    else:
+        wrong = [flag for flag, value in changes.items() if value]
+        missing = [flag for flag, value in new.items() if not value]
+        if wrong or missing:
+            reason = f"{', '.join(wrong)} changes the model of --model" if wrong else f"{', '.join(missing)} is missing"
+            raise UserError(f"{reason}. Give --trunk, --modules and --output-dir, or --model and what to change in it.")
+    if settings.router is not None and settings.router not in ROUTERS:
+        raise UserError(f"--router {settings.router} is not a router. Choose one of {', '.join(ROUTERS)}.")
+    if settings.output_dir and settings.output_dir.exists():
+        raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
+    if (settings.top_k or 0) < 0 or settings.calibrate_tokens < 2:
+        raise UserError(
+            f"--top-k is {settings.top_k}, --calibrate-tokens is {settings.calibrate_tokens}. "
+            "The first must be 0 (all) or more, the second at least 2."
+        )
 
-    module_dirs: dict[str, Path] = {}
-    for folder in settings.modules:
+
+def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    """Modules' folders by name."""
+    from .artifacts.artifact import read_module_metadata
+
+    modules: dict[str, Path] = {}
+    for folder in folders:
         name = read_module_metadata(folder)["name"]
-        for other, other_dir in module_dirs.items():
+        for other, other_dir in modules.items():
             if other.lower() == name.lower():  # one folder on a file system that ignores case
                 raise UserError(
                     f"{folder} and {other_dir} are both called {name}. Train one of them under another name."
                 )
-        module_dirs[name] = folder
-    names = leave_out(sorted(module_dirs), settings.without, "--modules")
+        modules[name] = folder
+    return modules
+
+
+def _chosen(settings: Settings) -> dict[str, Path]:
+    """The folders of --modules by name, sorted, without those of --without."""
+    from .artifacts.metadata import leave_out
+
+    modules = _by_name(settings.modules)
+    names = leave_out(sorted(modules), settings.without, "--modules")
     if not names:
         raise UserError("no module is left to assemble. Name one in --modules that is not in --without.")
-    return {name: module_dirs[name] for name in names}
+    return {name: modules[name] for name in names}
 
 
-def _write(settings: Settings, trunk_dir: Path, module_dirs: dict[str, Path], temp_dir: Path) -> None:
+def _changed(settings: Settings, model: Path, names: list[str]) -> dict[str, Path]:
+    """The modules' folders by name, sorted, after --remove, --replace and --add. names: of those in `model`."""
+    modules = {name: without_links(model / "modules") / name for name in names}
+    for name in settings.remove:
+        if modules.pop(name, None) is None:
+            raise UserError(f"--remove {name}: no such module. Choose among those of {model}: {', '.join(names)}.")
+    new = _by_name((*settings.add, *settings.replace))
+    for name, folder in new.items():
+        same = [other for other in modules if other.lower() == name.lower()]
+        if folder in settings.replace and name not in same:
+            raise UserError(f"--replace {folder}: {model} has no module called {name}. Use --add.")
+        if folder in settings.add and same:
+            raise UserError(f"--add {folder}: {model} has a module called {same[0]}. Use --replace.")
+    modules |= new
+    if not modules:
+        raise UserError(f"no module would be left in {model}. Leave one out of --remove.")
+    return {name: modules[name] for name in sorted(modules)}
+
+
+def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     """Copies the trunk and the modules to `temp_dir`, verifies the copies and the router, and adds assembled.json and the card."""
     from safetensors.torch import save_file
 
-    from .artifacts.artifact import MODULE_FILES, TRUNK_FILES, read_statistics, read_trunk
-    from .artifacts.assembled import check_router, read_part, route
+    from .artifacts import checks, texts
+    from .artifacts.artifact import TRUNK_FILES, read_statistics, read_trunk
+    from .artifacts.assembled import check_digests, new_metadata, route
     from .artifacts.card import model_card
-    from .artifacts.metadata import FORMAT_VERSION, smallest_held_out_share
     from .files.atomic import write_json
     from .files.tensors import digest, weight_files
+    from .routing.statistics import decode
 
     copy = temp_dir / "trunk"
     index = "model.safetensors.index.json"
-    _copy(trunk_dir, copy, (*TRUNK_FILES, index, *(path.name for path in weight_files(trunk_dir))))
-    with naming_source(trunk_dir, copy):
+    files = (*TRUNK_FILES, index, *(path.name for path in weight_files(plan.trunk)))
+    _copy(plan.trunk, copy, files, link=plan.stays(plan.trunk))
+    with naming_source(plan.trunk, copy):
         trunk, tokenizer, trunk_metadata = read_trunk(str(copy))
         background = read_statistics(copy, trunk_metadata, trunk.config)
-    parts = []
-    module_metadata = []
-    for name, module_dir in module_dirs.items():
-        copy = temp_dir / "modules" / name
-        _copy(module_dir, copy, MODULE_FILES)
-        with naming_source(module_dir, copy):
-            part = read_part(trunk, trunk_metadata, copy)
-            check_router(settings.router, part, copy)
-        module_metadata.append(part.metadata)
-        # To calibrate takes all modules in memory at once, to solve the ridge system all statistics; otherwise one module is enough.
-        if settings.calibrate:
-            parts.append(part)
-        elif settings.router == "ridge":
-            parts.append(part._replace(model=trunk))
-        del part
-    metadata: dict[str, Any] = {
-        "format_version": FORMAT_VERSION,
-        "router": settings.router,
-        "top_k": settings.top_k,
-        "tuning": asdict(Tuning()),
-        "modules": list(module_dirs),
-        "digests": {"trunk": trunk_metadata["digest"], **{each["name"]: each["digest"] for each in module_metadata}},
-        "val_fraction": smallest_held_out_share([trunk_metadata, *module_metadata]),
-    }
+    parts, examined = _modules(settings, plan, trunk, tokenizer, trunk_metadata, temp_dir)
+    described = {"trunk": trunk_metadata, **{module.name: module.metadata for module in examined}}
+    metadata = new_metadata(plan.router, plan.top_k, described, plan.before)
+    if plan.before:
+        staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))]
+        check_digests(plan.trunk.parent, plan.before, {name: metadata["digests"][name] for name in staying})
     origin = (
         "the trunk's own" if background else "none: the mean of the modules' is used (--trunk-data would be better)"
     )
+    path = temp_dir / "statistics.safetensors"
     if settings.trunk_data:
-        background = _statistics(settings, tokenizer, trunk.config.vocab_size)
-        save_file(background, temp_dir / "statistics.safetensors")
-        metadata["statistics_digest"] = digest(background)
+        counts = texts.trunk_statistics(settings, tokenizer, trunk.config.vocab_size)
+        save_file(counts, path)
+        metadata["statistics_digest"] = digest(counts)
+    elif "statistics_digest" in plan.before:
+        shutil.copyfile(plan.trunk.parent / path.name, path)
+        metadata["statistics_digest"] = plan.before["statistics_digest"]
+    if "statistics_digest" in metadata:
         background = read_statistics(temp_dir, metadata, trunk.config)
         origin = "from --trunk-data"
     if settings.calibrate:
-        metadata["tuning"] = _calibrated(settings, trunk, tokenizer, parts, background, metadata)
-    if settings.router == "ridge":
+        metadata["tuning"] = texts.calibrated(settings, trunk, tokenizer, parts, background, metadata)
+    if plan.router == "ridge":
         route(trunk, background, parts, metadata)
     write_json(temp_dir / "assembled.json", metadata)
     (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
+    print(checks.table(examined, decode(background["unigrams"]) if background else None, metadata["licences"]))
     print(f"statistics  of the trunk: {origin}")
 
 
-def _copy(source: Path, target: Path, names: tuple[str, ...]) -> None:
-    """Copies those of the files that exist; refuses links, and files for which there is no room."""
+def _modules(
+    settings: Settings, plan: Plan, trunk: Any, tokenizer: Any, trunk_metadata: dict[str, Any], temp_dir: Path
+) -> tuple[list["Part"], list["Examined"]]:
+    """Copies, verifies and tries the modules, one after the other: the parts that solving the router needs, and the table's rows."""
+    from .artifacts import checks, texts
+    from .artifacts.artifact import MODULE_FILES
+    from .artifacts.assembled import check_router, read_part
+
+    with naming_source(plan.trunk, temp_dir / "trunk"):
+        trunk_sizes = checks.check_trial(trunk, temp_dir / "trunk")
+    check_data = texts.check_sources(settings.check_data, plan.modules)
+    parts = []
+    examined = []
+    for name, folder in plan.modules.items():
+        copy = temp_dir / "modules" / name
+        _copy(folder, copy, MODULE_FILES, link=plan.stays(folder))
+        with naming_source(folder, copy):
+            part = read_part(trunk, trunk_metadata, copy)
+            check_router(plan.router, part, copy)
+            growth = checks.check_growth(checks.check_trial(part.model, copy), trunk_sizes, copy)
+        windows = []
+        if name in check_data:
+            share = part.metadata.get("val_fraction", 0.0)
+            windows = texts.check_windows(check_data[name], settings, tokenizer, trunk.config, share)
+        examined.append(checks.examined(part, trunk, growth, windows))
+        # To calibrate takes all modules in memory at once, to solve the ridge system all statistics; otherwise one module is enough.
+        if settings.calibrate:
+            parts.append(part)
+        elif plan.router == "ridge":
+            parts.append(part._replace(model=trunk))
+        del part
+    return parts, examined
+
+
+def _copy(source: Path, target: Path, names: tuple[str, ...], *, link: bool) -> None:
+    """Copies those of the files that exist, or makes hard links; refuses links, and files for which there is no room."""
     without_links(source)
     files = [source / name for name in names if (source / name).is_file()]
     target.mkdir(parents=True)
     size = sum(path.stat().st_size for path in files)
-    if size > shutil.disk_usage(target).free:
+    if not link and size > shutil.disk_usage(target).free:
         raise UserError(f"{source} cannot be copied: {lack_of_room(target, size)}")
     for path in files:
+        if link:
+            with suppress(OSError):  # a file system may have no hard links
+                os.link(path, target / path.name)
+                continue
         shutil.copyfile(path, target / path.name)
-
-
-def _opened(sources: tuple[str, ...], settings: Settings, tokenizer: Any) -> list[tuple[Any, float]]:
-    """(tokens, weight) of each source; weights sum to 1."""
-    from .data.readers.document import reading_of
-    from .data.sources import parse
-    from .data.store import prepare
-
-    parsed = [parse(source) for source in sources]
-    stores = [
-        prepare(
-            spec, tokenizer, reading_of(settings), cache_dir=settings.cache_dir.expanduser(), val_fraction=0.0
-        ).train
-        for spec, _ in parsed
-    ]
-    weights = [
-        weight if weight else float(len(store.tokens)) for (_, weight), store in zip(parsed, stores, strict=True)
-    ]
-    return [(store, weight / sum(weights)) for store, weight in zip(stores, weights, strict=True)]
-
-
-def _statistics(settings: Settings, tokenizer: Any, vocab_size: int) -> dict[str, Any]:
-    """The statistics of --trunk-data, as train_shared.py would count them."""
-    from .routing import statistics
-
-    sample = statistics.sample(_opened(settings.trunk_data, settings, tokenizer), STATISTICS_TOKENS)
-    counts, _ = statistics.count(sample, vocab_size, tokenizer.eos_token_id, 1)
-    return counts
-
-
-def _calibrated(settings, trunk, tokenizer, parts, background, metadata) -> dict[str, float]:
-    """The router's numbers that fit --calibrate best: each halved and doubled in turn, as long as the loss falls."""
-    import torch
-
-    from .artifacts.assembled import route
-    from .routing.mixture import Mixture
-    from .routing.statistics import sample
-
-    length = min(trunk.config.max_position_embeddings, 512)
-    documents = sample(_opened(settings.calibrate, settings, tokenizer), settings.calibrate_tokens)
-    windows = [
-        document[start : start + length + 1] for document in documents for start in range(0, len(document) - 1, length)
-    ]
-    model = Mixture(trunk, {part.name: part.model for part in parts}, None, top_k=settings.top_k)
-
-    def loss_of(tuning: dict[str, float]) -> float:
-        model.router = route(trunk, background, parts, metadata | {"tuning": tuning})
-        nats = sum(float(model.nats(torch.from_numpy(window)[None]).sum()) for window in windows)
-        return nats / sum(len(window) - 1 for window in windows)
-
-    best = metadata["tuning"]
-    initial_loss = best_loss = loss_of(best)
-    for name in CALIBRATED[settings.router]:
-        for factor in (0.5, 2.0):
-            while True:
-                tuning = best | {name: best[name] * factor}
-                loss = loss_of(tuning)
-                if loss >= best_loss - 1e-4:
-                    break
-                best, best_loss = tuning, loss
-    tokens = sum(map(len, windows))
-    print(f"calibrated  on {tokens:,} tokens: {initial_loss:.4f} -> {best_loss:.4f} nats per token; {best}")
-    return best
 
 
 if __name__ == "__main__":

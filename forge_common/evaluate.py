@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from .errors import UserError
 from .files.atomic import write_json, write_text
+from .files.untrusted import naming
 from .settings import ReadingSettings, read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
@@ -21,6 +22,9 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .model.protocol import LanguageModel
     from .model.trunk import Trunk
     from .routing.mixture import Mixture
+
+
+CREDITS = ("layer_gates", "head_weights")  # keys of a row of an assembled model
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def main(settings: Settings) -> int:
         columns = columns or read_columns(sources, tokenizer, model.config, settings, share)
         model.to(device).eval()
         for domain, column in columns.items():
-            rows.append({"model": label, "domain": domain, **score(model, column, settings, device)})
+            with naming(f"{label} on {domain}"):
+                rows.append({"model": label, "domain": domain, **score(model, column, settings, device)})
     print(table(rows))
     print(removals(rows), end="")
     if settings.json:
@@ -139,12 +144,19 @@ def held_out_share(settings: Settings) -> float:
 
 
 def score(model: "LanguageModel", column: "Column", settings: Settings, device: Any) -> dict[str, Any]:
-    """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte."""
+    """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte.
+
+    Of an assembled model also the credits of its candidates: the means over the tokens of the layers' gates and of the heads'
+    weights. UserError for a loss that is not finite.
+    """
     import torch
+
+    from .artifacts.checks import check_finite
+    from .routing.mixture import Mixture
 
     nats: dict[Any, float] = {}
     counts: dict[Any, int] = {}
-    gates = torch.zeros(len(model.names), dtype=torch.float64, device=device)
+    credits = torch.zeros(2, len(model.names), dtype=torch.float64, device=device)
     for start in range(0, len(column.pieces), settings.batch_size):
         batch = column.pieces[start : start + settings.batch_size]
         longest = max(piece.scored for piece in batch) + 1
@@ -152,12 +164,13 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
         before = torch.stack([torch.from_numpy(piece.before()) for piece in batch]).to(device)
         sums = model.nats(tokens, before).double().sum(1).tolist()
         for piece, value in zip(batch, sums, strict=True):
-            nats[piece.document] = nats.get(piece.document, 0.0) + value
+            nats[piece.document] = nats.get(piece.document, 0.0) + check_finite(value, "a window")
             counts[piece.document] = counts.get(piece.document, 0) + piece.scored
-        if model.weights is not None:
+        if isinstance(model, Mixture):
+            assert model.gates is not None and model.weights is not None
             lengths = torch.tensor([[piece.scored] for piece in batch], device=device)
             scored = torch.arange(longest - 1, device=device) < lengths
-            gates += model.weights[scored].double().sum(0)
+            credits += torch.stack((model.gates[scored].double().sum(0), model.weights[scored].double().sum(0)))
     total = sum(nats.values())
     num_scored = sum(counts.values())
     num_documents = len(nats)
@@ -171,8 +184,9 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
         "perplexity": math.exp(min(loss, 700.0)),
         "bits_per_byte": total / math.log(2) / column.bytes if column.bytes else None,
     }
-    if model.weights is not None:
-        result["shares"] = dict(zip(model.names, (gates / num_scored).tolist(), strict=True))
+    if isinstance(model, Mixture):
+        for name, means in zip(CREDITS, (credits / num_scored).tolist(), strict=True):
+            result[name] = dict(zip(model.names, means, strict=True))
     return result
 
 
@@ -193,11 +207,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         lines.append(f"{model:<{width}}" + "".join(f"{cell:>30}" for cell in cells))
         lines.append(" " * width + "".join(f"{cell:>30}" for cell in below))
     for model in models:
-        if "shares" in at[model, domains[0]]:
-            lines.append(f"\ngate weights in {model}, mean over the tokens")
-            for name in at[model, domains[0]]["shares"]:
-                cells = "".join(f"{at[model, domain]['shares'][name]:>30.1%}" for domain in domains)
-                lines.append(f"{name:<{width}}{cells}")
+        if CREDITS[0] not in at[model, domains[0]]:
+            continue
+        lines.append(f"\ncredits in {model}: gates of the layers / weights of the heads, means over the tokens")
+        for name in at[model, domains[0]][CREDITS[0]]:
+            cells = [" / ".join(f"{at[model, domain][key][name]:.1%}" for key in CREDITS) for domain in domains]
+            lines.append(f"{name:<{width}}" + "".join(f"{cell:>30}" for cell in cells))
     tokens = ", ".join(f"{domain} {at[models[0], domain]['tokens']:,}" for domain in domains)
     return "\n".join([*lines, f"nats per token ± standard error over documents; tokens scored: {tokens}"])
 

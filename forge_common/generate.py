@@ -29,7 +29,7 @@ class Settings:
     top_k: int | None = None
     """Candidates (the trunk and the modules) that serve a token; 0: all. None: as the model was assembled."""
     show_routing: bool = False
-    """Print the gate weights below the text: a line for each stretch of tokens with the same heaviest candidate."""
+    """Print the heads' weights and the layers' gates below the text, for each stretch of tokens with the same heaviest head."""
 
     # -- sampling --
     max_new_tokens: int = 200
@@ -47,6 +47,7 @@ def main(settings: Settings) -> int:
 
     from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembled
+    from .routing.mixture import Mixture
 
     if settings.temperature < 0 or not 0 < settings.top_p <= 1 or settings.max_new_tokens < 1:
         raise UserError(
@@ -71,37 +72,45 @@ def main(settings: Settings) -> int:
     generator = torch.Generator(device).manual_seed(settings.seed)
     ids = list(prompt)
     printed = settings.prompt
-    gates = []
+    heads: list[list[float]] = []
+    layers: list[list[float]] = []
     print(settings.prompt, end="", flush=True)
     for token in sample(model, prompt, settings, generator):
         if token == tokenizer.eos_token_id:
             break
         ids.append(token)
-        if model.weights is not None:
-            gates.append(model.weights[0, -1].tolist())
+        if isinstance(model, Mixture):
+            assert model.weights is not None and model.gates is not None
+            heads.append(model.weights[0, -1].tolist())
+            layers.append(model.gates[0, -1].tolist())
         text = tokenizer.decode(ids)
         if text.startswith(printed) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # hold back incomplete UTF-8
             print(text[len(printed) :], end="", flush=True)
             printed = text
     print()
     if settings.show_routing:
-        print(routing(model.names, gates, [tokenizer.decode([token]) for token in ids[len(prompt) :]]))
+        print(routing(model.names, heads, layers, [tokenizer.decode([token]) for token in ids[len(prompt) :]]))
     return 0
 
 
-def routing(names: Sequence[str], gates: list[list[float]], pieces: list[str]) -> str:
-    """A line for each stretch of tokens with the same heaviest candidate: its tokens, the mean gate weights, the text."""
+def routing(names: Sequence[str], heads: list[list[float]], layers: list[list[float]], pieces: list[str]) -> str:
+    """A line for each stretch of tokens with the same heaviest head: its tokens, the means of heads' weights and layers' gates, the text."""
     lines = []
     start = 0
-    heaviest = [max(range(len(names)), key=weights.__getitem__) for weights in gates]
-    for end in range(1, len(gates) + 1):
-        if end < len(gates) and heaviest[end] == heaviest[start]:
+    heaviest = [max(range(len(names)), key=weights.__getitem__) for weights in heads]
+    for end in range(1, len(heads) + 1):
+        if end < len(heads) and heaviest[end] == heaviest[start]:
             continue
-        means = [sum(column) / (end - start) for column in zip(*gates[start:end], strict=True)]
-        shares = ", ".join(f"{name} {mean:.0%}" for name, mean in zip(names, means, strict=True) if mean >= 0.005)
-        lines.append(f"{start + 1:>5}-{end:<5} {shares}: {''.join(pieces[start:end])!r}")
+        shown = f"heads {_means(names, heads[start:end])}; layers {_means(names, layers[start:end])}"
+        lines.append(f"{start + 1:>5}-{end:<5} {shown}: {''.join(pieces[start:end])!r}")
         start = end
     return "\n".join(lines)
+
+
+def _means(names: Sequence[str], rows: list[list[float]]) -> str:
+    """The mean of each column of `rows`, without those below 0.5%."""
+    means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
+    return ", ".join(f"{name} {mean:.0%}" for name, mean in zip(names, means, strict=True) if mean >= 0.005)
 
 
 def sample(model: "LanguageModel", prompt: list[int], settings: Settings, generator: Any) -> Iterator[int]:
@@ -116,6 +125,11 @@ def sample(model: "LanguageModel", prompt: list[int], settings: Settings, genera
     new = torch.tensor([prompt], device=generator.device)
     for _ in range(min(settings.max_new_tokens, context - len(prompt))):
         logits = model.next_logits(new, cache)[0].float()
+        if not torch.isfinite(logits).all():
+            raise UserError(
+                "the probabilities of the next token are not finite: some weights are too large. Leave out the module with "
+                "these weights; assemble names it."
+            )
         if settings.temperature == 0:
             token = int(logits.argmax())
         else:

@@ -22,6 +22,7 @@ class Settings:
 
 def main(settings: Settings) -> int:
     from .artifacts.artifact import read_model, write_trunk
+    from .artifacts.checks import check_trial
     from .artifacts.metadata import smallest_held_out_share
     from .model.modules import fold
 
@@ -30,6 +31,7 @@ def main(settings: Settings) -> int:
     trunk, tokenizer, trunk_metadata, module = read_model(settings.trunk, settings.module)
     assert module is not None
     fold(trunk)
+    check_trial(trunk, settings.module)
     metadata = {
         "merged_from": {"trunk": trunk_metadata["digest"], "module": module["digest"], "name": module["name"]},
         "kind": "trunk",

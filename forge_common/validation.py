@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from .errors import UserError
+
 
 class Validation(NamedTuple):
     """loss: nats per token. tokens: scored labels. bits_per_byte: of their text (NaN: unknown). losses: of each source."""
@@ -72,8 +74,17 @@ def validate(
 def domain_losses(
     accelerator: Any, model: torch.nn.Module, domains: Mapping[str, Sequence[Any]], batch_size: int
 ) -> dict[str, dict[str, Any]]:
-    """Tokens and nats per token (None without tokens) of each domain's held-out windows. A collective."""
+    """Tokens and nats per token (None without tokens) of each domain's held-out windows. A collective.
+
+    UserError, on all ranks, for a loss that is not finite.
+    """
     results = {domain: validate(accelerator, model, windows, batch_size) for domain, windows in domains.items()}
+    for domain, result in results.items():
+        if result is not None and result.tokens and not math.isfinite(result.loss):
+            raise UserError(
+                f"the loss on the held-out text ({domain}) is {result.loss}, not a finite number: some weights are too large. "
+                "Use another trunk, or a lower --lr."
+            )
     return {
         domain: {"tokens": result.tokens, "loss": result.loss if result.tokens else None}
         for domain, result in results.items()

@@ -1,9 +1,11 @@
 """Reads the folder that `assemble` writes as one model. Every part is verified.
 
-assembled/  assembled.json (router, its numbers, names, digests), trunk/, modules/NAME/, README.md, and
+assembled/  assembled.json (router, its numbers, names, digests, licences, version and history), trunk/, modules/NAME/, README.md, and
             statistics.safetensors where the trunk has none
 """
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +20,7 @@ from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ContextRouter, LearnedRouter, RidgeRouter, UniformRouter
 from ..routing.tuning import ROUTERS, Tuning
 from .artifact import Tensors, module_arguments, read_metadata, read_module, read_statistics, read_trunk
-from .metadata import leave_out
+from .metadata import FORMAT_VERSION, leave_out, smallest_held_out_share
 
 
 class Part(NamedTuple):
@@ -54,7 +56,7 @@ def read_assembled(
     modules_dir = without_links(folder / "modules")
     parts = read_parts(trunk, trunk_metadata, [modules_dir / name for name in names])
     digests = {part.name: part.metadata["digest"] for part in parts}
-    _check_digests(folder, metadata, {"trunk": trunk_metadata["digest"], **digests})
+    check_digests(folder, metadata, {"trunk": trunk_metadata["digest"], **digests})
     if "statistics_digest" in metadata or (folder / "statistics.safetensors").exists():
         background = read_statistics(folder, metadata, trunk.config)
     else:
@@ -65,7 +67,7 @@ def read_assembled(
     return Mixture(trunk, modules, router, top_k=metadata["top_k"] if top_k is None else top_k), tokenizer, metadata
 
 
-def _check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
+def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
     """Refuses other parts than were assembled, even if each of them is valid by itself. digests: of what was read."""
     expected = metadata["digests"]
     if expected.keys() != {"trunk", *metadata["modules"]}:
@@ -78,6 +80,42 @@ def _check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, st
                 f"{folder}: {name} has the digest {digest}, assembled.json says {expected.get(name)}. It is not what was "
                 "assembled: assemble the modules again."
             )
+
+
+def new_metadata(
+    router: str, top_k: int, parts: Mapping[str, dict[str, Any]], before: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The content of assembled.json, of a new model or, a version later, of a changed one.
+
+    parts: the metadata of the trunk, as trunk, and of the modules by name, sorted. before: assembled.json before the change, or {}.
+    """
+    digests = {name: metadata["digest"] for name, metadata in parts.items()}
+    version = before.get("version", 1) + 1 if before else 1
+    return {
+        "format_version": FORMAT_VERSION,
+        "version": version,
+        "router": router,
+        "top_k": top_k,
+        "tuning": before.get("tuning") or asdict(Tuning()),
+        "modules": [name for name in parts if name != "trunk"],
+        "digests": digests,
+        "licences": {name: metadata["licence"] for name, metadata in parts.items() if metadata.get("licence")},
+        "val_fraction": smallest_held_out_share(parts.values()),
+        "history": [*before.get("history", []), *_changes(version, before.get("digests", {}), digests)],
+    }
+
+
+def _changes(version: int, before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:
+    """A line for each part that a version adds, replaces or removes. before, after: digests by name."""
+    lines = []
+    for name in sorted(before.keys() | after.keys()):
+        if name not in before:
+            lines.append(f"version {version}: added {name} {after[name]}")
+        elif name not in after:
+            lines.append(f"version {version}: removed {name} {before[name]}")
+        elif before[name] != after[name]:
+            lines.append(f"version {version}: replaced {name} {before[name]} by {after[name]}")
+    return lines
 
 
 def read_part(trunk: Trunk, trunk_metadata: dict[str, Any], folder: Path) -> Part:

@@ -71,6 +71,10 @@ MODULE = COMMON | {
     "trunk_digest": DIGEST,
     **dict.fromkeys(("width", "rank"), integer(0, 1 << 20)),
 }
+CHANGE: Field = (
+    "a line of at most 300 printable characters",
+    lambda value: isinstance(value, str) and len(value) <= 300 and value.isprintable(),
+)
 ASSEMBLED = COMMON | {
     "router": one_of(*ROUTERS),
     "top_k": COUNT,
@@ -80,6 +84,9 @@ ASSEMBLED = COMMON | {
         list_of(PLAIN)[1],
     ),
     "digests": dict_of(DIGEST),
+    "licences": dict_of(LINE),
+    "version": integer(1, 1 << 62),
+    "history": list_of(CHANGE),
 }
 FILES = {  # name -> (its fields, the required ones)
     "forge.json": (TRUNK, ("digest", "tokenizer_digest")),

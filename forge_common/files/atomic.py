@@ -1,10 +1,12 @@
 """Atomic writes: under a temporary name, synced, read back, then renamed. Strict JSON. Recognition of a full disk."""
 
+import ctypes
 import errno
 import json
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,6 +16,8 @@ from ..errors import UserError
 from .untrusted import read_bounded
 
 MIB = 1 << 20
+AT_FDCWD = -100  # of Linux: a relative path is one from the working directory
+RENAME_EXCHANGE = 2  # of Linux' renameat2; RENAME_SWAP of macOS' renamex_np is the same number
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -97,10 +101,13 @@ def publish(
     if keep_existing:
         rename_if_absent(temp_dir, folder)
         return
-    if folder.exists():
-        shutil.rmtree(old_dir, ignore_errors=True)
-        folder.rename(old_dir)
-    temp_dir.rename(folder)
+    if folder.exists() and _exchange(temp_dir, folder):
+        old_dir = temp_dir
+    else:
+        if folder.exists():
+            shutil.rmtree(old_dir, ignore_errors=True)
+            folder.rename(old_dir)
+        temp_dir.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old_dir, ignore_errors=True)
 
@@ -116,6 +123,17 @@ def _as_not_written(folder: Path, temp_dir: Path) -> Iterator[None]:
             f"{folder} was not written, since what was read back is wrong ({first_sentence}). Check the disk, and run the "
             "same command again."
         ) from reason
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchanges the names of two folders in one step; False where the system or the file system cannot."""
+    library = ctypes.CDLL(None)
+    try:
+        if sys.platform == "darwin":
+            return library.renamex_np(os.fsencode(one), os.fsencode(other), RENAME_EXCHANGE) == 0
+        return library.renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
+    except AttributeError:  # an old C library
+        return False
 
 
 def rename_if_absent(partial: Path, folder: Path) -> None:

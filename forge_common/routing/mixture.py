@@ -47,6 +47,7 @@ class Mixture(nn.Module):
         self.router = router
         self.top_k = top_k
         self.weights: torch.Tensor | None = None  # [B, T, E]: output weights of the last pass
+        self.gates: torch.Tensor | None = None  # [B, T, E]: the layers' gates of the last pass
         self.changed_by = [  # for each layer, the candidates that change it
             tuple(e for e, layer in enumerate(layers) if _differs(layer, layers[0]))
             for layers in zip(*(candidate.model.layers for candidate in self.candidates), strict=True)
@@ -86,6 +87,7 @@ class Mixture(nn.Module):
             outputs = self.router.weigh(inputs, evidence, previous_log_p, state.outputs)
             weights = self.router.gates(outputs, mixed=True)
         self.weights = weights
+        self.gates = self._best(gates)
         return -torch.logsumexp(weights.log() + log_p, dim=-1).masked_fill(labels == ignore, 0)
 
     @torch.no_grad()
@@ -127,6 +129,7 @@ class Mixture(nn.Module):
             weights = self.router.gates(outputs, mixed=True)
             state = State(filtered[:, -1], outputs[:, -1], history, next_log_p)
         self.weights = weights
+        self.gates = self._best(gates)
         cache[depth:] = [state]
         return torch.logsumexp(weights[:, -1].log()[:, None] + next_log_p[:, 0], dim=-1)
 

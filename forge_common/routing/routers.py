@@ -129,7 +129,6 @@ class ContextRouter:
         """
         likelihood = (evidence - evidence.amax(-1, keepdim=True)).double().exp().transpose(0, 1).cpu().numpy()
         reset = (tokens == self.eos).T.unsqueeze(-1).cpu().numpy()
-        any_reset = reset.any((1, 2)).tolist()
         prior = self.prior.double().cpu().numpy()
         belief = start.double().cpu().numpy()
         stay = 1 - self.tuning.switch
@@ -138,7 +137,7 @@ class ContextRouter:
         for t in range(len(likelihood)):
             belief = (belief * stay + arrive) * likelihood[t]
             belief /= belief.sum(-1, keepdims=True)
-            if any_reset[t]:
+            if reset[t].any():
                 belief = np.where(reset[t], prior, belief)
             sequence[t] = belief
         return torch.from_numpy(sequence).transpose(0, 1).to(evidence)

@@ -143,6 +143,9 @@ FIELDS = {
         "digests": [None, [], {}, {"trunk": 5}, {"trunk": "0" * 64, "one": "0" * 64, "two": "0" * 64}],
         "val_fraction": ["0.1", 2],
         "statistics_digest": ["0" * 64, 5],
+        "licences": [[], "mit", {"one": 5}, {"one": "mit\nevil: true"}, {"one": "x" * 201}],
+        "version": [0, -1, "1", 1.0, True],
+        "history": ["added", [5], ["a\nb"], ["x" * 301]],
     },
 }
 FOLDERS = {"forge.json": "trunk", "module.json": "one", "assembled.json": "assembled"}

@@ -1,0 +1,327 @@
+"""What `assemble` checks of modules that others published, and the table that it prints: what they claim, what was checked.
+
+A digest shows that the bytes are the author's, not that they are good. So each candidate passes a trial, a module's counts are
+compared with what it states and with those of the other candidates, and its loss can be measured again.
+
+E candidates (the trunk first), V vocabulary
+"""
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ..errors import UserError
+from ..model.modules import RoutedExpert
+from ..model.trunk import DecoderLayer, Trunk
+from ..routing.statistics import decode
+from .assembled import Part
+
+TRIAL_WINDOWS = 4
+TRIAL_TOKENS = 32
+THIN_TOKENS = 5_000  # counted; with fewer, the router hardly knows the module's text
+COUNTED = (0.5, 1.1)  # counted tokens as a share of the stated ones: rare ones are left out, counts are rounded by 3%
+LEAST_SPREAD = 0.1  # standard deviation of the counts as a share of their mean; that of a text is far above 1
+SEEN = 20  # times as many tokens counted as seen in training
+MOST_GROWTH = 1000.0  # of the hidden states; more is refused
+LARGE_GROWTH = 10.0  # warned; seen were 0.9 to 1.6, and 82 after training at a rate of 0.02 on a trunk of 20 updates
+SAME_COSINE = 0.999
+SAME_TOTAL = 0.05  # difference of the totals, as a share
+LOSS_DIFFERENCE = 0.1  # nats per token; windows of another length explain less
+COLUMNS = 100
+
+
+class Examined(NamedTuple):
+    """A module in the table.
+
+    counts: of its tokens, float32 [V]. growth: of check_growth. rescored: the trunk's and its own loss on --check-data.
+    """
+
+    metadata: dict[str, Any]
+    parameters: int
+    counts: torch.Tensor | None
+    growth: float = 1.0
+    rescored: tuple[float, float] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.metadata["name"]
+
+
+class Warned(NamedTuple):
+    """keyword: for the module's row. sentence: for a line of its own."""
+
+    keyword: str
+    sentence: str
+
+
+def examined(part: Part, trunk: Trunk, growth: float, windows: Sequence[np.ndarray]) -> Examined:
+    """What the table needs of a module, without its weights. windows: of --check-data; [] if there are none."""
+    shared = {id(parameter) for parameter in trunk.parameters()}
+    parameters = sum(own.numel() for own in part.model.parameters() if id(own) not in shared)
+    counts = None if part.statistics is None else decode(part.statistics["unigrams"])
+    if not windows:
+        return Examined(part.metadata, parameters, counts, growth)
+    losses = [
+        mean_loss(model, windows, f"{name} on --check-data")
+        for name, model in (("the trunk", trunk), (f"module {part.name}", part.model))
+    ]
+    return Examined(part.metadata, parameters, counts, growth, (losses[0], losses[1]))
+
+
+@torch.no_grad()
+def check_trial(model: Trunk, place: Any) -> list[float]:
+    """Refuses weights that are finite but give values that are not, for random ids. Half of the windows begin with an EOS.
+
+    Returns the root mean square of the hidden states after each layer. Experts with a router row are tried with it and
+    without, as an assembled model uses them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length = min(TRIAL_TOKENS, model.config.max_position_embeddings)
+    tokens = torch.randint(model.config.vocab_size, (TRIAL_WINDOWS, length), generator=generator)
+    assert model.config.eos_token_id is not None  # read_trunk takes it from the tokenizer
+    tokens[::2, 0] = model.config.eos_token_id
+    layers = model.model.layers
+    sizes = _sizes(model, tokens, None, place)
+    if any(isinstance(layer.addition, RoutedExpert) for layer in layers):
+        alone = _sizes(model, tokens, [partial(_expert_alone, layer) for layer in layers], place)
+        sizes = [max(pair) for pair in zip(sizes, alone, strict=True)]
+    return sizes
+
+
+def check_growth(sizes: Sequence[float], trunk_sizes: Sequence[float], place: Any) -> float:
+    """How many times as large as the trunk's a module's hidden states are; both as check_trial returns them.
+
+    Refuses more than MOST_GROWTH: even a small gate would change every text.
+    """
+    growth = max(own / max(trunk, 1e-9) for own, trunk in zip(sizes, trunk_sizes, strict=True))
+    if growth > MOST_GROWTH:
+        raise UserError(
+            f"{place}: the hidden states are up to {growth:,.0f} times those of the trunk for random tokens, since some weights "
+            "are too large. Do not use this artifact."
+        )
+    return growth
+
+
+def _sizes(model: Trunk, tokens: torch.Tensor, feeds: list[Any] | None, place: Any) -> list[float]:
+    """The root mean square of the hidden states after each layer; UserError where a value is not finite."""
+    outputs: list[torch.Tensor] = []
+    layers = model.model.layers
+    hooks = [layer.register_forward_hook(lambda layer, args, output: outputs.append(output[0])) for layer in layers]
+    try:
+        hidden, routers = model.model(tokens, feeds=feeds)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    squares = [x.float().square().mean() for x in outputs]  # the norms take them too: they must be finite
+    values = {f"the hidden states after layer {index}": square for index, square in enumerate(squares)}
+    values |= {"the last hidden states": hidden, "the logits": hidden @ model.head.T}
+    if routers:
+        values["the values of the routers"] = torch.stack([torch.stack(router[:2]) for router in routers])
+    for what, value in values.items():
+        if not torch.isfinite(value).all():
+            raise UserError(
+                f"{place}: {what} are not finite for random tokens, since some weights are too large. Do not use this artifact."
+            )
+    return [math.sqrt(square) for square in squares]
+
+
+def _expert_alone(layer: DecoderLayer, normed, scored, load):
+    expert = layer.addition
+    return (expert.expert(normed), None) if isinstance(expert, RoutedExpert) else layer.feed(normed, scored, load)
+
+
+def mean_loss(model: Any, windows: Sequence[np.ndarray], what: str) -> float:
+    """Nats per token of windows of ids, int64 [up to T + 1], each scored by itself. UserError, which names `what`, if it is not finite."""
+    nats = sum(float(model.nats(torch.from_numpy(window)[None]).double().sum()) for window in windows)
+    return check_finite(nats, what) / sum(len(window) - 1 for window in windows)
+
+
+def check_finite(nats: float, what: str) -> float:
+    """Returns nats that are finite; UserError for others."""
+    if not math.isfinite(nats):
+        raise UserError(
+            f"the loss of {what} is {nats}, not a finite number: some weights are too large. Leave out the module with "
+            "these weights, or use another version of it."
+        )
+    return nats
+
+
+# ---- Warnings ----
+
+
+def size_warnings(module: Examined) -> list[Warned]:
+    """Of hidden states that are far larger than the trunk's."""
+    if module.growth <= LARGE_GROWTH:
+        return []
+    return [
+        Warned("size", f"its hidden states are up to {module.growth:,.0f} times those of the trunk for random tokens")
+    ]
+
+
+def statistics_warnings(metadata: dict[str, Any], counts: torch.Tensor | None) -> list[Warned]:
+    """What makes a module's counts of tokens [V] of little use, or contradicts what it states."""
+    if counts is None:
+        return [Warned("none", "it has no statistics")]
+    values = counts.double()
+    counted = float(values.sum())
+    if counted < 1:
+        return [Warned("empty", "its statistics are empty. Count them on more documents")]
+    warnings = []
+    if counted < THIN_TOKENS:
+        needed = f"a router needs {THIN_TOKENS:,} or more"
+        warnings.append(Warned("thin", f"its statistics count only {counted:,.0f} tokens; {needed}"))
+    if float(values.std()) < LEAST_SPREAD * float(values.mean()):
+        warnings.append(
+            Warned("flat", "its statistics count all tokens about equally often, which is not so in a text")
+        )
+    sample = metadata.get("statistics")
+    stated = _number(sample.get("tokens")) if isinstance(sample, dict) else None
+    seen = _number(metadata.get("tokens_seen"))
+    if stated is None:
+        warnings.append(Warned("unstated", "it does not state how many tokens its statistics count"))
+    elif not COUNTED[0] * stated <= counted <= COUNTED[1] * stated:
+        warnings.append(Warned("counts", f"its counts add up to {counted:,.0f} tokens, but it states {stated:,.0f}"))
+    if stated is not None and seen is not None and stated > SEEN * seen:
+        warnings.append(Warned("seen", f"it states {stated:,.0f} counted tokens, but only {seen:,.0f} in training"))
+    return warnings
+
+
+def loss_warnings(module: Examined) -> list[Warned]:
+    """What --check-data says against the claimed loss."""
+    if module.rescored is None:
+        return []
+    trunk, own = module.rescored
+    _, claimed = claimed_losses(module.metadata)
+    if own >= trunk:
+        return [Warned("loss", f"its loss on --check-data is {own:.4f}, not below the trunk's {trunk:.4f}")]
+    if claimed is not None and own > claimed + LOSS_DIFFERENCE:
+        return [Warned("loss", f"it claims a loss of {claimed:.4f}; on --check-data it is {own:.4f}")]
+    return []
+
+
+def copy_warnings(modules: list[Examined], trunk_counts: torch.Tensor | None) -> list[list[Warned]]:
+    """For each module the first candidate before it that has the same weights or statistics, or nearly the same counts."""
+    names = ["the trunk", *(module.name for module in modules)]
+    metadata = [{}, *(module.metadata for module in modules)]
+    all_counts = [trunk_counts, *(module.counts for module in modules)]
+    size = max((len(counts) for counts in all_counts if counts is not None), default=0)
+    counts = torch.stack([torch.zeros(size) if one is None else one for one in all_counts])  # [E, V]
+    norms = counts.norm(dim=1)
+    totals = counts.sum(1)
+    warnings: list[list[Warned]] = [[] for _ in modules]
+    for i in range(1, len(names)):
+        cosines = (counts[:i] @ counts[i] / (norms[:i] * norms[i]).clamp(min=1e-9)).tolist()
+        for j, cosine in enumerate(cosines):
+            near = abs(float(totals[j] / totals[i].clamp(min=1)) - 1) < SAME_TOTAL
+            if _same("digest", metadata[i], metadata[j]):
+                what = f"its weights are those of {names[j]}"
+            elif _same("statistics_digest", metadata[i], metadata[j]):
+                what = f"its statistics are those of {names[j]}"
+            elif cosine > SAME_COSINE and near:
+                what = f"its counts are nearly those of {names[j]} (cosine {cosine:.5f})"
+            else:
+                continue
+            warnings[i - 1] = [Warned("copy", what)]
+            break
+    return warnings
+
+
+def _same(key: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return key in one and one[key] == other.get(key)
+
+
+# ---- The table ----
+
+
+def table(modules: list[Examined], trunk_counts: torch.Tensor | None, licences: Mapping[str, str]) -> str:
+    """A row for each module, the warnings, and the licences of all parts, at most COLUMNS wide.
+
+    licences: those that are stated, by the part's name.
+    """
+    warnings = [
+        [*size_warnings(module), *statistics_warnings(module.metadata, module.counts), *copies, *loss_warnings(module)]
+        for module, copies in zip(modules, copy_warnings(modules, trunk_counts), strict=True)
+    ]
+    rows = [
+        ("", "", "", "", "claimed", "claimed", "checked", "checked", ""),
+        ("module", "kind", "layers", "size", "seen", "loss", "loss", "result", "licence"),
+    ]
+    for module, found in zip(modules, warnings, strict=True):
+        row = (
+            module.name,
+            module.metadata["kind"],
+            _layers(module.metadata["layers"]),
+            _short(module.parameters),
+            _short(_number(module.metadata.get("tokens_seen"))),
+            _losses(*claimed_losses(module.metadata)),
+            _losses(*(module.rescored or (None, None))),
+            ", ".join(warned.keyword for warned in found) or "ok",
+            licences.get(module.name, "-"),
+        )
+        rows.append(row)
+    limits = (11, 11, 6, 6, 7, 12, 12, 9, 10)  # with two spaces between them, COLUMNS
+    widths = [min(limit, max(len(row[i]) for row in rows)) for i, limit in enumerate(limits)]
+    lines = ["  ".join(_cell(text, width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    for module, found in zip(modules, warnings, strict=True):
+        lines += [_wrapped(f"warning     {module.name}: {warned.sentence}.") for warned in found]
+    return "\n".join([*lines, _wrapped(licence_line(["trunk", *(module.name for module in modules)], licences))])
+
+
+def licence_line(names: list[str], licences: Mapping[str, str]) -> str:
+    """Whether all parts state the same licence. Whether different ones may be combined is not decided."""
+    users: dict[str, list[str]] = {}
+    for name in names:
+        users.setdefault(licences.get(name, "").strip().casefold(), []).append(name)
+    missing = users.pop("", [])
+    if len(users) == 1 and not missing:
+        return f"licences    all parts: {licences[names[0]]}"
+    groups = [f"{licences[parts[0]]} ({', '.join(parts)})" for parts in users.values()]
+    groups += [f"not stated ({', '.join(missing)})"] if missing else []
+    return f"licences    {'; '.join(groups)}. Check that they may be combined."
+
+
+def claimed_losses(metadata: dict[str, Any]) -> tuple[float | None, float | None]:
+    """The losses on its own domain that a module claims, before and after its training; None where it claims none."""
+    own = metadata.get("losses", {}).get("own")
+    if not isinstance(own, dict):
+        return None, None
+    return _number(own.get("before")), _number(own.get("after"))
+
+
+def _number(value: Any) -> float | None:
+    """An untrusted value as a number; None where it is not one from 0 to 1e18."""
+    return float(value) if type(value) in (int, float) and 0 <= value <= 1e18 else None
+
+
+def _layers(layers: list[int]) -> str:
+    """0-3, or the number of layers where some between the first and the last are left out."""
+    if layers[-1] - layers[0] >= len(layers):
+        return f"{len(layers)}"
+    return f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+
+
+def _losses(before: float | None, after: float | None) -> str:
+    if after is None:
+        return "-"
+    return f"{'-' if before is None else f'{before:.2f}'} -> {after:.2f}"
+
+
+def _short(number: float | None) -> str:
+    """1234567 -> 1.2M."""
+    if number is None:
+        return "-"
+    power = min(int(math.log10(max(number, 1)) / 3), 4)
+    return f"{number / 1000**power:.1f}{'KMGT'[power - 1]}" if power else f"{number:.0f}"
+
+
+def _cell(text: str, width: int) -> str:
+    return f"{text if len(text) <= width else text[: width - 3] + '...':<{width}}"
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, COLUMNS, subsequent_indent=" " * 12, break_on_hyphens=False)
