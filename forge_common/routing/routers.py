@@ -111,7 +111,7 @@ class ContextRouter:
     def _pairs_after(self, previous: torch.Tensor) -> torch.Tensor:
         """The sum of `pairs` over all tokens after `previous` [B, T]: [E, B, T]. Each distinct one is summed once and kept."""
         distinct = previous.unique()
-        missing = distinct[self.pairs_after[0, distinct].isnan()]
+        missing = distinct[self.pairs_after[0, distinct] < 0]
         every = torch.arange(self.unigrams.shape[1], device=previous.device)
         for rows in missing.split(ROWS):
             grid = torch.broadcast_tensors(rows[:, None], every[None])
