@@ -68,8 +68,8 @@ class ContextRouter:
         self.prior = torch.cat((self.shares * (1 - tuning.unknown), self.shares.new_tensor([tuning.unknown])))  # [S]
         self.unigram_p = (self.unigrams + SMOOTHING * (self.shares @ observed)) / (totals + SMOOTHING)
         self.pairs_after = torch.full_like(
-            self.unigrams, torch.nan
-        )  # [E, V]: sums over the next token, found when needed
+            self.unigrams, -1
+        )  # [E, V]: sums over the next token; -1 until one is needed
 
     def to(self, device: torch.device) -> "ContextRouter":
         for name in ("shares", "prior", "unigrams", "bigrams", "count_of", "unigram_p", "pairs_after"):
