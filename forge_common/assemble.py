@@ -251,7 +251,7 @@ def _modules(
     from .artifacts.assembled import check_router, read_part
 
     with naming_source(plan.trunk, temp_dir / "trunk"):
-        trunk_sizes = checks.check_trial(trunk, temp_dir / "trunk")
+        reference = checks.reference(trunk, temp_dir / "trunk")
     check_data = texts.check_sources(settings.check_data, plan.modules)
     parts = []
     examined = []
@@ -261,12 +261,12 @@ def _modules(
         with naming_source(folder, copy):
             part = read_part(trunk, trunk_metadata, copy)
             check_router(plan.router, part, copy)
-            growth = checks.check_growth(checks.check_trial(part.model, copy), trunk_sizes, copy)
+            effect = checks.check_module(part.model, reference, copy)
         windows = []
         if name in check_data:
             share = part.metadata.get("val_fraction", 0.0)
             windows = texts.check_windows(check_data[name], settings, tokenizer, trunk.config, share)
-        examined.append(checks.examined(part, trunk, growth, windows))
+        examined.append(checks.examined(part, trunk, effect, windows))
         # To calibrate takes all modules in memory at once, to solve the ridge system all statistics; otherwise one module is enough.
         if settings.calibrate:
             parts.append(part)

@@ -17,12 +17,15 @@ import torch
 
 from ..errors import UserError
 from ..model.modules import RoutedExpert
-from ..model.trunk import DecoderLayer, Trunk
+from ..model.trunk import Cache, DecoderLayer, Trunk
 from ..routing.statistics import decode
 from .assembled import Part
 
 TRIAL_WINDOWS = 4
 TRIAL_TOKENS = 32
+GENERATED = (8, 64)  # windows and tokens of the text that the trunk generates
+MOST_EXCESS = 2.5  # nats per token above the trunk's loss on that text; more is refused. Modules had 0.1 to 1.0, random weights 4 to 7
+LARGE_EXCESS = 1.5  # warned
 THIN_TOKENS = 5_000  # counted; with fewer, the router hardly knows the module's text
 COUNTED = (0.5, 1.1)  # counted tokens as a share of the stated ones: rare ones are left out, counts are rounded by 3%
 LEAST_SPREAD = 0.1  # standard deviation of the counts as a share of their mean; that of a text is far above 1
@@ -35,16 +38,31 @@ LOSS_DIFFERENCE = 0.1  # nats per token; windows of another length explain less
 COLUMNS = 100
 
 
+class Reference(NamedTuple):
+    """What modules are compared with: the trunk's hidden states for random ids, and its loss on text that it generated itself."""
+
+    sizes: list[float]
+    generated: torch.Tensor
+    loss: float
+
+
+class Effect(NamedTuple):
+    """growth: how many times as large as the trunk's the hidden states are. excess: nats per token on the trunk's own text."""
+
+    growth: float = 1.0
+    excess: float = 0.0
+
+
 class Examined(NamedTuple):
     """A module in the table.
 
-    counts: of its tokens, float32 [V]. growth: of check_growth. rescored: the trunk's and its own loss on --check-data.
+    counts: of its tokens, float32 [V]. effect: of check_module. rescored: the trunk's and its own loss on --check-data.
     """
 
     metadata: dict[str, Any]
     parameters: int
     counts: torch.Tensor | None
-    growth: float = 1.0
+    effect: Effect = Effect()
     rescored: tuple[float, float] | None = None
 
     @property
@@ -59,18 +77,18 @@ class Warned(NamedTuple):
     sentence: str
 
 
-def examined(part: Part, trunk: Trunk, growth: float, windows: Sequence[np.ndarray]) -> Examined:
+def examined(part: Part, trunk: Trunk, effect: Effect, windows: Sequence[np.ndarray]) -> Examined:
     """What the table needs of a module, without its weights. windows: of --check-data; [] if there are none."""
     shared = {id(parameter) for parameter in trunk.parameters()}
     parameters = sum(own.numel() for own in part.model.parameters() if id(own) not in shared)
     counts = None if part.statistics is None else decode(part.statistics["unigrams"])
     if not windows:
-        return Examined(part.metadata, parameters, counts, growth)
+        return Examined(part.metadata, parameters, counts, effect)
     losses = [
         mean_loss(model, windows, f"{name} on --check-data")
         for name, model in (("the trunk", trunk), (f"module {part.name}", part.model))
     ]
-    return Examined(part.metadata, parameters, counts, growth, (losses[0], losses[1]))
+    return Examined(part.metadata, parameters, counts, effect, (losses[0], losses[1]))
 
 
 @torch.no_grad()
@@ -93,18 +111,39 @@ def check_trial(model: Trunk, place: Any) -> list[float]:
     return sizes
 
 
-def check_growth(sizes: Sequence[float], trunk_sizes: Sequence[float], place: Any) -> float:
-    """How many times as large as the trunk's a module's hidden states are; both as check_trial returns them.
+def reference(trunk: Trunk, place: Any) -> Reference:
+    """The trunk's trial, and text that it generates: no other text is at hand, and a module must not spoil the trunk's own."""
+    sizes = check_trial(trunk, place)
+    windows, length = GENERATED
+    generator = torch.Generator().manual_seed(0)
+    assert trunk.config.eos_token_id is not None
+    tokens = next_token = torch.full((windows, 1), trunk.config.eos_token_id)
+    cache: Cache = []
+    for _ in range(min(length, trunk.config.max_position_embeddings - 1)):
+        p = trunk.next_logits(next_token, cache).float().softmax(-1)
+        next_token = torch.multinomial(p, 1, generator=generator)
+        tokens = torch.cat((tokens, next_token), dim=1)
+    return Reference(sizes, tokens, mean_loss(trunk, list(tokens.numpy()), "the trunk on text that it generated"))
 
-    Refuses more than MOST_GROWTH: even a small gate would change every text.
+
+def check_module(model: Trunk, trunk: Reference, place: Any) -> Effect:
+    """Refuses a module whose weights would spoil every text, even with a small gate: the trial, and the trunk's own text.
+
+    A module of another domain is somewhat worse on the trunk's text, a broken one far worse.
     """
-    growth = max(own / max(trunk, 1e-9) for own, trunk in zip(sizes, trunk_sizes, strict=True))
+    growth = max(own / max(other, 1e-9) for own, other in zip(check_trial(model, place), trunk.sizes, strict=True))
     if growth > MOST_GROWTH:
         raise UserError(
             f"{place}: the hidden states are up to {growth:,.0f} times those of the trunk for random tokens, since some weights "
             "are too large. Do not use this artifact."
         )
-    return growth
+    excess = mean_loss(model, list(trunk.generated.numpy()), f"{place} on text that the trunk generated") - trunk.loss
+    if excess > MOST_EXCESS:
+        raise UserError(
+            f"{place}: on text that the trunk generates, its loss is {excess:.1f} nats per token above the trunk's; those of "
+            "working modules are at most 1 above. Its weights are broken: do not use this artifact."
+        )
+    return Effect(growth, excess)
 
 
 def _sizes(model: Trunk, tokens: torch.Tensor, feeds: list[Any] | None, place: Any) -> list[float]:
@@ -154,13 +193,21 @@ def check_finite(nats: float, what: str) -> float:
 # ---- Warnings ----
 
 
-def size_warnings(module: Examined) -> list[Warned]:
-    """Of hidden states that are far larger than the trunk's."""
-    if module.growth <= LARGE_GROWTH:
-        return []
-    return [
-        Warned("size", f"its hidden states are up to {module.growth:,.0f} times those of the trunk for random tokens")
-    ]
+def weight_warnings(module: Examined) -> list[Warned]:
+    """Of hidden states that are far larger than the trunk's, and of a loss far above it on the trunk's own text."""
+    warnings = []
+    growth, excess = module.effect
+    if growth > LARGE_GROWTH:
+        warnings.append(
+            Warned("size", f"its hidden states are up to {growth:,.0f} times those of the trunk for random tokens")
+        )
+    if excess > LARGE_EXCESS:
+        warnings.append(
+            Warned(
+                "weights", f"its loss on text that the trunk generates is {excess:.1f} nats per token above the trunk's"
+            )
+        )
+    return warnings
 
 
 def statistics_warnings(metadata: dict[str, Any], counts: torch.Tensor | None) -> list[Warned]:
@@ -244,7 +291,12 @@ def table(modules: list[Examined], trunk_counts: torch.Tensor | None, licences: 
     licences: those that are stated, by the part's name.
     """
     warnings = [
-        [*size_warnings(module), *statistics_warnings(module.metadata, module.counts), *copies, *loss_warnings(module)]
+        [
+            *weight_warnings(module),
+            *statistics_warnings(module.metadata, module.counts),
+            *copies,
+            *loss_warnings(module),
+        ]
         for module, copies in zip(modules, copy_warnings(modules, trunk_counts), strict=True)
     ]
     rows = [

@@ -88,6 +88,22 @@ def test_squares_of_the_hidden_states_must_be_finite(root):
     assert "hidden states after layer 1" in refused(assemble.main, assembling(root))
 
 
+def test_weights_that_spoil_the_trunks_own_text_are_refused():
+    """The trunk is sure of its next tokens. Rows of the head in another order are as large as before, and wrong."""
+    torch.manual_seed(0)
+    trunk = Trunk(dataclasses.replace(CONFIG, tie_word_embeddings=False))
+    with torch.no_grad():
+        trunk.lm_head.weight.mul_(100)
+    own = checks.reference(trunk, "trunk")
+    assert own.loss < 0.7 * math.log(CONFIG.vocab_size)
+    assert checks.check_module(trunk, own, "same") == checks.Effect(1.0, 0.0)
+    other = Trunk(trunk.config)
+    other.load_state_dict(trunk.state_dict())
+    with torch.no_grad():
+        other.lm_head.weight.copy_(trunk.lm_head.weight.flip(0))
+    assert "place: on text that the trunk generates, its loss is " in refused(checks.check_module, other, own, "place")
+
+
 def test_hidden_states_far_larger_than_the_trunks_are_refused(root, capsys):
     """A gate of 1% of them would change every text. At half of the limit there is a warning."""
     key = "model.layers.1.addition.down_proj.weight"
@@ -262,7 +278,9 @@ def test_the_table_has_a_row_for_each_module(root, capsys):
 def test_no_line_is_wider_than_100_columns():
     metadata = {"name": "x" * 64, "kind": "narrow+head", "layers": [0, 7], "tokens_seen": 10**18}
     metadata |= {"losses": {"own": {"before": 1e17, "after": 1e17}}, "licence": "l" * 200}
-    modules = [checks.Examined(metadata, 10**12, text_like(0, 900), 1e5, (3.0, 4.0)) for _ in range(3)]
+    modules = [
+        checks.Examined(metadata, 10**12, text_like(0, 900), checks.Effect(1e5, 9.0), (3.0, 4.0)) for _ in range(3)
+    ]
     printed = checks.table(modules, text_like(0, 900), {"x" * 64: "l" * 80})
     assert max(map(len, printed.splitlines())) <= 100
 
@@ -295,7 +313,7 @@ def test_claimed_losses_are_measured_again(root, text, cache, capsys, tmp_path):
     assert any(
         f"one: its loss on --check-data is {own:.4f}, not below the trunk's {trunk:.4f}" in line for line in lines
     )
-    better = checks.Examined({"name": "a", "losses": {"own": {"after": 3.0}}}, 9, None, 1.0, (5.0, 3.05))
+    better = checks.Examined({"name": "a", "losses": {"own": {"after": 3.0}}}, 9, None, checks.Effect(), (5.0, 3.05))
     assert checks.loss_warnings(better) == []
     assert [found.keyword for found in checks.loss_warnings(better._replace(rescored=(5.0, 3.2)))] == ["loss"]
     for wrong in ("one", "three=x", "one="):
