@@ -82,6 +82,7 @@ def publish(
         temp_dir.mkdir(parents=True)
         write(temp_dir)
         sync(temp_dir)
+        _follow_umask(temp_dir)
         with _as_not_written(folder, temp_dir):
             read_back(temp_dir)
     except BaseException as reason:
@@ -106,6 +107,14 @@ def publish(
 
 
 @contextmanager
+def _follow_umask(folder: Path) -> None:
+    """Gives the files below a new folder the mode that the umask leaves to any file: safetensors writes 0600."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
 def _as_not_written(folder: Path, temp_dir: Path) -> Iterator[None]:
     """Says of a UserError about the temporary folder that `folder` was not written."""
     try:

@@ -1,10 +1,12 @@
 """What is published is read back before it has its final name; what cannot be read leaves that name as it was."""
 
 import dataclasses
+import os
+import stat
 
 import pytest
 import torch
-from small_artifacts import CONFIG, MODULES, counts
+from small_artifacts import CONFIG, MODULES, build, counts
 
 from forge_common.artifacts import artifact
 from forge_common.errors import UserError
@@ -97,3 +99,16 @@ def test_a_bit_that_the_disk_changes_is_found_before_the_rename(root, tmp_path, 
     with pytest.raises(UserError, match="the digest is"):
         artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), CONFIG, tokenizer, {})
     assert not (tmp_path / "trunk").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_published_files_follow_the_umask(tmp_path, umask):
+    """The trunk, the modules and the assembled model, weights included."""
+    before = os.umask(umask)
+    try:
+        build(tmp_path / "made")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "made").rglob("*"):
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path
