@@ -2,13 +2,16 @@
 
 import dataclasses
 import os
+import re
 import stat
 
 import pytest
 import torch
+import yaml
 from small_artifacts import CONFIG, MODULES, build, counts
 
 from forge_common.artifacts import artifact
+from forge_common.artifacts.card import model_card
 from forge_common.errors import UserError
 from forge_common.files import atomic
 
@@ -112,3 +115,30 @@ def test_published_files_follow_the_umask(tmp_path, umask):
     for path in (tmp_path / "made").rglob("*"):
         expected = (0o777 if path.is_dir() else 0o666) & ~umask
         assert stat.S_IMODE(path.stat().st_mode) == expected, path
+
+
+LICENCES = [
+    "apache-2.0",
+    "no",
+    "1.0",
+    "GPL: version 3",
+    'it\'s "mine"',
+    "# none",
+    "[a, b]",
+    "*all",
+    "- x",
+    "---",
+    "a\nb: c",
+]
+LICENCES += ["a\n---\nb", "é🙂 三", "x" * 200, "{", "%TAG", "`|`", "null", " ", "\t", "a\u2028b", "\x07"]
+
+
+@pytest.mark.parametrize("licence", LICENCES)
+def test_the_card_is_valid_for_any_licence(licence):
+    """As YAML it holds the licence and nothing else; the table has two columns."""
+    card = model_card("module a", {"licence": licence, "sources": ["a|b"]})
+    found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL)  # as the hub finds it
+    assert found
+    assert yaml.safe_load(found[1]) == {"tags": ["forge"], "license": licence}
+    rows = [line for line in found[2].split("\n") if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and len(rows) == 4
