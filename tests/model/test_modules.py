@@ -84,10 +84,29 @@ def test_what_a_module_replaced_is_read_again_from_the_trunk(root):
         assert all(torch.equal(again[name], own[name]) for name in again)
     own["model.norm.weight"][0] += 1
     save_file(own, root / "trunk" / "model.safetensors")
-    with pytest.raises(UserError, match="the metadata read at the start of the run"):
-        artifact.replaced_tensors(
-            str(root / "trunk"), config, [f"model.layers.1.mlp.{m}.weight" for m in MATRICES], metadata
-        )
+    for names in ([f"model.layers.1.mlp.{m}.weight" for m in MATRICES], ["head_change.lora_A"]):
+        with pytest.raises(UserError, match="the trunk has changed since the start of the run"):
+            artifact.replaced_tensors(str(root / "trunk"), config, names, metadata)
+
+
+@pytest.mark.parametrize("kind", ["ffn+head", "lora+head"])
+def test_a_trunk_that_is_published_again_during_the_run_is_refused(kind, trunk, module, altered, tmp_path):
+    """No module is published, whatever it reads of the trunk; with the first trunk, the same command publishes it."""
+    copy, other = tmp_path / "trunk", tmp_path / "other"
+    shutil.copytree(trunk, copy)
+    model, tokenizer, metadata = artifact.read_trunk(str(trunk))
+    tensors = {name: tensor * 1.01 for name, tensor in model.state_dict().items()}
+    artifact.write_trunk(other, tensors, model.config, tokenizer, {})
+    exchange = f"    import os\n\n    os.rename({str(copy)!r}, {str(tmp_path / 'first')!r})\n"
+    exchange += f"    os.rename({str(other)!r}, {str(copy)!r})\n"
+    script = altered("train_module.py", edits.AFTER_TRAINING, edits.AFTER_TRAINING + exchange)
+    more = ("--trunk", copy, "--steps", 2, "--kind", kind)
+    printed = module(tmp_path / "run", *more, script=script, fails=True)
+    assert f"it was {metadata['digest']}" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "module").exists()
+    copy.rename(other)
+    (tmp_path / "first").rename(copy)
+    assert "published " in module(tmp_path / "run", *more)
 
 
 def test_a_changed_frozen_weight_is_detected(module, altered, tmp_path):
