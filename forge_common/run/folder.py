@@ -63,6 +63,22 @@ def release(file: TextIO | None) -> None:
         file.close()
 
 
+def check_still_there(folder: Path) -> None:
+    """UserError where the output directory, which the run has created, is gone or cannot be written; called after a write failed."""
+    if not os.path.exists(folder):
+        problem = "does not exist any more"
+    elif not os.path.isdir(folder):
+        problem = "is no longer a folder"
+    elif not os.access(folder, os.W_OK):  # also for root, where it is read-only or immutable
+        problem = "cannot be written any more"
+    else:
+        return
+    raise UserError(
+        f"--output-dir {folder} {problem}: it was changed during the run. Restore it, and run the same command to resume from "
+        "the newest checkpoint in it."
+    )
+
+
 def _read(text: str) -> dict[str, Any] | None:
     """The owner that a lock file names; None where it is empty or incomplete."""
     try:

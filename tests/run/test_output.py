@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import types
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import edits
@@ -169,6 +170,55 @@ def test_a_disk_that_fills_up_during_a_run(then, disk, started, shared, straight
         shared(folder, *more)
     assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
     assert launch.without_times(straight) == launch.without_times(folder)
+
+
+@contextmanager
+def removed(folder: Path) -> Iterator[None]:
+    folder.rename(folder.with_name("elsewhere"))
+    yield
+    folder.with_name("elsewhere").rename(folder)
+
+
+@contextmanager
+def replaced_by_a_file(folder: Path) -> Iterator[None]:
+    with removed(folder):
+        folder.touch()
+        yield
+        folder.unlink()
+
+
+def read_only(folder: Path) -> AbstractContextManager:
+    return mounted(folder, "ro")
+
+
+FAULTS = {
+    removed: "does not exist any more",
+    replaced_by_a_file: "is no longer a folder",
+    read_only: "cannot be written any more",
+}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [removed, pytest.param(replaced_by_a_file, marks=pytest.mark.soak), read_only],
+    ids=lambda fault: fault.__name__,
+)
+def test_a_folder_that_is_lost_during_a_run(fault, started, shared, straight, tmp_path):
+    """An error that names it; when it is there again, the run resumes from its newest checkpoint."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    running = started(folder, *MORE, out=out, **launch.slow_disk(0.02))
+    launch.wait_for(folder / "checkpoints" / "step-00000002", running)
+    running.send_signal(signal.SIGSTOP)
+    try:
+        with fault(folder):
+            running.send_signal(signal.SIGCONT)
+            assert running.wait(PATIENCE) == 1
+    finally:
+        running.send_signal(signal.SIGCONT)
+    printed = out.read_text()
+    assert f"error: --output-dir {folder} {FAULTS[fault]}" in printed and "Traceback" not in printed
+    shared(folder, *MORE)
+    same_run(straight, folder)
 
 
 def test_an_error_beside_the_updates_ends_all_ranks(shared, altered, tmp_path):
