@@ -1,5 +1,6 @@
 """The output directory of a run: its lock, removal of partial files, and the check of free space."""
 
+import atexit
 import datetime
 import fcntl
 import json
@@ -52,15 +53,23 @@ def claim(accelerator: Any, folder: Path) -> TextIO | None:
     if owner:
         print(f"{folder}: the previous run did not end normally: {_name(owner)}. Its lock is taken over.", flush=True)
     _write(file, {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+    atexit.register(_release_at_exit, file, os.getpid())
     _remove_partial(folder)
     return file
 
 
 def release(file: TextIO | None) -> None:
-    """Marks the lock as released by a run that ended normally, and closes it."""
+    """Marks the lock as released by a run that ended by itself, and closes it."""
     if file:
         _write(file, None)
         file.close()
+
+
+def _release_at_exit(file: TextIO, pid: int) -> None:
+    """Also after an error that was printed. A process that is killed or ended by force does not get here, and forks do not count."""
+    if not file.closed and os.getpid() == pid:
+        with suppress(OSError):  # the disk is full or gone
+            release(file)
 
 
 def check_still_there(folder: Path) -> None:

@@ -92,6 +92,30 @@ def test_the_lock_of_a_dead_owner_is_taken_over(file_system, tmp_path, capsys):
     assert "taken over" not in capsys.readouterr().out
 
 
+ENDS = {
+    "an error of the user": "run_main(lambda _: (_ for _ in ()).throw(UserError('wrong')), None)",
+    "a traceback": "raise RuntimeError",
+    "by force": "os._exit(1)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_only_a_run_that_ended_by_force_is_called_unfinished(end, tmp_path, capsys):
+    """A fork that ends does not release the lock of its parent."""
+    code = (
+        "import os, sys, types; from pathlib import Path; from forge_common.errors import UserError\n"
+        "from forge_common.run import folder as output; from forge_common.settings import run_main\n"
+        "lock = output.claim(types.SimpleNamespace(is_main_process=True), Path(sys.argv[1]))\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait()\n"
+        "assert Path(sys.argv[1], '.lock').read_text()\n"
+    )
+    line = [sys.executable, "-c", code + ENDS[end], tmp_path]
+    assert subprocess.run(line, cwd=launch.ROOT, capture_output=True).returncode == 1
+    output.release(output.claim(MAIN, tmp_path))
+    assert ("did not end normally" in capsys.readouterr().out) == (end == "by force")
+
+
 def test_a_reused_pid_is_not_the_owner(tmp_path, monkeypatch):
     """The lock names a running process of this host that started at another time."""
     monkeypatch.setattr(fcntl, "flock", lambda file, operation: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
@@ -217,7 +241,7 @@ def test_a_folder_that_is_lost_during_a_run(fault, started, shared, straight, tm
         running.send_signal(signal.SIGCONT)
     printed = out.read_text()
     assert f"error: --output-dir {folder} {FAULTS[fault]}" in printed and "Traceback" not in printed
-    shared(folder, *MORE)
+    assert "did not end normally" not in shared(folder, *MORE)
     same_run(straight, folder)
 
 
