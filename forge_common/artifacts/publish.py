@@ -11,6 +11,7 @@ from ..files.tensors import Tensors
 from ..model.config import ModelConfig
 from ..routing import statistics
 from .artifact import DTYPES, replaced_tensors, write_module, write_trunk
+from .metadata import training_texts
 
 
 def publish_trunk(
@@ -37,6 +38,7 @@ def publish_trunk(
         "validation_loss": progress.best_val_loss,
         "validation_tokens": sum(part.labels for part in corpora.held_out),
         "continued_from": trunk_metadata.get("digest"),
+        "texts_before": [text._asdict() for text in training_texts(trunk_metadata)],
     }
     path = settings.output_dir / "trunk"
     return path, write_trunk(path, tensors, config, tokenizer, metadata, counts)

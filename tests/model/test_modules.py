@@ -9,8 +9,10 @@ import launch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_artifacts import edit
 
 from forge_common.artifacts import artifact
+from forge_common.artifacts.metadata import read_metadata, training_texts
 from forge_common.errors import UserError
 from forge_common.model.modules import MATRICES, plug_in
 
@@ -290,3 +292,16 @@ def test_a_trunk_can_be_continued(trunk, shared, tmp_path):
     last = launch.rows(tmp_path / "run", "val/loss")[-1]
     assert last["val/loss"] == pytest.approx(metadata["validation_loss"], abs=1e-4)
     assert json.loads((tmp_path / "run" / "trunk" / "forge.json").read_text())["continued_from"] == metadata["digest"]
+
+
+def test_a_trunk_that_was_continued_names_its_earlier_texts_too(trunk, shared, domain, text, cache, tmp_path):
+    """Each with its own share; evaluate knows one of them by its name, the other by its content."""
+    copy = shutil.copytree(trunk, tmp_path / "trunk")
+    edit(copy / "forge.json", data={"held out 0": [], str(text): 7})
+    renamed = shutil.copytree(domain, tmp_path / "renamed")
+    shared(tmp_path / "run", "--trunk-from", copy, "--data", domain, "--val-fraction", 0.3, "--steps", 2, shape=())
+    found = training_texts(read_metadata(tmp_path / "run" / "trunk" / "forge.json"))
+    assert [(known.source, known.val_fraction) for known in found] == [(str(domain), 0.3), (str(text), 0.1)]
+    line = ("--model", tmp_path / "run" / "trunk", "--cache-dir", cache, "--data", f"a={text}", f"b={renamed}")
+    printed = evaluate(*line)
+    assert "held out by trunk: the first 10.00% by hash" in printed and "the first 30.00% by hash" in printed
