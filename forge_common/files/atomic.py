@@ -43,7 +43,7 @@ def read_json(path: Path) -> dict[str, Any]:
     content = read_bounded(path)
     try:
         parsed = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+            content.decode("utf-8"), object_pairs_hook=unique, parse_float=_finite, parse_constant=_finite
         )
     except (ValueError, RecursionError) as reason:
         raise UserError(f"{path} is not JSON ({reason}). Fetch or export it again.") from None
@@ -52,7 +52,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook` of json.loads. ValueError for a key that is there twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("an object has a key twice")
@@ -81,8 +82,8 @@ def publish(
         shutil.rmtree(temp_dir, ignore_errors=True)
         temp_dir.mkdir(parents=True)
         write(temp_dir)
-        sync(temp_dir)
         _follow_umask(temp_dir)
+        sync(temp_dir)
         with _as_not_written(folder, temp_dir):
             read_back(temp_dir)
     except BaseException as reason:
@@ -106,7 +107,6 @@ def publish(
     shutil.rmtree(old_dir, ignore_errors=True)
 
 
-@contextmanager
 def _follow_umask(folder: Path) -> None:
     """Gives the files below a new folder the mode that the umask leaves to any file: safetensors writes 0600."""
     mode = folder.stat().st_mode & 0o666
@@ -115,6 +115,7 @@ def _follow_umask(folder: Path) -> None:
             path.chmod(mode)
 
 
+@contextmanager
 def _as_not_written(folder: Path, temp_dir: Path) -> Iterator[None]:
     """Says of a UserError about the temporary folder that `folder` was not written."""
     try:
