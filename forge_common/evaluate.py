@@ -142,7 +142,7 @@ class Choice(NamedTuple):
 
 def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
     """The metadata of the trunk and of each module by name; {} of a plain Transformers checkpoint."""
-    from .artifacts.artifact import local_folder
+    from .artifacts.artifact import local_folder, read_module_metadata
     from .artifacts.assembled import is_assembled
     from .artifacts.metadata import read_metadata
 
@@ -150,10 +150,10 @@ def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
         folder = Path(settings.model)
         trunk_file = folder / "trunk" / "forge.json"
         names = read_metadata(folder / "assembled.json")["modules"]
-        modules = [read_metadata(folder / "modules" / name / "module.json") for name in names]
+        modules = [read_module_metadata(folder / "modules" / name) for name in names]
     else:
         trunk_file = local_folder(settings.model) / "forge.json"
-        modules = [read_metadata(folder / "module.json") for folder in settings.module]
+        modules = [read_module_metadata(folder) for folder in settings.module]
     trunk = read_metadata(trunk_file) if trunk_file.exists() else {}
     return {"trunk": trunk} | {f"module {module['name']}": module for module in modules}
 
