@@ -57,7 +57,7 @@ class Settings(UpdateSettings, RunSettings):
 
 
 def main(settings: Settings) -> int:
-    """Trains a trunk; returns the exit code (0, or 143 or 130 after a signal)."""
+    """Trains a trunk; returns the exit code (0, or 128 + its number after a signal)."""
     stop = StopRequest(settings.hang_timeout)
 
     # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.

@@ -2,14 +2,16 @@
 
 --model is a trunk or an assembled model. Of an assembled model the rows of the table are the trunk, each module, all of them
 together, and all without each module of --without. Each document is scored by itself, cut into windows where it is longer
-than the context, so that a loss does not depend on other documents and has a standard error over the documents.
+than the context, so that a loss does not depend on other documents and has a standard error over the documents. Of a source that a
+trunk or a module was trained on, according to their metadata, the documents that they held out are scored; of others, all.
 """
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from .errors import UserError
 from .files.atomic import write_json, write_text
@@ -50,7 +52,7 @@ class Settings(ReadingSettings):
 
     # -- scoring --
     val_fraction: float | None = None
-    """Share of the documents, by the hash of their content, that is scored; 1: all. None: what the runs held out."""
+    """Share of the documents, by the hash of their content, that is scored; 1: all. None: what was held out of a source, else all."""
     max_tokens: int = 0
     """Tokens of a source that are scored at most; 0: all."""
     sequence_length: int | None = None
@@ -82,12 +84,18 @@ def main(settings: Settings) -> int:
             f"--spliced is {settings.spliced}, --router-memory is {settings.router_memory}. Give 0 or more tokens."
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    share = held_out_share(settings)
-    print(f"scoring     {'all documents' if share == 1 else f'documents held out by hash (the first {share:.2%})'}")
+    parts = metadata_of_parts(settings)
     rows = []
-    columns = None
+    columns: dict[str, Column] = {}
+    choices: dict[str, Choice] = {}
     for label, model, tokenizer in models(settings):
-        columns = columns or read_columns(sources, tokenizer, model.config, settings, share)
+        if not columns:
+            choices = {name: choose(source, parts, tokenizer, settings) for name, source in sources.items()}
+            shares = {name: choice.share for name, choice in choices.items()}
+            columns = read_columns(sources, tokenizer, model.config, settings, 1.0, shares)
+            for name, choice in choices.items():
+                documents = len({piece.document for piece in columns[name].pieces})
+                print(f"scoring     {name}: {documents:,} documents, {choice.reason}")
         model.to(device).eval()
         for domain, column in columns.items():
             with naming(f"{label} on {domain}"):
@@ -95,7 +103,8 @@ def main(settings: Settings) -> int:
     print(table(rows))
     print(removals(rows), end="")
     if settings.json:
-        write_json(settings.json, {"rows": rows})
+        texts = {name: {"text": choice.text, "share": choice.share} for name, choice in choices.items()}
+        write_json(settings.json, {"rows": rows, "texts": texts})
     if settings.svg:
         write_text(settings.svg, draw(rows))
     return 0
@@ -126,21 +135,64 @@ def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenize
         yield f"without:{name}", read_assembled(settings.model, without=(name,), top_k=settings.top_k)[0], tokenizer
 
 
-def held_out_share(settings: Settings) -> float:
-    """The share of the documents to score: those that the runs of all parts held out; 1 if none held out any."""
-    from .artifacts.artifact import local_folder
+class Choice(NamedTuple):
+    """Which documents of a source are scored, and why."""
+
+    share: float
+    """Share of the documents, by the hash of their content."""
+    text: Literal["held out", "trained on", "other", "chosen"]
+    """held out: no part was trained on these documents. other: no part says that it was trained on the text. chosen: --val-fraction."""
+    reason: str
+
+
+def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
+    """The metadata of the trunk and of each module by name; {} of a plain Transformers checkpoint."""
+    from .artifacts.artifact import local_folder, read_module_metadata
     from .artifacts.assembled import is_assembled
-    from .artifacts.metadata import read_metadata, smallest_held_out_share
+    from .artifacts.metadata import read_metadata
+
+    if is_assembled(settings.model):
+        folder = Path(settings.model)
+        trunk_file = folder / "trunk" / "forge.json"
+        names = read_metadata(folder / "assembled.json")["modules"]
+        modules = [read_module_metadata(folder / "modules" / name) for name in names]
+    else:
+        trunk_file = local_folder(settings.model) / "forge.json"
+        modules = [read_module_metadata(folder) for folder in settings.module]
+    trunk = read_metadata(trunk_file) if trunk_file.exists() else {}
+    return {"trunk": trunk} | {f"module {module['name']}": module for module in modules}
+
+
+def choose(source: str, parts: dict[str, dict[str, Any]], tokenizer: "Tokenizer", settings: Settings) -> Choice:
+    """The documents of a source to score: --val-fraction; else, of a text that parts were trained on, what all of them held out.
+
+    A text that parts were trained on has the name of one of their sources, or the digest of its training documents. All of it
+    is scored where one of them held out nothing, as is any other text.
+    """
+    from .artifacts.metadata import training_texts
+    from .data.sources import parse
+    from .evaluation.columns import divided
 
     if settings.val_fraction is not None:
-        return settings.val_fraction
-    if is_assembled(settings.model):
-        files = [Path(settings.model) / "assembled.json"]
-    else:
-        trunk_file = local_folder(settings.model) / "forge.json"  # a plain Transformers checkpoint has none
-        files = [trunk_file] if trunk_file.exists() else []
-        files += [folder / "module.json" for folder in settings.module]
-    return smallest_held_out_share(map(read_metadata, files)) or 1.0
+        return Choice(
+            settings.val_fraction, "chosen", f"the first {settings.val_fraction:.2%} by hash (--val-fraction)"
+        )
+    spec = parse(source)[0]
+    corpus = cache(lambda fraction: divided(source, tokenizer, settings, fraction))
+    shares: dict[str, float] = {}
+    for name, metadata in parts.items():
+        for text in training_texts(metadata):
+            if text.is_called(spec) or (text.digest and text.digest == corpus(text.val_fraction).train.digest):
+                shares[name] = min(text.val_fraction, shares.get(name, 1.0))
+    if not shares:
+        silent = [name for name, metadata in parts.items() if not training_texts(metadata)]
+        unknown = f"; what {', '.join(silent)} was trained on is not known" if silent else ""
+        return Choice(1.0, "other", f"all of them: no part states that it was trained on this text{unknown}")
+    share = min(shares.values())
+    names = ", ".join(name for name in shares if shares[name] == share)
+    if not share or not corpus(share).validation.documents:
+        return Choice(1.0, "trained on", f"all of them: TRAINED ON by {names}, which held out nothing of this text")
+    return Choice(share, "held out", f"held out by {', '.join(shares)}: the first {share:.2%} by hash")
 
 
 def score(model: "LanguageModel", column: "Column", settings: Settings, device: Any) -> dict[str, Any]:

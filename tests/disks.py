@@ -11,8 +11,8 @@ import pytest
 
 @contextmanager
 def mounted(folder: Path, options: str) -> Iterator[Path]:
-    """A new file system in memory."""
-    folder.mkdir()
+    """A new file system in memory; it hides what is in an existing folder."""
+    folder.mkdir(exist_ok=True)
     if subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", folder], capture_output=True).returncode:
         pytest.skip("only root may mount")
     yield folder

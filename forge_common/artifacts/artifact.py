@@ -261,16 +261,21 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
 
 
 def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], metadata: dict[str, Any]) -> Tensors:
-    """The layers' tensors of the trunk that a module has replaced in memory, from the trunk's files. metadata: of read_trunk."""
+    """The layers' tensors of the trunk that a module has replaced in memory, from the trunk's files. metadata: of read_trunk.
+
+    UserError where the files are no longer those of `metadata`, for any kind of module: it would not fit the trunk that is there.
+    """
     with torch.device("meta"):
         own = {name for name, _ in Trunk(config).named_parameters() if name.startswith("model.")}
-    names = [name for name in module_names if name in own]
-    if not names:
-        return {}
     folder = without_links(local_folder(place))
     tensors = _read_weights(weight_files(folder), config)
-    verify(folder, tensors, metadata, "digest", "the metadata read at the start of the run")
-    return {name: tensors[name] for name in names}
+    actual = digest(tensors)
+    if actual != metadata["digest"]:
+        raise UserError(
+            f"{folder}: the trunk has changed since the start of the run: its digest is {actual}, it was {metadata['digest']}. "
+            "Nothing was published. Restore the trunk, and run the same command again to publish from the last checkpoint."
+        )
+    return {name: tensors[name] for name in module_names if name in own}
 
 
 def read_statistics(folder: Path, metadata: dict[str, Any], config: ModelConfig) -> Tensors | None:

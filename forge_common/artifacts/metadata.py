@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..files.atomic import read_json
@@ -46,6 +46,27 @@ def _is_tuning(numbers: Any) -> bool:
     return dict_of(number(0, 1e9))[1](numbers) and numbers.keys() == known
 
 
+class Text(NamedTuple):
+    """A text that an artifact was trained on, as its metadata state it."""
+
+    source: str
+    """As on the command line."""
+    digest: str | None
+    """SHA-256 of the tokens of the documents that were not held out."""
+    val_fraction: float
+    """Share of the documents, by hash, that was held out."""
+
+    def is_called(self, spec: str) -> bool:
+        """Whether its source is `spec`, with or without a weight."""
+        return spec in (self.source, self.source.rpartition("@")[0])
+
+
+def _is_text(text: Any) -> bool:
+    if not isinstance(text, dict) or text.keys() != set(Text._fields) or not isinstance(text["source"], str):
+        return False
+    return number(0, 1)[1](text["val_fraction"]) and (text["digest"] is None or DIGEST[1](text["digest"]))
+
+
 COMMON: dict[str, Field] = {
     "licence": LINE,
     "val_fraction": number(0, 1),
@@ -56,6 +77,7 @@ COMMON: dict[str, Field] = {
     "validation_tokens": COUNT,
     "sources": list_of(("a string", lambda text: isinstance(text, str))),
     "data": dict_of(ANY),
+    "texts_before": list_of((f"an object with {', '.join(Text._fields)}", _is_text)),
     "losses": dict_of(ANY),
     "statistics": dict_of(ANY),
     "tensor_digests": dict_of(DIGEST),
@@ -109,9 +131,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return {name: value for name, value in metadata.items() if value is not None}  # null is like absent
 
 
+def training_texts(metadata: dict[str, Any]) -> list[Text]:
+    """The texts that a trunk or a module was trained on, also before it was continued; [] where it does not say."""
+    digests = {source: value for source, value in metadata.get("data", {}).items() if DIGEST[1](value)}
+    fraction = float(metadata.get("val_fraction", 0))
+    own = [Text(source, digests.get(source), fraction) for source in metadata.get("sources", [])]
+    return own + [Text(**text) for text in metadata.get("texts_before", [])]
+
+
 def smallest_held_out_share(parts: Iterable[dict[str, Any]]) -> float:
-    """The share of the documents, by hash, that none of these trunks and modules was trained on; 0 if none held out any."""
-    return min((metadata["val_fraction"] for metadata in parts if metadata.get("val_fraction")), default=0.0)
+    """The share of the documents, by hash, that none of these trunks and modules was trained on; those that state none do not count."""
+    return min((metadata["val_fraction"] for metadata in parts if "val_fraction" in metadata), default=0.0)
 
 
 def leave_out(names: Sequence[str], without: Sequence[str], place: Any) -> list[str]:

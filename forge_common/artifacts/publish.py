@@ -11,6 +11,7 @@ from ..files.tensors import Tensors
 from ..model.config import ModelConfig
 from ..routing import statistics
 from .artifact import DTYPES, replaced_tensors, write_module, write_trunk
+from .metadata import training_texts
 
 
 def publish_trunk(
@@ -37,6 +38,7 @@ def publish_trunk(
         "validation_loss": progress.best_val_loss,
         "validation_tokens": sum(part.labels for part in corpora.held_out),
         "continued_from": trunk_metadata.get("digest"),
+        "texts_before": [text._asdict() for text in training_texts(trunk_metadata)],
     }
     path = settings.output_dir / "trunk"
     return path, write_trunk(path, tensors, config, tokenizer, metadata, counts)
@@ -68,13 +70,14 @@ def publish_module(
     losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
     """
     assert config.eos_token_id is not None  # read_trunk takes it from the tokenizer
+    # Before anything else, since it refuses a trunk that has changed.
+    replaced = replaced_tensors(settings.trunk, config, module_names, trunk_metadata)
     sample = list(statistics.sample(corpora.training.shares(), settings.statistics_tokens))
     counts, sample_size = statistics.count(
         sample, config.vocab_size, config.eos_token_id, settings.statistics_min_documents
     )
     module = {name: tensors[name] for name in module_names}
-    trunk = {name: tensor for name, tensor in tensors.items() if name not in module}
-    trunk |= replaced_tensors(settings.trunk, config, module_names, trunk_metadata)
+    trunk = {name: tensor for name, tensor in tensors.items() if name not in module} | replaced
     moments = statistics.moments(config, trunk, sample, settings.sequence_length, device)
     metadata = {
         "kind": settings.kind,

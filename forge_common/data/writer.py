@@ -55,7 +55,8 @@ class SplitWriter:
     """Appends documents to one split's files."""
 
     def __init__(self, folder: Path, split: str, dtype: str, tokenizer: Tokenizer):
-        self.tokenizer, self.dtype, self.hash = tokenizer, dtype, hashlib.sha256()
+        self.tokenizer, self.dtype = tokenizer, dtype
+        self.hash, self.offset_hash = hashlib.sha256(), hashlib.sha256()
         self.documents = self.tokens = self.bytes = 0
         suffix = tokenizer.suffix
         self.end = suffix if suffix[-1:] == (tokenizer.eos_token_id,) else (*suffix, tokenizer.eos_token_id)
@@ -67,7 +68,7 @@ class SplitWriter:
     def add(self, piece: Piece, ids: list[int]) -> None:
         if piece.first:
             self.documents += 1
-            self.offset_file.write(self.tokens.to_bytes(8, "little"))
+            self._write_offset()
             line = piece.document.origin.replace("\n", "\\n") + "\n"
             self.origin_file.write(line.encode("utf-8", "surrogateescape"))
             ids = [*self.tokenizer.prefix, *ids]
@@ -93,10 +94,15 @@ class SplitWriter:
             )
 
     def close(self) -> dict[str, Any]:
-        self.offset_file.write(self.tokens.to_bytes(8, "little"))
+        self._write_offset()
         for file in (self.token_file, self.offset_file, self.origin_file):
             with file:
                 file.flush()
                 os.fsync(file.fileno())
         counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
-        return {**counts, "digest": self.hash.hexdigest()}
+        return {**counts, "digest": self.hash.hexdigest(), "offsets_digest": self.offset_hash.hexdigest()}
+
+    def _write_offset(self) -> None:
+        data = self.tokens.to_bytes(8, "little")
+        self.offset_hash.update(data)
+        self.offset_file.write(data)

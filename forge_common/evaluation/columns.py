@@ -13,7 +13,7 @@ import numpy as np
 from ..data.byte_lengths import ByteLengths
 from ..data.readers.document import reading_of
 from ..data.sources import parse
-from ..data.store import prepare
+from ..data.store import Corpus, prepare
 from ..data.windows import Windows
 from ..errors import UserError
 
@@ -42,19 +42,25 @@ class Column:
 
 
 def read_columns(
-    sources: dict[str, str], tokenizer: Any, config: Any, settings: Any, share: float
+    sources: dict[str, str],
+    tokenizer: Any,
+    config: Any,
+    settings: Any,
+    share: float,
+    shares: dict[str, float] | None = None,
 ) -> dict[str, Column]:
     """The column of each named source, and `spliced` with --spliced.
 
-    config: of the model. share: of the documents, that is scored.
+    config: of the model. share: of the documents, that is scored. shares: of the documents of a named source, instead.
     """
+    share_of = dict.fromkeys(sources, share) | (shares or {})
     length = settings.sequence_length or min(config.max_position_embeddings, 2048)
     byte_lengths = ByteLengths(tokenizer)
     columns = {}
     stores = {}
     for name, source in sources.items():
-        stores[name] = held_out(source, tokenizer, settings, share)
-        columns[name] = _documents(source, stores[name], length, config, settings, share, byte_lengths)
+        stores[name] = held_out(source, tokenizer, settings, share_of[name])
+        columns[name] = _documents(source, stores[name], length, config, settings, share_of[name], byte_lengths)
     if settings.spliced:
         columns["spliced"] = spliced(list(stores.values()), length, settings.spliced)[0]
     return columns
@@ -62,14 +68,19 @@ def read_columns(
 
 def held_out(source: str, tokenizer: Any, settings: Any, fraction: float) -> list[Any]:
     """The stores whose documents are scored."""
-    corpus = prepare(
+    corpus = divided(source, tokenizer, settings, fraction)
+    return [corpus.validation] if fraction < 1 else [corpus.validation, corpus.train]
+
+
+def divided(source: str, tokenizer: Any, settings: Any, fraction: float) -> Corpus:
+    """A source, of which the share `fraction` is held out."""
+    return prepare(
         parse(source)[0],
         tokenizer,
         reading_of(settings),
         cache_dir=settings.cache_dir.expanduser(),
         val_fraction=min(fraction, 0.999999),
     )
-    return [corpus.validation] if fraction < 1 else [corpus.validation, corpus.train]
 
 
 def _documents(

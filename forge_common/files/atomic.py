@@ -47,7 +47,7 @@ def read_json(path: Path) -> dict[str, Any]:
     content = read_bounded(path)
     try:
         parsed = json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+            content.decode("utf-8"), object_pairs_hook=unique, parse_float=_finite, parse_constant=_finite
         )
     except (ValueError, RecursionError) as reason:
         raise UserError(f"{path} is not JSON ({reason}). Fetch or export it again.") from None
@@ -56,7 +56,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return parsed
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For `object_pairs_hook` of json.loads. ValueError for a key that is there twice."""
     content = dict(pairs)
     if len(content) < len(pairs):
         raise ValueError("an object has a key twice")
@@ -85,6 +86,7 @@ def publish(
         shutil.rmtree(temp_dir, ignore_errors=True)
         temp_dir.mkdir(parents=True)
         write(temp_dir)
+        _follow_umask(temp_dir)
         sync(temp_dir)
         with _as_not_written(folder, temp_dir):
             read_back(temp_dir)
@@ -110,6 +112,14 @@ def publish(
         temp_dir.rename(folder)
     sync_folder(folder.parent)
     shutil.rmtree(old_dir, ignore_errors=True)
+
+
+def _follow_umask(folder: Path) -> None:
+    """Gives the files below a new folder the mode that the umask leaves to any file: safetensors writes 0600."""
+    mode = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from ..files.atomic import is_full, lack_of_room, sync_folder
 from ..files.tensors import Tensors
 from .checkpoint_folder import checkpoints_of, commit, rotate
 from .engines import bare, engine_of, in_host_memory, prepared, trained
+from .folder import check_still_there
 from .progress import Progress
 
 TENSORS = ("model.safetensors", "optimizer.bin")
@@ -74,8 +75,8 @@ class Writer:
         Waits for the checkpoint before this one. Returns when the state is copied or, without a copy, when this one has its name.
         Then all but the settings.keep newest and the best by validation are deleted. Where the disk is full, the
         partial checkpoint is removed, the older ones stay, and the message says how much space is missing; if the checkpoint
-        is `required`, that is a UserError on all ranks. Another error is raised on all ranks; one in the thread is printed at
-        once and raised by the next `save`.
+        is `required`, that is a UserError on all ranks. So is an output directory that is gone. Another error is raised on all
+        ranks; one in the thread is printed at once and raised by the next `save`.
         """
         folder = checkpoints_of(self.settings)
         name = f"step-{progress.global_step:08d}"
@@ -93,7 +94,10 @@ class Writer:
         if self.accelerator.is_main_process:
             self.wait()
             shutil.rmtree(save.partial, ignore_errors=True)
-            save.partial.mkdir(parents=True)
+            save.partial.parent.mkdir(
+                exist_ok=True
+            )  # without parents: an output directory that is gone is not made again
+            save.partial.mkdir()
             sync_folder(save.partial.parent.parent)
             if shutil.disk_usage(save.partial).free < save.needed:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save.partial))
@@ -177,6 +181,8 @@ class Writer:
         full = error is not None and _is_full(save, error)
         counts = torch.tensor([full, error is not None and not full], dtype=torch.float32)
         full_ranks, failed_ranks = self.accelerator.reduce(counts.to(self.accelerator.device), "sum").tolist()
+        if error is not None and not full:
+            check_still_there(self.settings.output_dir)
         if failed_ranks:
             raise error or UserError("another process could not write the checkpoint, and prints why.")
         return not full_ranks

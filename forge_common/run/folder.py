@@ -1,5 +1,6 @@
 """The output directory of a run: its lock, removal of partial files, and the check of free space."""
 
+import atexit
 import datetime
 import fcntl
 import json
@@ -52,15 +53,39 @@ def claim(accelerator: Any, folder: Path) -> TextIO | None:
     if owner:
         print(f"{folder}: the previous run did not end normally: {_name(owner)}. Its lock is taken over.", flush=True)
     _write(file, {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+    atexit.register(_release_at_exit, file, os.getpid())
     _remove_partial(folder)
     return file
 
 
 def release(file: TextIO | None) -> None:
-    """Marks the lock as released by a run that ended normally, and closes it."""
+    """Marks the lock as released by a run that ended by itself, and closes it."""
     if file:
         _write(file, None)
         file.close()
+
+
+def _release_at_exit(file: TextIO, pid: int) -> None:
+    """Also after an error that was printed. A process that is killed or ended by force does not get here, and forks do not count."""
+    if not file.closed and os.getpid() == pid:
+        with suppress(OSError):  # the disk is full or gone
+            release(file)
+
+
+def check_still_there(folder: Path) -> None:
+    """UserError where the output directory, which the run has created, is gone or cannot be written; called after a write failed."""
+    if not os.path.exists(folder):
+        problem = "does not exist any more"
+    elif not os.path.isdir(folder):
+        problem = "is no longer a folder"
+    elif not os.access(folder, os.W_OK):  # also for root, where it is read-only or immutable
+        problem = "cannot be written any more"
+    else:
+        return
+    raise UserError(
+        f"--output-dir {folder} {problem}: it was changed during the run. Restore it, and run the same command to resume from "
+        "the newest checkpoint in it."
+    )
 
 
 def _read(text: str) -> dict[str, Any] | None:

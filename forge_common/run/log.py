@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from ..files.atomic import is_full, write_text
+from .folder import check_still_there
 from .hardware import compute_dtype, peak_flops, peak_memory_mb, process_peak_mb
 from .trackers import Tracker
 
@@ -148,6 +149,7 @@ class RunLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as reason:
+            check_still_there(self.folder)
             if not is_full(self.folder, reason):
                 raise
             if self.file.exists():

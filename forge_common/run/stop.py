@@ -9,10 +9,12 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any, Literal
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what accelerate launch and torchrun set
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
+# Batch systems announce the end of a job by SIGTERM, SIGUSR1, or SIGXCPU when its CPU time is used up; SIGHUP: the terminal closed.
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 CHECK_INTERVAL = 1.0  # seconds between two checks of the launcher and the clock
 SAME_REQUEST = 1.0  # seconds: a terminal and a launcher both forward one Ctrl-C
 GRACE = 5.0  # seconds that a run outside training, or the other ranks of a hanging one, have before the end by force
@@ -28,10 +30,11 @@ class StopRequest:
     """Whether a run is to end before its last update, and why. Handles signals from its construction on.
 
     reason: None; "signal", once all ranks agreed in `check`; "patience", when validation no longer improves.
-    exit_code: 143 or 130 after a signal (128 + its number), else 0.
+    exit_code: 128 + its number after a signal (143 for SIGTERM, 130 for SIGINT), else 0.
     phase: in "training" a signal waits for the end of the update, or of a batch of validation. In "ended" it has no
     effect. In the other phases (imports, data, publishing) there is nothing to save, and it ends the run at once. A
-    second signal always ends it at once; files with their final name are complete even then.
+    second signal always ends it at once, but for SIGXCPU, which the kernel repeats; files with their final name are complete even
+    then. A SIGHUP that the caller ignores (nohup) stays ignored.
 
     A thread reads the signals too, because Python runs no signal handler during a collective or a compilation. It also
     detects that the launcher has ended (a killed `accelerate launch` does not end its trainer, accelerate #929), and a
@@ -60,9 +63,10 @@ class StopRequest:
         self._inbox, outbox = os.pipe()
         os.set_blocking(outbox, False)
         signal.set_wakeup_fd(outbox, warn_on_full_buffer=False)
-        for number in SIGNALS:
+        handled = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+        for number in handled:
             signal.signal(number, self._handle)
-        os.register_at_fork(after_in_child=_reset_signals)
+        os.register_at_fork(after_in_child=partial(_reset_signals, handled))
         threading.Thread(target=self._listen, name="stop request", daemon=True).start()
 
     @property
@@ -156,7 +160,7 @@ class StopRequest:
                     self._receive(number, now)
             if self._forced_end and now > self._forced_end:
                 os._exit(self.exit_code)
-            if self._parent not in (None, os.getppid()):
+            if self._first is None and self._parent not in (None, os.getppid()):
                 self._parent = None
                 os.kill(os.getpid(), signal.SIGTERM)
             # A process that was suspended (Ctrl-Z) and continued has not been idle: a late check counts as one interval.
@@ -166,7 +170,7 @@ class StopRequest:
                 self._abort()
 
     def _receive(self, number: int, now: float) -> None:
-        if self._first is not None and now - self._first > SAME_REQUEST:
+        if self._first is not None and now - self._first > SAME_REQUEST and number != signal.SIGXCPU:
             os._exit(128 + number)
         self.exit_code = self.exit_code or 128 + number
         if self._first is None:
@@ -222,8 +226,8 @@ def _print_unbuffered(line: str) -> None:
     os.write(2, f"{line}\n".encode())
 
 
-def _reset_signals() -> None:
-    """Restores the default signal handlers in a forked child process."""
+def _reset_signals(handled: list[signal.Signals]) -> None:
+    """Restores the default handlers of these signals in a forked child process."""
     signal.set_wakeup_fd(-1)
-    for number in SIGNALS:
+    for number in handled:
         signal.signal(number, signal.SIG_DFL)

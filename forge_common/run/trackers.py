@@ -8,6 +8,7 @@ import importlib.util
 import netrc
 import os
 import queue
+import re
 import ssl
 import sys
 import threading
@@ -58,6 +59,11 @@ def choose_tracker(tracker: str) -> tuple[str | None, str]:
     return tracker, f"metrics.jsonl and {tracker}"
 
 
+def without_password(text: str) -> str:
+    """A text without the users and passwords of the URLs in it, also of one that an error message shortened by "..."."""
+    return re.sub(r"//[^\s'\"]*(@|(?=\.\.\.))", "//", text)
+
+
 def unreachable(url: str) -> str | None:
     """The reason why no server answers at `url` within PROBE seconds, or None where one does.
 
@@ -65,7 +71,7 @@ def unreachable(url: str) -> str | None:
     its own key and certificates. 5xx counts as none.
     """
     try:
-        urllib.request.urlopen(url, timeout=PROBE).close()
+        urllib.request.urlopen(without_password(url), timeout=PROBE).close()
     except urllib.error.HTTPError as answer:
         return f"HTTP {answer.code}" if answer.code >= 500 else None
     except urllib.error.URLError as error:
@@ -158,6 +164,10 @@ class Tracker:
                 stream.flush()
         os._exit(1 if self._exit_code is None else self._exit_code)
 
+    def _report(self, line: str) -> None:
+        """Leaves a line for the caller's thread to print."""
+        self._lines.put(without_password(line))
+
     def _print_messages(self) -> None:
         while not self._lines.empty():
             self._print_line(self._lines.get())
@@ -167,7 +177,7 @@ class Tracker:
         if self._disabled.is_set():
             return
         self._disabled.set()
-        self._lines.put(f"tracker {self._name} {why}. It is disabled; metrics.jsonl has every row.")
+        self._report(f"tracker {self._name} {why}. It is disabled; metrics.jsonl has every row.")
         if self._name == "wandb":
             _kill_wandb()
 
@@ -209,7 +219,7 @@ class Tracker:
                 self._accelerator.trackers.clear()
                 _end_wandb()  # otherwise it refuses the run's id as one in use
         self._start_wandb(mode="offline")
-        self._lines.put(
+        self._report(
             f"tracker wandb: {configured.base_url} cannot be used ({reason}). The run is recorded offline; "
             f"`wandb sync {self._local_folder}` sends it later."
         )
@@ -238,7 +248,7 @@ class Tracker:
                 wandb.teardown()
             except TimeoutError:
                 _end_wandb()  # it stores rows in blocks of 32 KiB: the last ones may not be on disk
-                self._lines.put(
+                self._report(
                     f"tracker wandb: the server did not accept everything within {UPLOAD:.0f} s. "
                     f"`wandb sync --no-skip-online {self._local_folder}` sends what it had stored on disk; its last rows may be "
                     "missing there, metrics.jsonl has every row."

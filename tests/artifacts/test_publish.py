@@ -1,12 +1,17 @@
 """What is published is read back before it has its final name; what cannot be read leaves that name as it was."""
 
 import dataclasses
+import os
+import re
+import stat
 
 import pytest
 import torch
-from small_artifacts import CONFIG, MODULES, counts
+import yaml
+from small_artifacts import CONFIG, MODULES, build, counts
 
 from forge_common.artifacts import artifact
+from forge_common.artifacts.card import model_card
 from forge_common.errors import UserError
 from forge_common.files import atomic
 
@@ -97,3 +102,43 @@ def test_a_bit_that_the_disk_changes_is_found_before_the_rename(root, tmp_path, 
     with pytest.raises(UserError, match="the digest is"):
         artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), CONFIG, tokenizer, {})
     assert not (tmp_path / "trunk").exists() and not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+def test_published_files_follow_the_umask(tmp_path, umask):
+    """The trunk, the modules and the assembled model, weights included."""
+    before = os.umask(umask)
+    try:
+        build(tmp_path / "made")
+    finally:
+        os.umask(before)
+    for path in (tmp_path / "made").rglob("*"):
+        expected = (0o777 if path.is_dir() else 0o666) & ~umask
+        assert stat.S_IMODE(path.stat().st_mode) == expected, path
+
+
+LICENCES = [
+    "apache-2.0",
+    "no",
+    "1.0",
+    "GPL: version 3",
+    'it\'s "mine"',
+    "# none",
+    "[a, b]",
+    "*all",
+    "- x",
+    "---",
+    "a\nb: c",
+]
+LICENCES += ["a\n---\nb", "é🙂 三", "x" * 200, "{", "%TAG", "`|`", "null", " ", "\t", "a\u2028b", "\x07"]
+
+
+@pytest.mark.parametrize("licence", LICENCES)
+def test_the_card_is_valid_for_any_licence(licence):
+    """As YAML it holds the licence and nothing else; the table has two columns."""
+    card = model_card("module a", {"licence": licence, "sources": ["a|b"]})
+    found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL)  # as the hub finds it
+    assert found
+    assert yaml.safe_load(found[1]) == {"tags": ["forge"], "license": licence}
+    rows = [line for line in found[2].split("\n") if line.startswith("|")]
+    assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and len(rows) == 4

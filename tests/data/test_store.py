@@ -163,17 +163,53 @@ def test_the_fingerprint_is_the_hash_of_what_decides_the_tokens(tmp_path):
     assert os.listdir(cache / "tokenizers") == [hashlib.sha256(hashed.encode()).hexdigest()[:32]]
 
 
-@pytest.mark.parametrize("damage", ["halve", "remove", "facts"])
+DAMAGE = {
+    "facts halved": ("facts.json", lambda content: content[: len(content) // 2]),
+    "tokens halved": ("train.tokens", lambda content: content[: len(content) // 2]),
+    "tokens overwritten": ("train.tokens", lambda content: content[::-1]),
+    "a bit of a token": ("validation.tokens", lambda content: content[:-2] + bytes([content[-2] ^ 1]) + content[-1:]),
+    "offsets overwritten": ("train.offsets", lambda content: content[:8] + content[16:24] + content[16:]),
+    "removed": ("train.tokens", None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache_is_written_again(tmp_path, damage):
+    """Also one of the same size, which would be trained on under the digest of the original."""
     write(tmp_path / "a.jsonl")
     corpus = make(tmp_path / "a.jsonl", tmp_path)
-    digest, folder = corpus.train.digest, corpus.train.folder
-    file = folder / ("facts.json" if damage == "facts" else "train.tokens")
-    file.unlink() if damage == "remove" else file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    before = [(documents_of(part), part.digest) for part in (corpus.train, corpus.validation)]
+    name, change = DAMAGE[damage]
+    file = corpus.train.folder / name
+    file.write_bytes(change(file.read_bytes())) if change else file.unlink()
     lines = []
     again = make(tmp_path / "a.jsonl", tmp_path, report=lines.append)
-    assert again.train.digest == digest == hashlib.sha256(again.train.tokens.tobytes()).hexdigest()
+    assert [(documents_of(part), part.digest) for part in (again.train, again.validation)] == before
     assert "damaged" in lines[0]
+
+
+def test_a_cache_of_an_earlier_version_opens(tmp_path):
+    write(tmp_path / "a.jsonl")
+    facts_file = make(tmp_path / "a.jsonl", tmp_path).train.folder / "facts.json"
+    facts = json.loads(facts_file.read_text())
+    for split in ("train", "validation"):
+        del facts[split]["offsets_digest"]
+    facts_file.write_text(json.dumps(facts))
+    lines = []
+    make(tmp_path / "a.jsonl", tmp_path, report=lines.append)
+    assert not lines and json.loads(facts_file.read_text()) == facts
+
+
+def test_a_damaged_index_of_windows_is_written_again(tmp_path):
+    write(tmp_path / "a.jsonl")
+    train = make(tmp_path / "a.jsonl", tmp_path).train
+    before = [window.tolist() for window in Windows(train, 7, pack=False, filler=FILLER)]
+    file = train.folder / "train.windows-7"
+    content = file.read_bytes()
+    for damaged in (content[:8] + content[16:24] + content[16:], content[:-8], content + bytes(8)):
+        file.write_bytes(damaged)
+        assert [window.tolist() for window in Windows(train, 7, pack=False, filler=FILLER)] == before
+        assert file.read_bytes() == content
 
 
 def test_a_refused_source_leaves_nothing_and_no_document_is_refused(tmp_path):

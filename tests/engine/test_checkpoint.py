@@ -328,3 +328,17 @@ def test_an_error_of_the_thread_is_printed_at_once_and_raised_by_the_next_save(p
     assert "step-00000002 was not written ([Errno 5] Input/output error)" in capsys.readouterr().out
     monkeypatch.undo()
     assert steps(folder) == [1] and checkpoint.newest(prepared[0], folder) == folder / "step-00000001"
+
+
+@pytest.mark.parametrize("fault", ["removed", "a file"])
+def test_without_its_output_directory_a_save_is_an_error_that_names_it(prepared, tmp_path, fault):
+    """Nothing is made again in its place: an older checkpoint would be missing there."""
+    folder = tmp_path / "run" / "checkpoints"
+    folder.parent.mkdir()
+    save(prepared, folder, 1)
+    folder.parent.rename(tmp_path / "elsewhere")
+    if fault == "a file":
+        folder.parent.touch()
+    with pytest.raises(UserError, match=rf"--output-dir {folder.parent} (does not exist any|is no longer a folder)"):
+        save(prepared, folder, 2)
+    assert not folder.exists() and steps(tmp_path / "elsewhere" / "checkpoints") == [1]

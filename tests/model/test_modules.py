@@ -9,8 +9,10 @@ import launch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small_artifacts import edit
 
 from forge_common.artifacts import artifact
+from forge_common.artifacts.metadata import read_metadata, training_texts
 from forge_common.errors import UserError
 from forge_common.model.modules import MATRICES, plug_in
 
@@ -84,10 +86,29 @@ def test_what_a_module_replaced_is_read_again_from_the_trunk(root):
         assert all(torch.equal(again[name], own[name]) for name in again)
     own["model.norm.weight"][0] += 1
     save_file(own, root / "trunk" / "model.safetensors")
-    with pytest.raises(UserError, match="the metadata read at the start of the run"):
-        artifact.replaced_tensors(
-            str(root / "trunk"), config, [f"model.layers.1.mlp.{m}.weight" for m in MATRICES], metadata
-        )
+    for names in ([f"model.layers.1.mlp.{m}.weight" for m in MATRICES], ["head_change.lora_A"]):
+        with pytest.raises(UserError, match="the trunk has changed since the start of the run"):
+            artifact.replaced_tensors(str(root / "trunk"), config, names, metadata)
+
+
+@pytest.mark.parametrize("kind", ["ffn+head", "lora+head"])
+def test_a_trunk_that_is_published_again_during_the_run_is_refused(kind, trunk, module, altered, tmp_path):
+    """No module is published, whatever it reads of the trunk; with the first trunk, the same command publishes it."""
+    copy, other = tmp_path / "trunk", tmp_path / "other"
+    shutil.copytree(trunk, copy)
+    model, tokenizer, metadata = artifact.read_trunk(str(trunk))
+    tensors = {name: tensor * 1.01 for name, tensor in model.state_dict().items()}
+    artifact.write_trunk(other, tensors, model.config, tokenizer, {})
+    exchange = f"    import os\n\n    os.rename({str(copy)!r}, {str(tmp_path / 'first')!r})\n"
+    exchange += f"    os.rename({str(other)!r}, {str(copy)!r})\n"
+    script = altered("train_module.py", edits.AFTER_TRAINING, edits.AFTER_TRAINING + exchange)
+    more = ("--trunk", copy, "--steps", 2, "--kind", kind)
+    printed = module(tmp_path / "run", *more, script=script, fails=True)
+    assert f"it was {metadata['digest']}" in printed and "Traceback" not in printed
+    assert not (tmp_path / "run" / "module").exists()
+    copy.rename(other)
+    (tmp_path / "first").rename(copy)
+    assert "published " in module(tmp_path / "run", *more)
 
 
 def test_a_changed_frozen_weight_is_detected(module, altered, tmp_path):
@@ -271,3 +292,16 @@ def test_a_trunk_can_be_continued(trunk, shared, tmp_path):
     last = launch.rows(tmp_path / "run", "val/loss")[-1]
     assert last["val/loss"] == pytest.approx(metadata["validation_loss"], abs=1e-4)
     assert json.loads((tmp_path / "run" / "trunk" / "forge.json").read_text())["continued_from"] == metadata["digest"]
+
+
+def test_a_trunk_that_was_continued_names_its_earlier_texts_too(trunk, shared, domain, text, cache, tmp_path):
+    """Each with its own share; evaluate knows one of them by its name, the other by its content."""
+    copy = shutil.copytree(trunk, tmp_path / "trunk")
+    edit(copy / "forge.json", data={"held out 0": [], str(text): 7})
+    renamed = shutil.copytree(domain, tmp_path / "renamed")
+    shared(tmp_path / "run", "--trunk-from", copy, "--data", domain, "--val-fraction", 0.3, "--steps", 2, shape=())
+    found = training_texts(read_metadata(tmp_path / "run" / "trunk" / "forge.json"))
+    assert [(known.source, known.val_fraction) for known in found] == [(str(domain), 0.3), (str(text), 0.1)]
+    line = ("--model", tmp_path / "run" / "trunk", "--cache-dir", cache, "--data", f"a={text}", f"b={renamed}")
+    printed = evaluate(*line)
+    assert "held out by trunk: the first 10.00% by hash" in printed and "the first 30.00% by hash" in printed

@@ -10,7 +10,8 @@ import subprocess
 import sys
 import time
 import types
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import edits
@@ -91,6 +92,30 @@ def test_the_lock_of_a_dead_owner_is_taken_over(file_system, tmp_path, capsys):
     assert "taken over" not in capsys.readouterr().out
 
 
+ENDS = {
+    "an error of the user": "run_main(lambda _: (_ for _ in ()).throw(UserError('wrong')), None)",
+    "a traceback": "raise RuntimeError",
+    "by force": "os._exit(1)",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_only_a_run_that_ended_by_force_is_called_unfinished(end, tmp_path, capsys):
+    """A fork that ends does not release the lock of its parent."""
+    code = (
+        "import os, sys, types; from pathlib import Path; from forge_common.errors import UserError\n"
+        "from forge_common.run import folder as output; from forge_common.settings import run_main\n"
+        "lock = output.claim(types.SimpleNamespace(is_main_process=True), Path(sys.argv[1]))\n"
+        "if os.fork() == 0: sys.exit()\n"
+        "os.wait()\n"
+        "assert Path(sys.argv[1], '.lock').read_text()\n"
+    )
+    line = [sys.executable, "-c", code + ENDS[end], tmp_path]
+    assert subprocess.run(line, cwd=launch.ROOT, capture_output=True).returncode == 1
+    output.release(output.claim(MAIN, tmp_path))
+    assert ("did not end normally" in capsys.readouterr().out) == (end == "by force")
+
+
 def test_a_reused_pid_is_not_the_owner(tmp_path, monkeypatch):
     """The lock names a running process of this host that started at another time."""
     monkeypatch.setattr(fcntl, "flock", lambda file, operation: (_ for _ in ()).throw(OSError(errno.ENOLCK, "")))
@@ -169,6 +194,55 @@ def test_a_disk_that_fills_up_during_a_run(then, disk, started, shared, straight
         shared(folder, *more)
     assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
     assert launch.without_times(straight) == launch.without_times(folder)
+
+
+@contextmanager
+def removed(folder: Path) -> Iterator[None]:
+    folder.rename(folder.with_name("elsewhere"))
+    yield
+    folder.with_name("elsewhere").rename(folder)
+
+
+@contextmanager
+def replaced_by_a_file(folder: Path) -> Iterator[None]:
+    with removed(folder):
+        folder.touch()
+        yield
+        folder.unlink()
+
+
+def read_only(folder: Path) -> AbstractContextManager:
+    return mounted(folder, "ro")
+
+
+FAULTS = {
+    removed: "does not exist any more",
+    replaced_by_a_file: "is no longer a folder",
+    read_only: "cannot be written any more",
+}
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [removed, pytest.param(replaced_by_a_file, marks=pytest.mark.soak), read_only],
+    ids=lambda fault: fault.__name__,
+)
+def test_a_folder_that_is_lost_during_a_run(fault, started, shared, straight, tmp_path):
+    """An error that names it; when it is there again, the run resumes from its newest checkpoint."""
+    folder, out = tmp_path / "run", tmp_path / "out"
+    running = started(folder, *MORE, out=out, **launch.slow_disk(0.02))
+    launch.wait_for(folder / "checkpoints" / "step-00000002", running)
+    running.send_signal(signal.SIGSTOP)
+    try:
+        with fault(folder):
+            running.send_signal(signal.SIGCONT)
+            assert running.wait(PATIENCE) == 1
+    finally:
+        running.send_signal(signal.SIGCONT)
+    printed = out.read_text()
+    assert f"error: --output-dir {folder} {FAULTS[fault]}" in printed and "Traceback" not in printed
+    assert "did not end normally" not in shared(folder, *MORE)
+    same_run(straight, folder)
 
 
 def test_an_error_beside_the_updates_ends_all_ranks(shared, altered, tmp_path):

@@ -161,6 +161,18 @@ def test_to_one_rank_alone(started, tmp_path):
     assert {path.name for path in place.glob("random_states_*")} == {"random_states_0.pkl", "random_states_1.pkl"}
 
 
+def test_of_a_batch_system(started, tmp_path):
+    """SIGUSR1, as Slurm sends it before the end of a job's time (--signal=USR1@60)."""
+    folder = tmp_path / "run"
+    running = started(folder, *MORE, "--steps", 500)
+    launch.wait_for(folder / "checkpoints" / "step-00000003", running)
+    running.send_signal(signal.SIGUSR1)
+    assert running.wait(PATIENCE) == 128 + signal.SIGUSR1
+    newest = checkpoints(folder)[-1]
+    assert f"stopped at update {newest} of 500" in (tmp_path / "run.out").read_text()
+    assert launch.rows(folder)[-1]["step"] == newest
+
+
 @pytest.mark.soak
 def test_in_the_first_compile(started, tmp_path):
     """torch.compile takes a minute: the update is finished and saved, and the run ends."""

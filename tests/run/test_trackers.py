@@ -15,6 +15,8 @@ import psutil
 import pytest
 import wandb_server
 
+from forge_common.run import trackers
+
 LIMIT = 10 + 30  # seconds: the tracker's limit, and what the end of a process may take on a busy machine
 
 
@@ -119,11 +121,28 @@ def test_a_working_server_has_every_row_at_the_end(start):
 
 
 def test_after_a_refused_connection_the_run_is_recorded_offline_and_sent_later(start):
+    """A password in the server's address is not printed."""
     with wandb_server.nobody() as url:
-        run = start(url, 6)
-        assert f"{url} cannot be used" in run.end()
+        run = start(url.replace("//", "//someone:pass-word@"), 6)
+        printed = run.end()
+    assert f"{url} cannot be used ([Errno 111]" in printed and "pass-word" not in printed and "someone" not in printed
     assert run.is_complete(6)
     assert run.sync("wandb sync ") == {1, 2, 3, 4, 5, 6}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "http://a:secret@host:80/x cannot be used",
+        "a 'https://secret@host' and https://b:sec@ret@host/",
+        "input_value='http://a:secret...'",
+        "http://a:s/secret@host/graphql",
+    ],
+)
+def test_no_password_is_printed(text):
+    shown = trackers.without_password(text)
+    assert "sec" not in shown and ("host" in text) == ("//host" in shown) and shown[-4:] == text[-4:]
+    assert trackers.without_password("http://host:80/x, not //host") == "http://host:80/x, not //host"
 
 
 @pytest.mark.soak

@@ -98,11 +98,13 @@ def test_a_changed_config_is_refused_even_if_the_tensors_fit(root):
     assert "config_digest" in refused(artifact.read_trunk, str(root / "trunk"))
 
 
+TEXT = {"source": "a", "digest": None, "val_fraction": 0.1}
 FIELDS = {
     "forge.json": {
         "format_version": [None, 2, "1", True],
         "digest": [5, "", None, "0" * 64],
         "tokenizer_digest": [None, [], "x"],
+        "texts_before": [5, [5], [{}], [TEXT | {"source": 5}], [TEXT | {"digest": "x"}], [TEXT | {"val_fraction": 2}]],
     },
     "module.json": {
         "format_version": [None, 2, 1.0],
@@ -194,7 +196,7 @@ def test_statistics_of_an_assembled_model_match_their_digest(root):
 def test_evaluate_checks_the_metadata_that_it_reads_first(root):
     edit(root / "one" / "module.json", val_fraction="0.5")
     settings = evaluate.Settings(str(root / "trunk"), ("a=b",), module=(root / "one",))
-    assert "val_fraction" in refused(evaluate.held_out_share, settings)
+    assert "val_fraction" in refused(evaluate.metadata_of_parts, settings)
 
 
 # ---- Names ----

@@ -66,6 +66,12 @@ def with_normalizer(folder: Path, **normalizer) -> None:
     (folder / "trunk" / "tokenizer.json").write_text(tokenizer_with("normalizer", value=normalizer))
 
 
+def with_normalizers(folder: Path, number: int) -> None:
+    text = tokenizer_with("normalizer", value={"type": "Sequence", "normalizers": ["@@"]})
+    many = ",".join(['{"type":"NFC"}'] * number)
+    (folder / "trunk" / "tokenizer.json").write_text(text.replace('"@@"', many))
+
+
 MIB = 1 << 20
 HUGE = {
     "a header of 90 MiB": (
@@ -112,6 +118,7 @@ HUGE = {
     "a normalizer of 30 MiB": ("trunk", lambda f: with_normalizer(f, **REPLACE | {"content": "x" * 30 * MIB})),
     "a normalizer of normalizers": ("trunk", lambda f: with_normalizer(f, type="Sequence", normalizers=[REPLACE] * 30)),
     "a prefix of 30 MiB": ("trunk", lambda f: with_normalizer(f, type="Prepend", prepend="x" * 30 * MIB)),
+    "3 million normalizers": ("trunk", lambda f: with_normalizers(f, 3_000_000)),
     "an id of four billion": (
         "trunk",
         lambda f: (f / "trunk/tokenizer.json").write_text(tokenizer_with("model", "vocab", "a", value=2**32 - 1)),
