@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .artifacts.assembled import Part
     from .artifacts.checks import Examined
 
+GENERAL_TEXT = ("local:docs",)
 FILES = ("assembled.json", "README.md", "statistics.safetensors", "trunk", "modules")  # of an assembled model
 
 
@@ -55,13 +56,15 @@ class Settings(ReadingSettings):
     top_k: int | None = None
     """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module. None: 0, or as in --model."""
     trunk_data: tuple[str, ...] = ()
-    """Sources of text like the trunk's, for the statistics of a trunk that has none."""
+    """Sources of text like the trunk's, for the statistics of a trunk that has none. None: local:docs, a general text."""
     calibrate: tuple[str, ...] = ()
     """Sources of a little text of all domains, without labels, to fit the router's numbers on."""
     calibrate_tokens: int = 16_384
     """Tokens of --calibrate at most, all sources together."""
 
     # -- checks --
+    allow_copies: bool = False
+    """Accept modules that have the same statistics as another one, or nearly the same: of one text, or copied."""
     check_data: tuple[str, ...] = ()
     """NAME=SOURCE: text of the domain of the module NAME, to measure again the loss that it claims."""
 
@@ -218,26 +221,32 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     if plan.before:
         staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))]
         check_digests(plan.trunk.parent, plan.before, {name: metadata["digests"][name] for name in staying})
-    origin = (
-        "the trunk's own" if background else "none: the mean of the modules' is used (--trunk-data would be better)"
-    )
+    origin = "the trunk's own"
     path = temp_dir / "statistics.safetensors"
-    if settings.trunk_data:
-        counts = texts.trunk_statistics(settings, tokenizer, trunk.config.vocab_size)
+    trunk_data = settings.trunk_data
+    if not (background or trunk_data or "statistics_digest" in plan.before) and plan.router == "context":
+        trunk_data = GENERAL_TEXT
+    if trunk_data:
+        counts = texts.trunk_statistics(trunk_data, settings, tokenizer, trunk.config.vocab_size)
         save_file(counts, path)
         metadata["statistics_digest"] = digest(counts)
+        origin = f"of {', '.join(trunk_data)}"
+        if not settings.trunk_data:
+            origin += ", a general text, since it has none (--trunk-data names text that is more like the trunk's)"
     elif "statistics_digest" in plan.before:
         shutil.copyfile(plan.trunk.parent / path.name, path)
         metadata["statistics_digest"] = plan.before["statistics_digest"]
+        origin = "as before"
     if "statistics_digest" in metadata:
         background = read_statistics(temp_dir, metadata, trunk.config)
-        origin = "from --trunk-data"
     if settings.calibrate:
         metadata["tuning"] = texts.calibrated(settings, trunk, tokenizer, parts, background, metadata)
     if plan.router == "ridge":
         route(trunk, background, parts, metadata)
     write_json(temp_dir / "assembled.json", metadata)
     (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
+    if not settings.allow_copies:
+        checks.check_copies(examined)
     print(checks.table(examined, decode(background["unigrams"]) if background else None, metadata["licences"]))
     print(f"statistics  of the trunk: {origin}")
 

@@ -278,6 +278,18 @@ def copy_warnings(modules: list[Examined], trunk_counts: torch.Tensor | None) ->
     return warnings
 
 
+def check_copies(modules: list[Examined]) -> None:
+    """Refuses other weights with the statistics of another module, or nearly those: half of its text would go to them."""
+    for i, module in enumerate(modules):
+        others = [other for other in modules[:i] if not _same("digest", other.metadata, module.metadata)]
+        for other in others:
+            if copy_warnings([other, module], None)[1]:
+                raise UserError(
+                    f"modules {other.name} and {module.name} have nearly the same statistics: they were trained on the same text, or one's "
+                    "statistics are a copy. Leave one out, or accept both with --allow-copies."
+                )
+
+
 def _same(key: str, one: dict[str, Any], other: dict[str, Any]) -> bool:
     return key in one and one[key] == other.get(key)
 

@@ -22,14 +22,16 @@ from ..routing.tuning import CALIBRATED
 from .assembled import Part, route
 from .checks import mean_loss
 
-STATISTICS_TOKENS = 1_000_000  # tokens of --trunk-data that are counted at most
+STATISTICS_TOKENS = 1_000_000  # tokens of text like the trunk's that are counted at most
 CHECKED_TOKENS = 32_768  # tokens of each text of --check-data that are scored at most
 LENGTH = 512  # tokens in a window at most
 
 
-def trunk_statistics(settings: Any, tokenizer: Tokenizer, vocab_size: int) -> dict[str, torch.Tensor]:
-    """The statistics of --trunk-data, as train_shared.py would count them."""
-    sample = statistics.sample(_opened(settings.trunk_data, settings, tokenizer), STATISTICS_TOKENS)
+def trunk_statistics(
+    sources: tuple[str, ...], settings: Any, tokenizer: Tokenizer, vocab_size: int
+) -> dict[str, torch.Tensor]:
+    """The statistics of text like the trunk's, as train_shared.py would count them."""
+    sample = statistics.sample(_opened(sources, settings, tokenizer), STATISTICS_TOKENS)
     counts, _ = statistics.count(sample, vocab_size, tokenizer.eos_token_id, 1)
     return counts
 

@@ -28,7 +28,7 @@ def root(root):
             key: torch.randn_like(tensor) * 0.1
             for key, tensor in load_file(root / "one" / "module.safetensors").items()
         }
-        artifact.write_module(root / folder, tensors, described | {"name": name}, counts(7 + len(folder)), CONFIG)
+        artifact.write_module(root / folder, tensors, described | {"name": name}, counts(ord(folder[0])), CONFIG)
     return root
 
 

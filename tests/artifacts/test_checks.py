@@ -236,13 +236,16 @@ def test_copies_are_found_and_named(root, capsys):
     nearly[:9] += 3
     unigrams(root / "two", nearly)
     settings = assemble.Settings(str(root / "trunk"), (root / "one", root / "two"), root / "new" / "other")
-    lines = printed_by(capsys, settings)
+    assert "modules one and two have nearly the same statistics" in refused(assemble.main, settings)
+    lines = printed_by(capsys, dataclasses.replace(settings, allow_copies=True))
     assert any("two: its counts are nearly those of one (cosine " in line for line in lines)
     shutil.copyfile(root / "one" / "statistics.safetensors", root / "two" / "statistics.safetensors")
     own_digest = json.loads((root / "one" / "module.json").read_text())["statistics_digest"]
     edit(root / "two" / "module.json", statistics_digest=own_digest)
     settings = assemble.Settings(str(root / "trunk"), (root / "one", root / "two"), root / "new" / "third")
-    assert any("two: its statistics are those of one." in line for line in printed_by(capsys, settings))
+    assert "modules one and two have nearly the same statistics" in refused(assemble.main, settings)
+    lines = printed_by(capsys, dataclasses.replace(settings, allow_copies=True))
+    assert any("two: its statistics are those of one." in line for line in lines)
 
 
 def test_sixteen_copies_are_sixteen_lines_at_most():
