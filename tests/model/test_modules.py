@@ -86,9 +86,13 @@ def test_what_a_module_replaced_is_read_again_from_the_trunk(root):
         assert all(torch.equal(again[name], own[name]) for name in again)
     own["model.norm.weight"][0] += 1
     save_file(own, root / "trunk" / "model.safetensors")
-    for names in ([f"model.layers.1.mlp.{m}.weight" for m in MATRICES], ["head_change.lora_A"]):
-        with pytest.raises(UserError, match="the trunk has changed since the start of the run"):
-            artifact.replaced_tensors(str(root / "trunk"), config, names, metadata)
+    replaced, added = [f"model.layers.1.mlp.{m}.weight" for m in MATRICES], ["head_change.lora_A"]
+    with pytest.raises(UserError, match="the trunk has changed since the start of the run"):
+        artifact.replaced_tensors(str(root / "trunk"), config, replaced, metadata)
+    assert artifact.replaced_tensors(str(root / "trunk"), config, added, metadata) == {}  # the weights are not read
+    edit(root / "trunk" / "forge.json", digest="0" * 64)
+    with pytest.raises(UserError, match="the trunk has changed since the start of the run"):
+        artifact.replaced_tensors(str(root / "trunk"), config, added, metadata)
 
 
 @pytest.mark.parametrize("kind", ["ffn+head", "lora+head"])

@@ -441,12 +441,13 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
         pad_token_id=tokenizer.pad_token_id,
     )
     trunk = Trunk(config)
-    artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {})
+    sizes = {"unigrams": config.vocab_size, "bigrams": statistics.BIGRAM_BUCKETS}
+
+    def counts():
+        return {key: torch.randint(0, 90, (n,), generator=draw, dtype=torch.uint8) for key, n in sizes.items()}
+
+    artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {}, counts())
     _, _, trunk_metadata = artifact.read_trunk(str(tmp_path / "trunk"))
-    counts = {
-        "unigrams": torch.ones(config.vocab_size, dtype=torch.uint8),
-        "bigrams": torch.ones(statistics.BIGRAM_BUCKETS, dtype=torch.uint8),
-    }
     folders = []
     for number in range(8):
         tensors = {
@@ -457,7 +458,7 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
         metadata = {"kind": "ffn", "name": f"m{number}", "layers": [0], "trunk_digest": trunk_metadata["digest"]}
         metadata["tokenizer_digest"] = trunk_metadata["tokenizer_digest"]
         folders.append(tmp_path / f"m{number}")
-        artifact.write_module(folders[-1], tensors, metadata, counts, config)
+        artifact.write_module(folders[-1], tensors, metadata, counts(), config)
     size = (folders[0] / "module.safetensors").stat().st_size
     assert size > 20 << 20
     code = (
