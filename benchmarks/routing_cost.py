@@ -11,7 +11,6 @@ Set OMP_NUM_THREADS=1: the processor time of more threads includes their waiting
 """
 
 import json
-import statistics
 import sys
 import tempfile
 import time
