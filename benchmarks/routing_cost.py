@@ -1,6 +1,6 @@
 """What routing costs: an assembled model with all gates and with one candidate a token, beside its trunk.
 
-    python benchmarks/routing_cost.py --model runs/growth/assembled --text held-out.txt [--rounds 5] [--modules 1 16 64]
+    python benchmarks/routing_cost.py --model runs/growth/assembled --text held-out.txt [--rounds 15] [--modules 1 16 64]
     python benchmarks/routing_cost.py --random 512 8 16384
 
 Each round measures the processor time of all three, one after the other: of scoring (Mixture.nats, a batch of windows) and of
@@ -14,7 +14,6 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,14 +61,14 @@ class Settings:
     """Width, layers and vocabulary of a trunk with random weights, instead of --model."""
     modules: tuple[int, ...] = ()
     """Numbers of modules whose memory is measured."""
-    rounds: int = 5
+    rounds: int = 15
     windows: int = 8
     """Windows that are scored at once."""
     window: int = 256
     """Tokens of a window."""
     prompt: int = 64
     """Tokens before the generated ones."""
-    generated: int = 128
+    generated: int = 32
     """Tokens that are passed one by one after the prompt."""
 
 
@@ -114,18 +113,21 @@ def draw(width: int, layers: int, vocabulary: int) -> tuple[Mixture, torch.Tenso
     return Mixture(trunk, modules, router), torch.cat([document for pair in pairs for document in pair])
 
 
-def processor_time(call: Callable[[], object]) -> float:
+def scoring(model: Any, windows: torch.Tensor) -> float:
+    """Seconds of processor time."""
     started = time.process_time()
-    call()
+    model.nats(windows)
     return time.process_time() - started
 
 
-def generate(model: Any, ids: torch.Tensor, prompt: int) -> None:
-    """Passes ids [1, T] after its first `prompt` one by one."""
+def generation(model: Any, ids: torch.Tensor, prompt: int) -> float:
+    """Seconds of processor time to pass ids [1, T] one by one after the first `prompt`, which are not timed."""
     cache: list[Any] = []
     model.next_logits(ids[:, :prompt], cache)
+    started = time.process_time()
     for t in range(prompt, ids.shape[1]):
         model.next_logits(ids[:, t : t + 1], cache)
+    return time.process_time() - started
 
 
 def measure(settings: Settings, mixture: Mixture, ids: torch.Tensor) -> None:
@@ -137,8 +139,8 @@ def measure(settings: Settings, mixture: Mixture, ids: torch.Tensor) -> None:
     windows = windows[:: max(1, len(windows) // settings.windows)][: settings.windows]
     one = ids[None, : settings.prompt + settings.generated]
     works = {
-        "scoring": (windows[:, 1:].numel(), lambda model: model.nats(windows)),
-        "generation": (settings.generated, lambda model: generate(model, one, settings.prompt)),
+        "scoring": (windows[:, 1:].numel(), lambda model: scoring(model, windows)),
+        "generation": (settings.generated, lambda model: generation(model, one, settings.prompt)),
     }
     for work, (tokens, call) in works.items():
         found: dict[str, list[float]] = {"trunk": [], **{name: [] for name in TOP_K}}
@@ -146,7 +148,7 @@ def measure(settings: Settings, mixture: Mixture, ids: torch.Tensor) -> None:
             for name, values in found.items():
                 mixture.top_k = TOP_K.get(name, 0)
                 model = trunk if name == "trunk" else mixture
-                seconds = processor_time(lambda model=model, call=call: call(model))
+                seconds = call(model)
                 if index:  # the first round is warm-up
                     values.append(1000 * seconds / tokens)
         for name, values in found.items():

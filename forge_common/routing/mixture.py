@@ -49,9 +49,10 @@ class Mixture(nn.Module):
         self.top_k = top_k
         self.weights: torch.Tensor | None = None  # [B, T, E]: output weights of the last pass
         self.gates: torch.Tensor | None = None  # [B, T, E]: the layers' gates of the last pass
+        self.layers = [list(candidate.model.layers) for candidate in self.candidates]
         self.changed_by = [  # for each layer, the candidates that change it
             tuple(e for e, layer in enumerate(layers) if _differs(layer, layers[0]))
-            for layers in zip(*(candidate.model.layers for candidate in self.candidates), strict=True)
+            for layers in zip(*self.layers, strict=True)
         ]
 
     @property
@@ -99,7 +100,7 @@ class Mixture(nn.Module):
         The router's state is the last entry of the cache, after the layers' keys and values.
         """
         cache = [] if cache is None else cache
-        depth = 1 + len(self.candidates[0].model.layers)
+        depth = 1 + len(self.changed_by)
         state: State = cache[depth] if cache else self._start(inputs, None)
         hidden, gates, filtered, evidence = self._hidden(inputs, state, cache)
         last = hidden[:, -1:]
@@ -143,14 +144,13 @@ class Mixture(nn.Module):
 
     def _hidden(self, inputs: torch.Tensor, state: State, cache: Cache | None):
         """hidden [B, T, D], gates [B, T, E] (of the last layer where each has its own), the filter's states and their evidence."""
-        layers = range(len(self.candidates[0].model.layers))
         layer_gates: list[torch.Tensor] = []
         gates = filtered = evidence = None
         if isinstance(self.router, ContextRouter):
             filtered, evidence = self.router.route(inputs, state)
             gates = self._best(self.router.gates(filtered, mixed=not 0 < self.top_k < len(self.names)))
         served: dict = {}  # the same for all layers that the same candidates change
-        feeds = [partial(self._feed, index, gates, layer_gates, served) for index in layers]
+        feeds = [partial(self._feed, index, gates, layer_gates, served) for index in range(len(self.changed_by))]
         hidden, _ = self.candidates[0].model(inputs, cache=cache, feeds=feeds)
         gates = layer_gates[-1] if gates is None else gates
         return hidden, gates, gates if filtered is None else filtered, evidence
@@ -196,7 +196,7 @@ class Mixture(nn.Module):
 
     def _function(self, e: int, index: int, load) -> Callable:
         """A candidate's feed-forward, normed -> (y, ...); of a RoutedExpert the expert alone, without its router row."""
-        layer = self.candidates[e].model.layers[index]
+        layer = self.layers[e][index]
         expert = layer.addition
         if isinstance(expert, RoutedExpert):
             return lambda normed: (expert.expert(normed), None)
@@ -206,11 +206,10 @@ class Mixture(nn.Module):
         """The top_k gates, normalized to 1; the others 0. Of equal ones the first."""
         if not 0 < self.top_k < gates.shape[-1]:
             return gates
-        values = gates.float().cpu().numpy().copy()
-        others = (-values).argsort(axis=-1, kind="stable")[..., self.top_k :]
-        np.put_along_axis(values, others, 0, axis=-1)
-        values /= values.sum(-1, keepdims=True)
-        return torch.from_numpy(values).to(gates)
+        values = gates.float().cpu().numpy()
+        places = (-values).argsort(axis=-1, kind="stable")[..., : self.top_k]
+        best = values * np.eye(values.shape[-1], dtype=values.dtype)[places].sum(-2)
+        return torch.from_numpy(best / best.sum(-1, keepdims=True)).to(gates)
 
     def _used(self, gates: torch.Tensor) -> list[int]:
         """The candidates with a gate above 0."""
