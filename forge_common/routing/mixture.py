@@ -170,11 +170,11 @@ class Mixture(nn.Module):
         y = torch.zeros_like(flat)
         for e, gate, rows in served[changed_by]:
             function = self._function(e, index, load)
-            gate = gate.to(normed.dtype)
             if rows is None:
-                y += gate * function(normed)[0].flatten(0, 1)
+                y += gate.to(y.dtype) * function(normed)[0].flatten(0, 1)
             else:
-                y.index_add_(0, rows, gate * function(flat[rows][None])[0][0])
+                part = function(flat[rows][None])[0][0]
+                y.index_add_(0, rows, part if self.top_k == 1 else gate.to(y.dtype) * part)
         return y.view_as(normed), None
 
     def _served(self, gates: torch.Tensor, changed_by: tuple[int, ...]):

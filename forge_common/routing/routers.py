@@ -136,11 +136,12 @@ class ContextRouter:
         stay = 1 - self.tuning.switch
         arrive = self.tuning.switch * prior
         sequence = np.empty(likelihood.shape)
-        for t, after in enumerate(sequence):
-            belief = np.multiply(belief * stay + arrive, likelihood[t], out=after)
+        for t in range(len(sequence)):
+            belief = (belief * stay + arrive) * likelihood[t]
             belief /= np.add.reduce(belief, -1, keepdims=True)
             if resets[t]:
-                np.copyto(belief, prior, where=reset[t])
+                belief = np.where(reset[t], prior, belief)
+            sequence[t] = belief
         return torch.from_numpy(sequence.transpose(1, 0, 2)).to(evidence)
 
     def gates(self, states: torch.Tensor, *, mixed: bool) -> torch.Tensor:
