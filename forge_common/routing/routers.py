@@ -25,7 +25,6 @@ BACKOFF = 200.0  # weight, in pairs, of the smoothed probabilities in the pair's
 SHARED = 0.5  # of the back-off: the mean of all candidates' pairs; the rest is the candidate's unigrams
 DOCUMENT = 100.0  # weight, in tokens, of the mean of all candidates in the document's own counts
 NEAR_COPY = 64  # power of the similarity of two modules' unigrams: 0.98 counts as 0.27 of a copy, 0.9 as 0.001
-ROWS = 64  # previous tokens whose pairs are summed at once
 RIDGE = 1e-2  # added to the diagonal, as a share of its mean
 Tensors = dict[str, torch.Tensor]
 
@@ -56,7 +55,6 @@ class ContextRouter:
         self.tuning = tuning
         self.unigrams = torch.stack([decode(tensors["unigrams"]) for tensors in statistics])
         self.bigrams = torch.stack([tensors["bigrams"] for tensors in statistics])
-        self.count_of = decode(torch.arange(256))
         totals = self.unigrams.sum(1, keepdim=True)
         observed = (self.unigrams + 1) / (totals + self.unigrams.shape[1])
         # Copies of a module share one prior, and a module without counts has none.
@@ -66,81 +64,85 @@ class ContextRouter:
         weights = torch.cat((prior[:1].double(), prior[1:].double() * counted / copies))
         self.shares = (weights / weights.sum()).float()  # [E]: in a mean of all candidates
         self.prior = torch.cat((self.shares * (1 - tuning.unknown), self.shares.new_tensor([tuning.unknown])))  # [S]
-        self.unigram_p = (self.unigrams + SMOOTHING * (self.shares @ observed)) / (totals + SMOOTHING)
-        self.pairs_after = torch.full_like(
-            self.unigrams, -1
-        )  # [E, V]: sums over the next token; -1 until one is needed
+        # In NumPy on the CPU: for one token, a call of torch costs more than all its numbers.
+        self.count_of = decode(torch.arange(256)).numpy()
+        self.unigram_codes = torch.stack([tensors["unigrams"] for tensors in statistics]).numpy()
+        self.bigram_codes = self.bigrams.numpy()
+        self.unigram_p = ((self.unigrams + SMOOTHING * (self.shares @ observed)) / (totals + SMOOTHING)).numpy()
+        self.pairs_after = np.full_like(self.unigram_p, -1)  # [E, V]: sums over the next token; -1 until one is needed
 
-    def to(self, device: torch.device) -> "ContextRouter":
-        for name in ("shares", "prior", "unigrams", "bigrams", "count_of", "unigram_p", "pairs_after"):
-            setattr(self, name, getattr(self, name).to(device))
-        return self
-
-    def start(self, batch: int, *, at_document: bool) -> State:
+    def start(self, batch: int, *, at_document: bool, device: torch.device | None = None) -> State:
         """The prior. at_document: whether a document begins here; otherwise the token before is unknown."""
-        history = torch.full((batch, 1), self.eos if at_document else -1, device=self.prior.device)
-        prior = self.prior.expand(batch, -1)
+        history = torch.full((batch, 1), self.eos if at_document else -1, device=device)
+        prior = self.prior.to(device).expand(batch, -1)
         return State(prior, prior, history)
 
     def log_p(self, tokens: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         """log p_s(x_t | x_<t) of tokens [B, T] after `history` [B, P]: [B, T, S]; 0 where a token is -1."""
-        p = self.pair_p(torch.cat((history[:, -1:], tokens[:, :-1]), dim=1), tokens)  # [E, B, T]
+        seen = torch.cat((history, tokens), dim=1).cpu().numpy()
+        first = history.shape[1]
+        previous, token = seen[:, first - 1 : -1], seen[:, first:]
+        p = self.pair_p(previous, token)  # [E, B, T]
         mean = self._mean(p)
-        times, length = repeats(tokens, history, self.eos)
+        times, length = repeats(seen, first, self.eos)
         document = (times + DOCUMENT * mean) / (length + DOCUMENT)
-        p = torch.cat((p, mean[None]))
-        p = (1 - self.tuning.repeats) * p + self.tuning.repeats * document
-        return (p.log() * (tokens >= 0)).permute(1, 2, 0)
+        p = (1 - self.tuning.repeats) * np.concatenate((p, mean[None])) + self.tuning.repeats * document
+        log_p = np.where(token >= 0, np.log(p), 0)
+        return torch.from_numpy(log_p.transpose(1, 2, 0).astype(np.float32)).to(tokens.device)
 
-    def pair_p(self, previous: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    def pair_p(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
         """p_e(token | previous), both [B, T], from the counts: [E, B, T]; p_e(token) where the previous one is -1."""
-        before = previous.clamp(min=0)
-        token = token.clamp(min=0)
+        before = np.maximum(previous, 0)
+        token = np.maximum(token, 0)
         unigram = self.unigram_p[:, token]
         pairs = self.pairs(before, token)
         total = self._pairs_after(before) + BACKOFF
-        shared = self._mean((pairs + BACKOFF * unigram) / total)
-        bigram = (pairs + BACKOFF * (SHARED * shared + (1 - SHARED) * unigram)) / total
-        return torch.where(previous >= 0, bigram, unigram)
+        back = BACKOFF * unigram
+        shared = self._mean((pairs + back) / total)
+        bigram = (pairs + BACKOFF * SHARED * shared + (1 - SHARED) * back) / total
+        return np.where(previous >= 0, bigram, unigram)
 
-    def pairs(self, previous: torch.Tensor, token: torch.Tensor) -> torch.Tensor:
+    def pairs(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Upper bound of the count of a pair: of its bucket, and of either token: [E, B, T]."""
-        in_bucket = self.count_of[self.bigrams[:, bigram_bucket(previous, token)].long()]
-        return in_bucket.minimum(self.unigrams[:, previous]).minimum(self.unigrams[:, token])
+        of_bucket = self.bigram_codes[:, bigram_bucket(previous, token)]
+        of_tokens = np.minimum(self.unigram_codes[:, previous], self.unigram_codes[:, token])
+        return self.count_of[np.minimum(of_bucket, of_tokens)]  # codes have the order of their counts
 
-    def _pairs_after(self, previous: torch.Tensor) -> torch.Tensor:
+    def _pairs_after(self, previous: np.ndarray) -> np.ndarray:
         """The sum of `pairs` over all tokens after `previous` [B, T]: [E, B, T]. Each distinct one is summed once and kept."""
-        distinct = previous.unique()
-        missing = distinct[self.pairs_after[0, distinct] < 0]
-        every = torch.arange(self.unigrams.shape[1], device=previous.device)
-        for rows in missing.split(ROWS):
-            grid = torch.broadcast_tensors(rows[:, None], every[None])
-            self.pairs_after[:, rows] = self.pairs(*grid).sum(-1)
+        found = self.pairs_after[:, previous]
+        if (found[0] >= 0).all():
+            return found
+        every = np.arange(self.unigrams.shape[1])
+        for token in np.unique(previous[found[0] < 0]):
+            self.pairs_after[:, token] = self.pairs(np.broadcast_to(token, every.shape), every).sum(-1)
         return self.pairs_after[:, previous]
 
-    def _mean(self, p: torch.Tensor) -> torch.Tensor:
+    def _mean(self, p: np.ndarray) -> np.ndarray:
         """The candidates' mean [B, T] of p [E, B, T]."""
-        return torch.einsum("e,ebt->bt", self.shares, p)
+        return (self.shares.numpy() @ p.reshape(len(p), -1)).reshape(p.shape[1:])
 
     def filter(self, evidence: torch.Tensor, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """The filter [B, T, S] after evidence [B, T, S] (weighted log likelihoods), from `start` [B, S].
 
         In NumPy on the CPU: each step has a few operations on B x S numbers, which cost less there than a call of torch.
         """
-        likelihood = (evidence - evidence.amax(-1, keepdim=True)).double().exp().transpose(0, 1).cpu().numpy()
-        reset = (tokens == self.eos).T.unsqueeze(-1).cpu().numpy()
-        prior = self.prior.double().cpu().numpy()
+        scores = evidence.double().cpu().numpy().transpose(1, 0, 2)
+        likelihood = np.exp(scores - scores.max(-1, keepdims=True))
+        reset = (tokens.cpu().numpy() == self.eos).T[..., None]
+        resets = reset.any((1, 2))
+        prior = self.prior.double().numpy()
         belief = start.double().cpu().numpy()
         stay = 1 - self.tuning.switch
         arrive = self.tuning.switch * prior
         sequence = np.empty(likelihood.shape)
-        for t in range(len(likelihood)):
+        for t in range(len(sequence)):
             belief = (belief * stay + arrive) * likelihood[t]
-            belief /= belief.sum(-1, keepdims=True)
-            if reset[t].any():
+            belief /= np.add.reduce(belief, -1, keepdims=True)
+            if resets[t]:
                 belief = np.where(reset[t], prior, belief)
             sequence[t] = belief
-        return torch.from_numpy(sequence).transpose(0, 1).to(evidence)
+        return torch.from_numpy(sequence.transpose(1, 0, 2)).to(evidence)
 
     def gates(self, states: torch.Tensor, *, mixed: bool) -> torch.Tensor:
         """Gates [..., E] of the filter's states [..., S].
@@ -149,7 +151,7 @@ class ContextRouter:
         """
         known, unknown = states[..., :-1], states[..., -1:]
         if mixed:
-            return known + unknown * self.shares
+            return known + unknown * self.shares.to(states)
         return torch.cat((known[..., :1] + unknown, known[..., 1:]), dim=-1)
 
     def route(self, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, torch.Tensor]:
@@ -159,29 +161,35 @@ class ContextRouter:
 
     def weigh(self, tokens, evidence, log_p, start) -> torch.Tensor:
         """The output weights' filter [B, T, S]: with the heads' log p [B, T, E] of the tokens so far added to the evidence."""
-        unknown = torch.logsumexp(log_p + self.shares.log(), dim=-1, keepdim=True)
+        unknown = torch.logsumexp(log_p + self.shares.to(log_p).log(), dim=-1, keepdim=True)
         heads = torch.cat((log_p, unknown), dim=-1)
         return self.filter(evidence + self.tuning.own * heads, tokens, start)
 
 
-def repeats(tokens: torch.Tensor, history: torch.Tensor, eos: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """How often each of tokens [B, T] was in its document before, and the document's length before it: both [B, T].
+def repeats(seen: np.ndarray, first: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
+    """How often each token of seen [B, first + T] from `first` on was in its document before, and the document's length before it.
 
-    history [B, P]: the ids before, -1 (on the left) where unknown. An EOS ends a document, to which it belongs.
+    Both [B, T]. -1 (on the left) where a token is unknown. An EOS ends a document, to which it belongs.
     """
-    seen = torch.cat((history, tokens), dim=1)
-    place = torch.arange(seen.shape[1], device=seen.device).expand_as(seen)
-    ends = (seen == eos).long()
-    document = ends.cumsum(1) - ends
-    begins = torch.cat((torch.zeros_like(ends[:, :1]), ends[:, :-1]), dim=1)
-    begin = torch.where(begins > 0, place, 0).cummax(1).values
-    length = place - begin.maximum((history < 0).sum(1, keepdim=True))
-    key = document * (seen.max() + 2) + seen
-    ordered, order = key.sort(dim=1, stable=True)
-    new = torch.cat((torch.ones_like(ends[:, :1]), (ordered[:, 1:] != ordered[:, :-1]).long()), dim=1)
-    first = torch.where(new > 0, place, 0).cummax(1).values
-    times = torch.empty_like(place).scatter_(1, order, place - first)
-    return times[:, history.shape[1] :], length[:, history.shape[1] :].clamp(min=0)
+    place = np.arange(seen.shape[1])
+    ends = seen == eos
+    begins = np.zeros_like(ends)
+    begins[:, 1:] = ends[:, :-1]
+    begin = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    begin = np.maximum(begin, (seen[:, :first] < 0).sum(1, keepdims=True))
+    length = (place - begin)[:, first:]
+    if first + 1 == seen.shape[1]:  # a generated token: one comparison
+        times = ((seen[:, :-1] == seen[:, -1:]) & (place[:-1] >= begin[:, -1:])).sum(1, keepdims=True)
+        return times, np.maximum(length, 0)
+    key = np.cumsum(begins, axis=1) * (seen.max() + 2) + seen
+    order = key.argsort(axis=1, kind="stable")
+    ordered = np.take_along_axis(key, order, axis=1)
+    new = np.ones_like(ends)
+    new[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    earlier = place - np.maximum.accumulate(np.where(new, place, 0), axis=1)
+    times = np.empty_like(earlier)
+    np.put_along_axis(times, order, earlier, axis=1)
+    return times[:, first:], np.maximum(length, 0)
 
 
 class LearnedRouter:
