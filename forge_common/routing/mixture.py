@@ -34,6 +34,9 @@ def with_module(trunk: Trunk, tensors: Tensors, kind: str, layers: list[int], **
     }
     model.load_state_dict(shared | replaced, assign=True)
     put_in(model, tensors, kind, layers, **sizes)
+    for name, parameter in model.named_parameters():
+        if name in tensors and tensors[name].dtype == parameter.dtype:
+            parameter.data = tensors[name]  # mapped from its file, where put_in has made a copy
     return model
 
 
