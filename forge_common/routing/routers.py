@@ -60,7 +60,7 @@ class ContextRouter:
         # Copies of a module share one prior, and a module without counts has none.
         root = observed[1:].double().sqrt()
         copies = (root @ root.T).pow(NEAR_COPY).sum(1)
-        counted = totals[1:, 0].double() / (totals[1:, 0] + SMOOTHING) + 1e-9
+        counted = totals[1:, 0].double() / (totals[1:, 0] + SMOOTHING)
         weights = torch.cat((prior[:1].double(), prior[1:].double() * counted / copies))
         self.shares = (weights / weights.sum()).float()  # [E]: in a mean of all candidates
         self.prior = torch.cat((self.shares * (1 - tuning.unknown), self.shares.new_tensor([tuning.unknown])))  # [S]
