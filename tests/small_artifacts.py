@@ -6,6 +6,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -91,7 +92,9 @@ def load(folder: Path) -> Any:
 
 
 def same(one: Any, other: Any) -> bool:
-    """Equal to the bit, through lists and dictionaries of tensors."""
+    """Equal to the bit, through lists and dictionaries of tensors and arrays."""
+    if isinstance(one, np.ndarray) and isinstance(other, np.ndarray):
+        return one.dtype == other.dtype and np.array_equal(one, other)
     if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
         return one.dtype == other.dtype and torch.equal(one, other)
     if isinstance(one, dict) and isinstance(other, dict):
