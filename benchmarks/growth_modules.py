@@ -71,7 +71,7 @@ def score(
     before, started = resident_mb(), time.perf_counter()
     mixture, tokenizer, _ = read_assembled(str(model), top_k=top_k)
     opened = time.perf_counter()
-    column = read_columns({"text": data}, tokenizer, mixture.config, settings, 1.0)["text"]
+    column = read_columns({"text": data}, tokenizer, mixture.config, settings)["text"]
     mixture.eval()
     device = torch.device("cpu")
     evaluate.score(mixture, Column(column.pieces[-2:], None), settings, device)  # a warm-up

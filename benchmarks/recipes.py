@@ -53,7 +53,7 @@ class Scores:
     def columns(self, part: str) -> dict[str, texts.Column]:
         if part not in self._columns:
             sources = {domain: self.runs.source(domain, part) for domain in DOMAINS}
-            self._columns[part] = texts.read_columns(sources, self.tokenizer, self.trunk.config, self.settings, 1.0)
+            self._columns[part] = texts.read_columns(sources, self.tokenizer, self.trunk.config, self.settings)
         return self._columns[part]
 
     def add(self, name: str, make: Callable[[], Any], part: str = "test", only: tuple[str, ...] = ()) -> None:

@@ -100,6 +100,17 @@ def tokenize(domains: dict[str, list[str]], vocabulary: int) -> dict[str, Docume
     }
 
 
+def first(documents: Documents, tokens: float) -> Documents:
+    """The first documents, of this many tokens in all."""
+    chosen, total = [], 0
+    for document in documents:
+        chosen.append(document[: int(tokens - total)])
+        total += len(chosen[-1])
+        if total >= tokens:
+            break
+    return chosen
+
+
 class Measured:
     """The router on the documents that are not counted."""
 
@@ -116,13 +127,7 @@ class Measured:
 
     def some(self, name: str, tokens: float, *, last: bool = False) -> Documents:
         """The first (last) documents of a domain, about this many tokens."""
-        documents, total = [], 0
-        for document in self.counted[name][:: -1 if last else 1]:
-            documents.append(document[: int(tokens - total)])
-            total += len(documents[-1])
-            if total >= tokens:
-                break
-        return documents
+        return first(self.counted[name][:: -1 if last else 1], tokens)
 
     def module(self, name: str, tokens: float = COUNTED) -> dict[str, torch.Tensor]:
         return statistics.count(self.some(name, tokens), self.vocabulary, EOS, 2)[0]
@@ -158,18 +163,24 @@ class Measured:
         print(f"| {case} | {has:.3f} | {gate:.3f} | {shown} |", flush=True)
 
     def switches(self, router: ContextRouter, names: list[str]) -> float:
-        """Share of the changes of domain after TOKENS / 2 tokens after which the new one has more than half within 64 tokens."""
+        """Share of the changes of domain after TOKENS / 2 tokens after which the new one has more than half within 64 tokens.
+
+        Prints it for each pair of domains.
+        """
         half, noticed = TOKENS // 2, []
         for one in HOME:
             for other in HOME:
-                pairs = zip(self.tested[one], self.tested[other], strict=False)
-                rows = [np.concatenate((a[:half], b[:half])) for a, b in pairs if min(len(a), len(b)) > half]
-                if one == other or not rows:
+                long = [[d[:half] for d in self.tested[name] if len(d) > half] for name in (one, other)]
+                number = min(map(len, long))
+                if one == other or not number:
                     continue
+                rows = [np.concatenate((long[0][i], long[1][i])) for i in range(number)]
                 gates = self.gates(router, torch.from_numpy(np.stack(rows)))[:, half : half + 64]
                 own = gates[..., names.index(other)] + (gates[..., 0] if other == "docs" else 0)
-                noticed += (own > 0.5).any(1).tolist()
-        return sum(noticed) / len(noticed)
+                found = (own > 0.5).any(1)
+                noticed.append(found)
+                print(f"{one} to {other}: {float(found.float().mean()):.2f}", flush=True)
+        return float(torch.cat(noticed).float().mean())
 
 
 def main(settings: Settings) -> None:
@@ -195,7 +206,7 @@ def main(settings: Settings) -> None:
         for name in CROWD:
             size = min(COUNTED, sum(map(len, measured.counted[name])))
             pieces = [measured.counted[name][part::parts] for part in range(parts)]
-            cut = [statistics.count(_first(piece, size / parts), measured.vocabulary, EOS, 2)[0] for piece in pieces]
+            cut = [statistics.count(first(piece, size / parts), measured.vocabulary, EOS, 2)[0] for piece in pieces]
             crowd[name] = cut
         measured.row(f"8 domains as {8 * parts} modules", crowd, list(CROWD))
     names = ["trunk", *HOME]
@@ -212,16 +223,6 @@ def main(settings: Settings) -> None:
             gates[name] = float(torch.cat(rows)[:, 0].mean())
         shown = ", ".join(f"{name} {gate:.2f}" for name, gate in gates.items())
         print(f"the trunk's gate on foreign text, {'all gates' if mixed else 'top-k'}: {shown}")
-
-
-def _first(documents: Documents, tokens: float) -> Documents:
-    chosen, total = [], 0
-    for document in documents:
-        chosen.append(document)
-        total += len(document)
-        if total >= tokens:
-            break
-    return chosen
 
 
 if __name__ == "__main__":

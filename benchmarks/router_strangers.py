@@ -17,6 +17,7 @@ from script_process import ROOT
 
 sys.path.insert(0, str(ROOT))
 
+from recipe_baselines import Ensemble
 from recipe_runs import DOMAINS
 
 from forge_common import evaluate
@@ -52,7 +53,7 @@ class Models:
         }
         self.source = str(data / "data" / "python.module.jsonl")
         sources = {name: str(data / "data" / f"{name}.test.jsonl") for name in DOMAINS}
-        self.columns = read_columns(sources, self.tokenizer, self.trunk.config, self.settings, 1.0)
+        self.columns = read_columns(sources, self.tokenizer, self.trunk.config, self.settings)
 
     def counted(self, tokens: int) -> dict[str, torch.Tensor]:
         """Statistics of `tokens` tokens of python."""
@@ -64,10 +65,17 @@ class Models:
 
     def row(self, case: str, parts: dict[str, assembled.Part], top_k: int = 0) -> None:
         """Prints the losses of the parts, by their names here, assembled with the default router."""
-        metadata = {"router": "context", "tuning": asdict(Tuning())}
         named = [part._replace(metadata=part.metadata | {"name": name}) for name, part in parts.items()]
-        router = assembled.route(self.trunk, self.background, named, metadata)
-        self.print(case, Mixture(self.trunk, {part.name: part.model for part in named}, router, top_k=top_k).eval())
+        candidates = {part.name: part.model for part in named}
+        self.print(case, Mixture(self.trunk, candidates, self.router(named), top_k=top_k).eval())
+
+    def ensemble(self) -> Ensemble:
+        candidates = [self.trunk, *(part.model for part in self.parts.values())]
+        return Ensemble(candidates, self.router(list(self.parts.values())))
+
+    def router(self, parts: list[assembled.Part]) -> Any:
+        metadata = {"router": "context", "tuning": asdict(Tuning())}
+        return assembled.route(self.trunk, self.background, parts, metadata)
 
     def print(self, case: str, model: Any) -> None:
         losses = {
@@ -88,6 +96,7 @@ def main(settings: Settings) -> None:
     for name, part in parts.items():
         models.print(f"module {name}", part.model)
     models.row("assembled", parts)
+    models.print("output ensemble of the parts, a pass each", models.ensemble())
     models.row("assembled, top-1", parts, top_k=1)
     for tokens in (20_000, 60_000):
         thin = python._replace(statistics=models.counted(tokens))

@@ -200,7 +200,7 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     """Copies the trunk and the modules to `temp_dir`, verifies the copies and the router, and adds assembled.json and the card."""
     from safetensors.torch import save_file
 
-    from .artifacts import checks, texts
+    from .artifacts import checks, module_table, texts
     from .artifacts.artifact import TRUNK_FILES, read_statistics, read_trunk
     from .artifacts.assembled import check_digests, new_metadata, route
     from .artifacts.card import model_card
@@ -216,12 +216,14 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
         trunk, tokenizer, trunk_metadata = read_trunk(str(copy))
         background = read_statistics(copy, trunk_metadata, trunk.config)
     parts, examined = _modules(settings, plan, trunk, tokenizer, trunk_metadata, temp_dir)
+    if not settings.allow_copies:
+        checks.check_copies(examined)
     described = {"trunk": trunk_metadata, **{module.name: module.metadata for module in examined}}
     metadata = new_metadata(plan.router, plan.top_k, described, plan.before)
     if plan.before:
         staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))]
         check_digests(plan.trunk.parent, plan.before, {name: metadata["digests"][name] for name in staying})
-    origin = "the trunk's own"
+    origin = "the trunk's own" if background else f"none, and --router {plan.router} needs none"
     path = temp_dir / "statistics.safetensors"
     trunk_data = settings.trunk_data
     if not (background or trunk_data or "statistics_digest" in plan.before) and plan.router == "context":
@@ -245,9 +247,7 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
         route(trunk, background, parts, metadata)
     write_json(temp_dir / "assembled.json", metadata)
     (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
-    if not settings.allow_copies:
-        checks.check_copies(examined)
-    print(checks.table(examined, decode(background["unigrams"]) if background else None, metadata["licences"]))
+    print(module_table.table(examined, decode(background["unigrams"]) if background else None, metadata["licences"]))
     print(f"statistics  of the trunk: {origin}")
 
 

@@ -92,7 +92,7 @@ def main(settings: Settings) -> int:
         if not columns:
             choices = {name: choose(source, parts, tokenizer, settings) for name, source in sources.items()}
             shares = {name: choice.share for name, choice in choices.items()}
-            columns = read_columns(sources, tokenizer, model.config, settings, 1.0, shares)
+            columns = read_columns(sources, tokenizer, model.config, settings, shares)
             for name, choice in choices.items():
                 documents = len({piece.document for piece in columns[name].pieces})
                 print(f"scoring     {name}: {documents:,} documents, {choice.reason}")

@@ -174,7 +174,8 @@ def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata:
     statistics = [part.statistics for part in parts if part.statistics is not None]
     if router == "context":
         assert trunk.config.eos_token_id is not None  # read_trunk takes it from the tokenizer
-        background = background or _average(statistics)
+        if background is None:
+            raise UserError("the trunk has no statistics, and --router context needs them. Assemble the modules again.")
         return ContextRouter([background, *statistics], prior, trunk.config.eos_token_id, tuning)
     if router == "learned":
         rows = [
@@ -190,11 +191,3 @@ def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata:
     if router == "uniform":
         return UniformRouter(prior)
     raise UserError(f"router {router!r} is not one of {', '.join(ROUTERS)}. Assemble the modules again.")
-
-
-def _average(statistics: list[Tensors]) -> Tensors:
-    """Instead of the statistics of a trunk without any: the mean of the modules' codes, so of the logs of their counts."""
-    return {
-        name: torch.stack([tensors[name] for tensors in statistics]).float().mean(0).to(torch.uint8)
-        for name in ("unigrams", "bigrams")
-    }

@@ -46,14 +46,13 @@ def read_columns(
     tokenizer: Any,
     config: Any,
     settings: Any,
-    share: float,
     shares: dict[str, float] | None = None,
 ) -> dict[str, Column]:
     """The column of each named source, and `spliced` with --spliced.
 
-    config: of the model. share: of the documents, that is scored. shares: of the documents of a named source, instead.
+    config: of the model. shares: of the documents of a named source that are scored; all of one that is not in it.
     """
-    share_of = dict.fromkeys(sources, share) | (shares or {})
+    share_of = dict.fromkeys(sources, 1.0) | (shares or {})
     length = settings.sequence_length or min(config.max_position_embeddings, 2048)
     byte_lengths = ByteLengths(tokenizer)
     columns = {}

@@ -78,8 +78,8 @@ class Mixture(nn.Module):
         if evidence is not None and not self.top_k:
             log_p = self._by_head(lambda head, _: -nats_per_token(flat, head, labels.flatten(), ignore).view_as(labels))
             previous_log_p = torch.cat((torch.zeros_like(log_p[:, :1]), log_p[:, :-1]), dim=1)
-            outputs = self.router.weigh(inputs, evidence, previous_log_p, state.outputs)
-            self.weights = weights = self.router.gates(outputs, mixed=True)
+            outputs = self.router.weigh(inputs.cpu(), evidence, previous_log_p.cpu(), state.outputs)
+            self.weights = weights = self.router.gates(outputs, mixed=True).to(log_p)
         else:
 
             def log_p_under(head: torch.Tensor, users: list[int]) -> torch.Tensor:
@@ -107,7 +107,7 @@ class Mixture(nn.Module):
         state: State = cache[depth] if cache else self._start(inputs, None)
         hidden, gates, filtered, evidence = self._hidden(inputs, state, cache)
         last = hidden[:, -1:]
-        history = torch.cat((state.history, inputs), dim=1)
+        history = torch.cat((state.history, inputs.cpu()), dim=1)
 
         def next_log_p_under(head: torch.Tensor, _: list[int]) -> torch.Tensor:
             return (last @ head.T).float().log_softmax(-1)
@@ -121,8 +121,9 @@ class Mixture(nn.Module):
             first = torch.zeros_like(gates[:, :1])
             if state.next_log_p is not None:
                 first = state.next_log_p[:, 0].gather(1, inputs[:, :1, None].expand(-1, -1, len(self.names)))
-            outputs = self.router.weigh(inputs, evidence, torch.cat((first, log_p), dim=1), state.outputs)
-            self.weights = weights = self.router.gates(outputs, mixed=True)
+            heads = torch.cat((first, log_p), dim=1).cpu()
+            outputs = self.router.weigh(inputs.cpu(), evidence, heads, state.outputs)
+            self.weights = weights = self.router.gates(outputs, mixed=True).to(next_log_p)
             state = State(filtered[:, -1], outputs[:, -1], history, next_log_p)
         else:
             used = self._used(gates[:, -1:])
@@ -138,10 +139,11 @@ class Mixture(nn.Module):
         """The router's state before `inputs`; without `before` a document begins there."""
         if not isinstance(self.router, ContextRouter):
             unused = torch.zeros(len(inputs), len(self.names))
-            return State(unused, unused, inputs[:, :0])
-        state = self.router.start(len(inputs), at_document=before is None, device=inputs.device)
+            return State(unused, unused, inputs[:, :0].cpu())
+        state = self.router.start(len(inputs), at_document=before is None)
         if before is None or not before.shape[1]:
             return state
+        before = before.cpu()
         filtered, _ = self.router.route(before, state)
         return State(filtered[:, -1], filtered[:, -1], torch.cat((state.history, before), dim=1))
 
@@ -150,8 +152,9 @@ class Mixture(nn.Module):
         layer_gates: list[torch.Tensor] = []
         gates = filtered = evidence = None
         if isinstance(self.router, ContextRouter):
-            filtered, evidence = self.router.route(inputs, state)
+            filtered, evidence = self.router.route(inputs.cpu(), state)
             gates = self._best(self.router.gates(filtered, mixed=not 0 < self.top_k < len(self.names)))
+            gates = gates.to(inputs.device)
         served: dict = {}  # the same for all layers that the same candidates change
         feeds = [partial(self._feed, index, gates, layer_gates, served) for index in range(len(self.changed_by))]
         hidden, _ = self.candidates[0].model(inputs, cache=cache, feeds=feeds)

@@ -31,12 +31,14 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class State:
-    """A router's state after the tokens so far. S states of its filter: the candidates, and the unknown domain."""
+    """A router's state after the tokens so far, on the CPU. S states of its filter: the candidates, and the unknown domain."""
 
     layers: torch.Tensor  # [B, S]: of the layers' filter
     outputs: torch.Tensor  # [B, S]: of the filter for the output weights
     history: torch.Tensor  # [B, P]: the ids so far, -1 (on the left) where unknown
-    next_log_p: torch.Tensor | None = None  # [B, 1, V, E]: log probabilities of the next token under each head
+    next_log_p: torch.Tensor | None = (
+        None  # [B, 1, V, E]: log probabilities of the next token under each head, on the device
+    )
 
 
 class ContextRouter:
@@ -46,17 +48,16 @@ class ContextRouter:
     candidate's probabilities sum to 1 over the vocabulary. Fewer counts are closer to the mean of all candidates, which says
     nothing for or against any of them. Tokens that the document repeats count less. One more state is the unknown domain, whose
     probabilities are the mean of all candidates'. An EOS resets the filter to the prior. The gates at t depend on the tokens up
-    to t alone.
+    to t alone. All tensors are on the CPU.
     """
 
     def __init__(self, statistics: list[Tensors], prior: torch.Tensor, eos_token_id: int, tuning: Tuning):
         """statistics: of each candidate, the trunk first. prior [E]."""
         self.eos = eos_token_id
         self.tuning = tuning
-        self.unigrams = torch.stack([decode(tensors["unigrams"]) for tensors in statistics])
-        self.bigrams = torch.stack([tensors["bigrams"] for tensors in statistics])
-        totals = self.unigrams.sum(1, keepdim=True)
-        observed = (self.unigrams + 1) / (totals + self.unigrams.shape[1])
+        unigrams = torch.stack([decode(tensors["unigrams"]) for tensors in statistics])
+        totals = unigrams.sum(1, keepdim=True)
+        observed = (unigrams + 1) / (totals + unigrams.shape[1])
         # Copies of a module share one prior, and a module without counts has none.
         root = observed[1:].double().sqrt()
         copies = (root @ root.T).pow(NEAR_COPY).sum(1)
@@ -64,22 +65,22 @@ class ContextRouter:
         weights = torch.cat((prior[:1].double(), prior[1:].double() * counted / copies))
         self.shares = (weights / weights.sum()).float()  # [E]: in a mean of all candidates
         self.prior = torch.cat((self.shares * (1 - tuning.unknown), self.shares.new_tensor([tuning.unknown])))  # [S]
-        # In NumPy on the CPU: for one token, a call of torch costs more than all its numbers.
+        # In NumPy: for one token, a call of torch costs more than all its numbers.
         self.count_of = decode(torch.arange(256)).numpy()
         self.unigram_codes = torch.stack([tensors["unigrams"] for tensors in statistics]).numpy()
-        self.bigram_codes = self.bigrams.numpy()
-        self.unigram_p = ((self.unigrams + SMOOTHING * (self.shares @ observed)) / (totals + SMOOTHING)).numpy()
+        self.bigram_codes = torch.stack([tensors["bigrams"] for tensors in statistics]).numpy()
+        self.unigram_p = ((unigrams + SMOOTHING * (self.shares @ observed)) / (totals + SMOOTHING)).numpy()
         self.pairs_after = np.full_like(self.unigram_p, -1)  # [E, V]: sums over the next token; -1 until one is needed
 
-    def start(self, batch: int, *, at_document: bool, device: torch.device | None = None) -> State:
+    def start(self, batch: int, *, at_document: bool) -> State:
         """The prior. at_document: whether a document begins here; otherwise the token before is unknown."""
-        history = torch.full((batch, 1), self.eos if at_document else -1, device=device)
-        prior = self.prior.to(device).expand(batch, -1)
+        history = torch.full((batch, 1), self.eos if at_document else -1)
+        prior = self.prior.expand(batch, -1)
         return State(prior, prior, history)
 
     def log_p(self, tokens: torch.Tensor, history: torch.Tensor) -> torch.Tensor:
         """log p_s(x_t | x_<t) of tokens [B, T] after `history` [B, P]: [B, T, S]; 0 where a token is -1."""
-        seen = torch.cat((history, tokens), dim=1).cpu().numpy()
+        seen = torch.cat((history, tokens), dim=1).numpy()
         first = history.shape[1]
         previous, token = seen[:, first - 1 : -1], seen[:, first:]
         p = self.pair_p(previous, token)  # [E, B, T]
@@ -88,7 +89,7 @@ class ContextRouter:
         document = (times + DOCUMENT * mean) / (length + DOCUMENT)
         p = (1 - self.tuning.repeats) * np.concatenate((p, mean[None])) + self.tuning.repeats * document
         log_p = np.where(token >= 0, np.log(p), 0)
-        return torch.from_numpy(log_p.transpose(1, 2, 0).astype(np.float32)).to(tokens.device)
+        return torch.from_numpy(log_p.transpose(1, 2, 0).astype(np.float32))
 
     def pair_p(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
         """p_e(token | previous), both [B, T], from the counts: [E, B, T]; p_e(token) where the previous one is -1."""
@@ -113,7 +114,7 @@ class ContextRouter:
         found = self.pairs_after[:, previous]
         if (found[0] >= 0).all():
             return found
-        every = np.arange(self.unigrams.shape[1])
+        every = np.arange(self.unigram_codes.shape[1])
         for token in np.unique(previous[found[0] < 0]):
             self.pairs_after[:, token] = self.pairs(np.broadcast_to(token, every.shape), every).sum(-1)
         return self.pairs_after[:, previous]
@@ -125,14 +126,14 @@ class ContextRouter:
     def filter(self, evidence: torch.Tensor, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """The filter [B, T, S] after evidence [B, T, S] (weighted log likelihoods), from `start` [B, S].
 
-        In NumPy on the CPU: each step has a few operations on B x S numbers, which cost less there than a call of torch.
+        In NumPy: each step has a few operations on B x S numbers, which cost less there than a call of torch.
         """
-        scores = evidence.double().cpu().numpy().transpose(1, 0, 2)
+        scores = evidence.double().numpy().transpose(1, 0, 2)
         likelihood = np.exp(scores - scores.max(-1, keepdims=True))
-        reset = (tokens.cpu().numpy() == self.eos).T[..., None]
+        reset = (tokens.numpy() == self.eos).T[..., None]
         resets = reset.any((1, 2))
         prior = self.prior.double().numpy()
-        belief = start.double().cpu().numpy()
+        belief = start.double().numpy()
         stay = 1 - self.tuning.switch
         arrive = self.tuning.switch * prior
         sequence = np.empty(likelihood.shape)
@@ -151,7 +152,7 @@ class ContextRouter:
         """
         known, unknown = states[..., :-1], states[..., -1:]
         if mixed:
-            return known + unknown * self.shares.to(states)
+            return known + unknown * self.shares
         return torch.cat((known[..., :1] + unknown, known[..., 1:]), dim=-1)
 
     def route(self, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, torch.Tensor]:
@@ -161,7 +162,7 @@ class ContextRouter:
 
     def weigh(self, tokens, evidence, log_p, start) -> torch.Tensor:
         """The output weights' filter [B, T, S]: with the heads' log p [B, T, E] of the tokens so far added to the evidence."""
-        unknown = torch.logsumexp(log_p + self.shares.to(log_p).log(), dim=-1, keepdim=True)
+        unknown = torch.logsumexp(log_p + self.shares.log(), dim=-1, keepdim=True)
         heads = torch.cat((log_p, unknown), dim=-1)
         return self.filter(evidence + self.tuning.own * heads, tokens, start)
 

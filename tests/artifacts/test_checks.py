@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_artifacts import CONFIG, MODULES, assembling, counts, edit, refused
 
 from forge_common import assemble, evaluate, merge
-from forge_common.artifacts import artifact, checks
+from forge_common.artifacts import artifact, checks, module_table
 from forge_common.files.tensors import digest
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
@@ -284,17 +284,17 @@ def test_no_line_is_wider_than_100_columns():
     modules = [
         checks.Examined(metadata, 10**12, text_like(0, 900), checks.Effect(1e5, 9.0), (3.0, 4.0)) for _ in range(3)
     ]
-    printed = checks.table(modules, text_like(0, 900), {"x" * 64: "l" * 80})
+    printed = module_table.table(modules, text_like(0, 900), {"x" * 64: "l" * 80})
     assert max(map(len, printed.splitlines())) <= 100
 
 
 def test_licences_are_compared_literally():
     names = ["trunk", "a", "b"]
-    assert checks.licence_line(names, dict.fromkeys(names, "MIT")) == "licences    all parts: MIT"
-    assert checks.licence_line(names, {"trunk": "mit", "a": "MIT ", "b": "mit"}) == "licences    all parts: mit"
-    line = checks.licence_line(names, {"trunk": "mit", "a": "gpl-3.0"})
+    assert module_table.licence_line(names, dict.fromkeys(names, "MIT")) == "licences    all parts: MIT"
+    assert module_table.licence_line(names, {"trunk": "mit", "a": "MIT ", "b": "mit"}) == "licences    all parts: mit"
+    line = module_table.licence_line(names, {"trunk": "mit", "a": "gpl-3.0"})
     assert line == "licences    mit (trunk); gpl-3.0 (a); not stated (b). Check that they may be combined."
-    assert "not stated (trunk, a, b)" in checks.licence_line(names, {})
+    assert "not stated (trunk, a, b)" in module_table.licence_line(names, {})
 
 
 def test_claimed_losses_are_measured_again(root, text, cache, capsys, tmp_path):

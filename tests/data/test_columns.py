@@ -26,10 +26,10 @@ def written(folder, documents):
 @pytest.mark.parametrize("max_tokens", [1, 15, 16, 17, 300, 10**6])
 def test_max_tokens_takes_whole_windows_from_the_beginning_until_there_are_as_many(tmp_path, max_tokens):
     source = {"text": written(tmp_path, 60)}
-    all_pieces = read_columns(source, byte_tokenizer(), CONFIG, settings(tmp_path, 0), 1.0)["text"].pieces
+    all_pieces = read_columns(source, byte_tokenizer(), CONFIG, settings(tmp_path, 0))["text"].pieces
     in_order = sorted(all_pieces, key=lambda piece: piece.document)
     chosen = sorted(
-        read_columns(source, byte_tokenizer(), CONFIG, settings(tmp_path, max_tokens), 1.0)["text"].pieces,
+        read_columns(source, byte_tokenizer(), CONFIG, settings(tmp_path, max_tokens))["text"].pieces,
         key=lambda piece: piece.document,
     )
     sizes = [piece.scored for piece in chosen]
@@ -42,7 +42,7 @@ def test_the_work_of_max_tokens_does_not_grow_with_the_text(tmp_path):
     calls = []
     for documents in (300, 3000):
         source = {"text": written(tmp_path, documents)}
-        read_columns(source, byte_tokenizer(), CONFIG, settings(tmp_path, 200), 1.0)  # tokenizes it
+        read_columns(source, byte_tokenizer(), CONFIG, settings(tmp_path, 200))  # tokenizes it
         counted = 0
 
         def count(*_):
@@ -51,7 +51,7 @@ def test_the_work_of_max_tokens_does_not_grow_with_the_text(tmp_path):
 
         sys.setprofile(count)
         try:
-            read_columns(source, byte_tokenizer(), CONFIG, settings(tmp_path, 200), 1.0)
+            read_columns(source, byte_tokenizer(), CONFIG, settings(tmp_path, 200))
         finally:
             sys.setprofile(None)
         calls.append(counted)

@@ -117,10 +117,10 @@ def test_token_by_token_with_a_cache_equals_one_pass(assembled_dir, top_k):
 
 def reference_p(router, previous: int, seen: list[int]) -> np.ndarray:
     """[S, V]: each state's probabilities of the token after `previous`, in float64; seen: the document's tokens so far."""
-    unigrams = router.unigrams.double().numpy()
+    unigrams = statistics.decode(torch.from_numpy(router.unigram_codes)).double().numpy()
     vocabulary = np.arange(unigrams.shape[1])
     bucket = statistics.bigram_bucket(np.full_like(vocabulary, previous), vocabulary)
-    in_bucket = statistics.decode(router.bigrams).double().numpy()[:, bucket]
+    in_bucket = statistics.decode(torch.from_numpy(router.bigram_codes)).double().numpy()[:, bucket]
     pairs = np.minimum(np.minimum(in_bucket, unigrams[:, [previous]]), unigrams)
     totals = unigrams.sum(1, keepdims=True)
     shares = router.prior[:-1].double().numpy() / router.prior[:-1].double().numpy().sum()
