@@ -149,9 +149,9 @@ def check_router(router: str, part: Part, place: Any) -> None:
             f"{place}: statistics.safetensors holds no moments, and --router ridge needs them. "
             "Train the module again with this version, or assemble with --router context."
         )
-    if router in ("ridge", "learned") and changes_attention(part.metadata):
+    if router == "ridge" and changes_attention(part.metadata):
         raise UserError(
-            f"{place} changes the attention, and --router {router} finds a layer's gates after its attention. Assemble with --router "
+            f"{place} changes the attention, and --router ridge finds a layer's gates after its attention. Assemble with --router "
             "context, or merge the module into its trunk (forge_common.merge)."
         )
     if router == "learned" and part.metadata["kind"] != "expert":

@@ -383,6 +383,8 @@ def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared
     assert "another trunk" in refused(module_dirs["cpp"], of=tmp_path / "other" / "trunk")
     assert "both called cpp" in refused(module_dirs["cpp"], module_dirs["cpp"])
     assert "needs modules of --kind expert" in refused(module_dirs["cpp"], router="learned")
+    for name in ("cpp", "low"):
+        assert "changes the attention" in refused(module_dirs[name], router="ridge")
     assert "no such module" in refused(module_dirs["cpp"], without=("law",))
     assert "Choose one of context, learned, ridge, uniform" in refused(module_dirs["cpp"], router="magic")
     assert "--top-k" in refused(module_dirs["cpp"], top_k=-1)
