@@ -8,12 +8,13 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from forge_common.model.module_settings import ModuleSettings
 from forge_common.run.stop import StopRequest
 from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, problems, read_settings, run_main
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings(UpdateSettings, RunSettings):
+class Settings(ModuleSettings, UpdateSettings, RunSettings):
     # -- data --
     trunk: str
     """Folder that train_shared.py published, or another Transformers checkpoint (folder or hub id)."""
@@ -30,15 +31,9 @@ class Settings(UpdateSettings, RunSettings):
     sequence_length: int = 512
     """Tokens in a window."""
 
-    # -- module --
+    # -- module: forge_common/model/module_settings.py has its sizes --
     kind: str = "ffn+head"
     """Kind of module: ffn, narrow, lora, each with or without +head, or expert (forge_common/model/modules.py)."""
-    layers: str = "all"
-    """Layers that the module changes: all, top:N, or numbers from 0 such as 2,5."""
-    width: int = 0
-    """Width of the feed-forward of kind narrow; 0: a quarter of the trunk's."""
-    rank: int = 16
-    """Rank of kind lora."""
     module_dtype: Literal["bf16"] | None = None
     """Type that the published tensors are rounded to; None: that of --dtype, in which they are trained."""
     licence: str | None = None
@@ -110,7 +105,7 @@ def main(settings: Settings) -> int:
         general = general_sample(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     domains = {"own": corpora.held_out, "general": general}
     config = trunk.config  # of the trunk alone
-    module_names = plug_in(trunk, settings.kind, layers, width=settings.width, rank=settings.rank)
+    module_names = plug_in(trunk, settings.kind, layers, **settings.sizes)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
     frozen_before = artifact.digest({name: engines.held(accelerator, trunk.get_parameter(name)) for name in frozen})
     trunk.activation_checkpointing = settings.activation_checkpointing

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import UserError
-from .model.config import KINDS, PRESETS, ModelConfig
+from .model.config import PRESETS, ModelConfig
+from .model.module_settings import ModuleSettings, module_problems
 from .settings import UpdateSettings, read_settings, run_main
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ LLAMA_3: dict[str, Any] = {"vocab_size": 128_256, "max_position_embeddings": 819
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(ModuleSettings):
     devices: str
     """Number and name of the devices, such as 1xL40S or 64xH100."""
     engine: Literal["one", "ddp", "fsdp2"] = "fsdp2"
@@ -58,12 +59,6 @@ class Settings:
     # -- module --
     kind: str | None = None
     """Kind of module that is trained on the frozen trunk, as in train_module.py. None: the trunk itself is trained."""
-    layers: str = "all"
-    """Layers that the module changes: all, top:N, or numbers from 0 such as 2,5."""
-    width: int = 0
-    """Width of the feed-forward of kind narrow; 0: a quarter of the trunk's."""
-    rank: int = 16
-    """Rank of kind lora."""
     trunk_dtype: Literal["bf16"] | None = None
     """Type of the frozen matrices in memory; None: float32."""
 
@@ -111,7 +106,7 @@ def problems(settings: Settings) -> list[str]:
     found = re.fullmatch(r"([1-9]\d*)x(\w+)", settings.devices)
     if not found:
         faults.append(f"--devices {settings.devices} is not a number and a name; write it as 64xH100")
-    positive = ("sequence_length", "batch_size", "micro_batch_size", "rank", "tokens", "machine_size", "hidden_size")
+    positive = ("sequence_length", "batch_size", "micro_batch_size", "tokens", "machine_size", "hidden_size")
     positive += ("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     for name in (*positive, "between"):
         if getattr(settings, name) is not None and not getattr(settings, name) > 0:
@@ -130,8 +125,7 @@ def problems(settings: Settings) -> list[str]:
         )
     if settings.preset not in PRESETS | PUBLISHED:
         faults.append(f"--preset {settings.preset} is not one of {', '.join(PRESETS | PUBLISHED)}")
-    if settings.kind is not None and settings.kind not in KINDS:
-        faults.append(f"--kind {settings.kind} is not one of {', '.join(KINDS)}")
+    faults += module_problems(vars(settings).get)
     if settings.trunk_dtype and (settings.kind is None or settings.engine == "fsdp2"):
         faults.append("--trunk-dtype bf16 is for a module (--kind) with --engine one or ddp; leave it out")
     return faults
@@ -173,7 +167,7 @@ def build(config: ModelConfig, settings: Settings) -> "Trunk":
             parameter.data = parameter.data.bfloat16() if parameter.ndim > 1 else parameter.data
     if settings.kind:
         layers = chosen_layers(settings.layers, config.num_hidden_layers)
-        plug_in(trunk, settings.kind, layers, width=settings.width, rank=settings.rank)
+        plug_in(trunk, settings.kind, layers, **settings.sizes)
     trunk.activation_checkpointing = settings.activation_checkpointing
     return trunk
 

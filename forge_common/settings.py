@@ -14,7 +14,8 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from .errors import UserError
 from .files.untrusted import LINE, PLAIN
-from .model.config import KINDS, PRESETS
+from .model.config import PRESETS
+from .model.module_settings import module_problems
 from .schedule import SCHEDULES
 
 Settings = TypeVar("Settings")
@@ -193,10 +194,10 @@ def problems(settings: Any) -> list[str]:
     for name in ("steps", "batch_size", "micro_batch_size", "sequence_length", "keep", "log_every", "max_bad_updates"):
         if value(name) < 1:
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
-    for name in ("statistics_tokens", "statistics_min_documents", "rank"):
+    for name in ("statistics_tokens", "statistics_min_documents"):
         if (value(name, 1)) < 1:
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
-    for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts", "width"):
+    for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts"):
         if (value(name) or 0) < 0:
             faults.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
     if value("val_tokens") < 0:
@@ -236,8 +237,7 @@ def problems(settings: Any) -> list[str]:
         )
     if value("schedule") not in SCHEDULES:
         faults.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
-    if value("kind") is not None and value("kind") not in KINDS:
-        faults.append(f"--kind {value('kind')} is not one of {', '.join(KINDS)}")
+    faults += module_problems(value)
     largest = 2**32 - 1 - max(value("steps"), 0) * processes() - processes()
     if not 0 <= value("seed") <= largest:  # each update of each process adds to it, and NumPy takes 32 bits
         faults.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")

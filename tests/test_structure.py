@@ -23,7 +23,7 @@ MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package i
     "evaluation": {"errors", "files", "data"},
 }
 TOP_LEVEL = {"errors", "settings", "files", "run"}  # what a file of the package's top level may import
-SETTINGS = {"errors", "files", "schedule", "model.config"}  # --help must not load torch
+SETTINGS = {"errors", "files", "schedule", "model.config", "model.module_settings"}  # --help must not load torch
 
 
 def imports(path: Path) -> set[str]:

@@ -171,7 +171,7 @@ def test_a_kind_of_module(copy, train, unchanged, tmp_path):
     )
     copy.insert(file, "def chosen_layers(", scale)
     branch = 'if body == "scale":\n            layer.addition = Scale(config.hidden_size).to(trunk.head)\n        el'
-    copy.insert(file, 'if body == "ffn":\n', branch)
+    copy.insert(file, 'if body in ("ffn", "attention+ffn"):\n', branch)
     fold = (
         "    for layer in trunk.model.layers:\n"
         "        if isinstance(layer.addition, Scale):\n"

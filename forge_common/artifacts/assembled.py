@@ -20,7 +20,7 @@ from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ContextRouter, LearnedRouter, RidgeRouter, UniformRouter
 from ..routing.tuning import ROUTERS, Tuning
 from .artifact import Tensors, module_arguments, read_metadata, read_module, read_statistics, read_trunk
-from .metadata import FORMAT_VERSION, leave_out, smallest_held_out_share
+from .metadata import FORMAT_VERSION, changes_attention, leave_out, smallest_held_out_share
 
 
 class Part(NamedTuple):
@@ -148,6 +148,11 @@ def check_router(router: str, part: Part, place: Any) -> None:
         raise UserError(
             f"{place}: statistics.safetensors holds no moments, and --router ridge needs them. "
             "Train the module again with this version, or assemble with --router context."
+        )
+    if router == "ridge" and changes_attention(part.metadata):
+        raise UserError(
+            f"{place} changes the attention, and --router ridge finds a layer's gates after its attention. Assemble with --router "
+            "context, or merge the module into its trunk (forge_common.merge)."
         )
     if router == "learned" and part.metadata["kind"] != "expert":
         raise UserError(

@@ -27,7 +27,7 @@ from ..files.untrusted import (
     quoted,
     without_links,
 )
-from ..model.modules import KINDS
+from ..model.config import KINDS, MATRICES, TARGETS
 from ..routing.tuning import ROUTERS, Tuning
 
 FORMAT_VERSION = 1
@@ -92,6 +92,9 @@ MODULE = COMMON | {
     "shapes": dict_of(list_of(COUNT)),
     "trunk_digest": DIGEST,
     **dict.fromkeys(("width", "rank"), integer(0, 1 << 20)),
+    "alpha": number(0, 1e6),
+    "dropout": number(0, 1),
+    "targets": list_of(one_of(*TARGETS)),
 }
 CHANGE: Field = (
     "a line of at most 300 printable characters",
@@ -152,11 +155,21 @@ def leave_out(names: Sequence[str], without: Sequence[str], place: Any) -> list[
     return [name for name in names if name not in without]
 
 
+def changes_attention(metadata: dict[str, Any]) -> bool:
+    """Whether a module changes the attention of its layers."""
+    arguments = module_arguments(metadata)
+    low_rank = arguments["kind"].startswith("lora") and not set(arguments["targets"]) <= set(MATRICES)
+    return low_rank or arguments["kind"].startswith("attention")
+
+
 def module_arguments(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of modules.plug_in for a module: kind, layers, width, rank."""
+    """The arguments of modules.plug_in for a module, without its dropout, which is for training alone."""
+    rank = metadata.get("rank") or 0
     return {
         "kind": metadata["kind"],
         "layers": metadata["layers"],
         "width": metadata.get("width") or 0,
-        "rank": metadata.get("rank") or 0,
+        "rank": rank,
+        "alpha": metadata.get("alpha") or rank,  # modules of earlier versions have neither alpha nor targets
+        "targets": metadata.get("targets") or MATRICES,
     }

@@ -10,7 +10,19 @@ from ..errors import UserError
 from ..files.untrusted import ANY, FLAG, Field, checked, dict_of, integer, list_of, number, quoted
 
 # The kinds of module; modules.py builds them.
-KINDS = ("ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert")
+KINDS = (
+    "ffn",
+    "ffn+head",
+    "attention+ffn",
+    "attention+ffn+head",
+    "narrow",
+    "narrow+head",
+    "lora",
+    "lora+head",
+    "expert",
+)
+MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a feed-forward
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MATRICES)  # that kind lora can change
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 PRESETS: dict[str, dict[str, int]] = {

@@ -3,29 +3,37 @@
 | kind | in the chosen layers | +head |
 | --- | --- | --- |
 | ffn | a copy of the trunk's feed-forward, in its place | an output head of its own |
+| attention+ffn | copies of the trunk's attention and feed-forward, in their place | an output head of its own |
 | narrow | a feed-forward of width `width`, added to the trunk's | an output head of its own |
-| lora | a change of rank `rank` to each matrix of the feed-forward | a change of rank `rank` to the head |
+| lora | a change of rank `rank` to each matrix in `targets` | a change of rank `rank` to the head |
 | expert | a copy of the feed-forward, mixed with the trunk's per token by a trained router row (as in FlexOlmo) | |
 
 The frozen tensors keep their names, and a new module does not change the model's output. `fold` turns a trunk with a module
 into an ordinary checkpoint.
+
+Kind lora, for those who convert it: W + alpha / rank * B A, in float32 or in the type of the module's file. The tensors of layer i are
+`model.layers.i.mlp.NAME.lora_A` [R, in] and `.lora_B` [out, R] for gate_proj, up_proj and down_proj, `model.layers.i.self_attn.NAME.lora_A` and
+`.lora_B` for q_proj, k_proj, v_proj and o_proj, for the NAMEs in `targets` and the i in `layers`; with +head also `head_change.lora_A` [R, D] and
+`head_change.lora_B` [V, R], of the output head alone where it is tied to the embedding. module.json has `kind`, `layers`, `rank`, `alpha`, `dropout`
+and `targets`; metadata.module_arguments fills in what modules of earlier versions lack (alpha = rank, targets = the feed-forward's).
 
 B batch, T time, D width, V vocabulary, R rank
 """
 
 import copy
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
 from ..loss import balance_sum, z_sum
-from .config import KINDS
+from .config import KINDS, MATRICES, TARGETS
 from .feed_forward import FeedForward, silu_product
 from .trunk import Trunk
-
-MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a FeedForward
 
 
 class ParallelFeedForward(nn.Module):
@@ -67,33 +75,45 @@ class RoutedExpert(nn.Module):
 
 
 class LowRankLinear(nn.Linear):
-    """A frozen matrix plus a low-rank change: W + B A, A [R, in], B [out, R] = 0 at the start. Source: LoRA, arXiv 2106.09685."""
+    """A frozen matrix plus a low-rank change: W + alpha / R * B A, A [R, in], B [out, R] = 0 at the start.
 
-    def __init__(self, frozen: nn.Linear, rank: int):
+    dropout: share of the inputs of A that are 0 in training, as in PEFT. Source: LoRA, arXiv 2106.09685.
+    """
+
+    def __init__(self, frozen: nn.Linear, rank: int, alpha: float, dropout: float):
         nn.Module.__init__(self)
         self.in_features = frozen.in_features
         self.out_features = frozen.out_features
         self.weight = frozen.weight
-        self.bias = None
+        self.bias = frozen.bias
+        self.scale = alpha / rank
+        self.dropout = dropout
         self.lora_A, self.lora_B = _low_rank(frozen.weight, rank)
 
     def forward(self, input):
-        return input @ self.weight.T + (input @ self.lora_A.T) @ self.lora_B.T
+        kept = F.dropout(input, self.dropout, self.training) if self.dropout else input
+        y = input @ self.weight.T + (kept @ self.lora_A.T * self.scale) @ self.lora_B.T
+        return y if self.bias is None else y + self.bias
 
     @torch.no_grad()
-    def folded(self) -> torch.Tensor:
-        return self.weight + self.lora_B @ self.lora_A
+    def folded(self) -> nn.Linear:
+        """An ordinary layer that computes the same."""
+        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        plain.weight = nn.Parameter(self.weight + self.lora_B @ (self.lora_A * self.scale))
+        plain.bias = self.bias
+        return plain
 
 
 class LowRankHead(nn.Module):
-    """weight [V, D] -> weight + B A."""
+    """weight [V, D] -> weight + alpha / R * B A."""
 
-    def __init__(self, weight: torch.Tensor, rank: int):
+    def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
         super().__init__()
+        self.scale = alpha / rank
         self.lora_A, self.lora_B = _low_rank(weight, rank)
 
     def forward(self, weight):
-        return weight + self.lora_B @ self.lora_A
+        return weight + self.lora_B @ (self.lora_A * self.scale)
 
 
 def _low_rank(weight: torch.Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
@@ -129,11 +149,22 @@ def chosen_layers(spec: str, num_hidden_layers: int) -> list[int]:
     return chosen
 
 
-def plug_in(trunk: Trunk, kind: str, layers: list[int], *, width: int = 0, rank: int = 0) -> list[str]:
+def plug_in(
+    trunk: Trunk,
+    kind: str,
+    layers: list[int],
+    *,
+    width: int = 0,
+    rank: int = 0,
+    alpha: float = 0,
+    dropout: float = 0,
+    targets: Sequence[str] = MATRICES,
+) -> list[str]:
     """Adds a new module of `kind` to `layers` and freezes the rest, in place; returns the names of the module's tensors.
 
-    width: of the feed-forward of kind narrow (0: a quarter of the trunk's). rank: of kind lora (0: 16). Copied tensors start
-    as the trunk's, added ones so that the output does not change. A head of its own is untied from the embedding.
+    width: of the feed-forward of kind narrow (0: a quarter of the trunk's). rank, alpha, dropout, targets: of kind lora (rank 0: 16, alpha 0:
+    the rank). Copied tensors start as the trunk's, added ones so that the output does not change. A head of its own is untied
+    from the embedding.
     """
     if kind not in KINDS:
         raise UserError(f"--kind {kind} does not exist. The kinds of module are {', '.join(KINDS)}.")
@@ -143,24 +174,32 @@ def plug_in(trunk: Trunk, kind: str, layers: list[int], *, width: int = 0, rank:
             f"layers {unknown[:9]} do not exist. The trunk's layers are 0 to {len(trunk.model.layers) - 1}."
         )
     config = trunk.config
-    body, _, head = kind.partition("+")
-    if config.num_local_experts and body in ("lora", "expert"):
-        raise UserError(f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow.")
+    body = kind.removesuffix("+head")
+    head = kind != body
+    if config.num_local_experts and (body == "expert" or (body == "lora" and not set(targets).isdisjoint(MATRICES))):
+        raise UserError(
+            f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow, or lora with --targets of "
+            "the attention alone."
+        )
+    rank = rank or 16
     trunk.requires_grad_(False)
     device, dtype = trunk.head.device, _trained_dtype(trunk.head)
     for layer in (trunk.model.layers[index] for index in layers):
-        if body == "ffn":
+        if body == "attention+ffn":
+            layer.self_attn.to(device, dtype).requires_grad_(True)
+        if body in ("ffn", "attention+ffn"):
             layer.feed_forward.to(device, dtype).requires_grad_(True)
         elif body == "narrow":
             layer.addition = ParallelFeedForward(config.hidden_size, width or config.intermediate_size // 4)
             layer.addition.to(device, dtype)
         elif body == "lora":
-            for name in MATRICES:
-                setattr(layer.mlp, name, LowRankLinear(getattr(layer.mlp, name), rank or 16))
+            for name in (name for name in TARGETS if name in targets):
+                part = layer.mlp if name in MATRICES else layer.self_attn
+                setattr(part, name, LowRankLinear(getattr(part, name), rank, alpha or rank, dropout))
         else:
             layer.addition = RoutedExpert(layer.mlp, config.hidden_size).to(device, dtype).requires_grad_(True)
     if head and body == "lora":
-        trunk.head_change = LowRankHead(trunk.head, rank or 16)
+        trunk.head_change = LowRankHead(trunk.head, rank, alpha or rank)
     elif head:
         untie(trunk).to(device, dtype).requires_grad_(True)
     return [name for name, parameter in trunk.named_parameters() if parameter.requires_grad]
@@ -180,7 +219,7 @@ def untie(trunk: Trunk) -> nn.Linear:
 
 
 @torch.no_grad()
-def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: int) -> None:
+def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: Any) -> None:
     """Loads a module's tensors into `trunk`, in place. UserError where a name or shape is not that of the kind."""
     with torch.device("meta"):  # compares the shapes before it allocates what an untrusted width or rank asks for
         bare = Trunk(trunk.config)
@@ -220,11 +259,10 @@ def fold(trunk: Trunk) -> None:
         untie(trunk).weight = nn.Parameter(weight)
     widest = 0
     for layer in trunk.model.layers:
-        for name, matrix in list(layer.feed_forward.named_children()):
-            if isinstance(matrix, LowRankLinear):
-                plain = nn.Linear(matrix.in_features, matrix.out_features, bias=False, device="meta")
-                plain.weight = nn.Parameter(matrix.folded())
-                setattr(layer.mlp, name, plain)
+        for part in (layer.self_attn, layer.feed_forward):
+            for name, matrix in list(part.named_children()):
+                if isinstance(matrix, LowRankLinear):
+                    setattr(part, name, matrix.folded())
         if isinstance(layer.addition, ParallelFeedForward) and not layer.sparse:
             widest = max(widest, layer.addition.gate_proj.out_features)
         elif layer.addition is not None:

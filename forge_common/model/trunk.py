@@ -54,14 +54,16 @@ class DecoderLayer(nn.Module):
             y, router = self.addition(normed, y, scored, router)
         return y, router
 
-    def forward(self, x, rope, mask, scored, load, cache, layer, feed=None, recompute=False):
+    def forward(self, x, rope, mask, scored, load, cache, layer, feed=None, attend=None, recompute=False):
         """x [B, T, D] -> x [B, T, D] and the router's (balance, z, counts), or None without a router.
 
-        feed: replaces this layer's `feed`, in an assembled model. recompute: keep x alone for the backward pass.
+        feed, attend: replace this layer's `feed` and `self_attn`, in an assembled model. recompute: keep x alone for the backward pass.
         """
         if recompute and torch.is_grad_enabled():  # inside the layer's forward, so that FSDP's hooks are around it
-            return checkpoint(self.forward, x, rope, mask, scored, load, cache, layer, feed, use_reentrant=False)
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache, layer)
+            return checkpoint(
+                self.forward, x, rope, mask, scored, load, cache, layer, feed, attend, use_reentrant=False
+            )
+        x = x + (attend or self.self_attn)(self.input_layernorm(x), rope, mask, cache, layer)
         y, router = (feed or self.feed)(self.post_attention_layernorm(x), scored, load)
         return x + y, router
 
@@ -78,10 +80,12 @@ class Decoder(nn.Module):
         self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.fused_document_mask = False  # in training on a GPU (run/kernels.py)
 
-    def forward(self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None, recompute=False):
+    def forward(
+        self, inputs, scored=None, load=None, cache: Cache | None = None, feeds=None, attends=None, recompute=False
+    ):
         """inputs [B, T] -> hidden [B, T, D] after the last norm, and (balance, z, counts) of each layer with a router.
 
-        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds: one for each layer, or None. recompute: of DecoderLayer.
+        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds, attends: one for each layer, or None. recompute: of DecoderLayer.
         """
         seen = torch.cat((cache[0][0], inputs), dim=1) if cache else inputs
         past = seen.shape[1] - inputs.shape[1]
@@ -97,7 +101,8 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             layer_load = None if load is None else load[index]
             feed = feeds and feeds[index]
-            x, router = layer(x, rope, mask, scored, layer_load, cache, index, feed, recompute)
+            attend = attends and attends[index]
+            x, router = layer(x, rope, mask, scored, layer_load, cache, index, feed, attend, recompute)
             routers.append(router)
         return self.norm(x), [router for router in routers if router is not None]
 

@@ -1,7 +1,8 @@
 """The assembled model: a frozen trunk and separately trained modules, mixed by a router.
 
-In every layer h += sum_e g_t(e) F_e(norm h), where F_0 is the trunk's feed-forward (and that of a module in layers that it
-does not change). At the end the candidates' probabilities are mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)].
+In every layer h += sum_e g_t(e) A_e(norm h) and h += sum_e g_t(e) F_e(norm h), where A_0 and F_0 are the trunk's attention and
+feed-forward (and those of a module in layers where it does not change them). Each A_e has its own queries, keys and values, also of the tokens
+that other candidates serve: n attentions that differ cost n attentions. At the end the candidates' probabilities are mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)].
 
 B batch, T time, P time before the window, E candidates (the trunk first), D width, V vocabulary
 """
@@ -22,7 +23,7 @@ from .routers import ContextRouter, State
 Tensors = dict[str, torch.Tensor]
 
 
-def with_module(trunk: Trunk, tensors: Tensors, kind: str, layers: list[int], **sizes: int) -> Trunk:
+def with_module(trunk: Trunk, tensors: Tensors, kind: str, layers: list[int], **sizes: Any) -> Trunk:
     """A model with the module, which shares the trunk's parameters (the same objects)."""
     with torch.device("meta"):
         model = Trunk(trunk.config)
@@ -53,10 +54,9 @@ class Mixture(nn.Module):
         self.weights: torch.Tensor | None = None  # [B, T, E]: output weights of the last pass
         self.gates: torch.Tensor | None = None  # [B, T, E]: the layers' gates of the last pass
         self.layers = [list(candidate.model.layers) for candidate in self.candidates]
-        self.changed_by = [  # for each layer, the candidates that change it
-            tuple(e for e, layer in enumerate(layers) if _differs(layer, layers[0]))
-            for layers in zip(*self.layers, strict=True)
-        ]
+        # For each layer, the candidates that change its attention, and those that change the rest of it.
+        self.attention_by = [_changed_by(layers, attention=True) for layers in zip(*self.layers, strict=True)]
+        self.changed_by = [_changed_by(layers, attention=False) for layers in zip(*self.layers, strict=True)]
 
     @property
     def head(self) -> torch.Tensor:
@@ -100,12 +100,14 @@ class Mixture(nn.Module):
     def next_logits(self, inputs: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Log probabilities [B, V] after inputs [B, T]. With `cache` (a list, empty at first) pass only the new tokens.
 
-        The router's state is the last entry of the cache, after the layers' keys and values.
+        After the layers' keys and values the cache has the router's state, then those of the modules' attentions: a Cache for each
+        (layer, candidate).
         """
         cache = [] if cache is None else cache
         depth = 1 + len(self.changed_by)
+        own_caches: dict[tuple[int, int], Cache] = cache[depth + 1] if cache else {}
         state: State = cache[depth] if cache else self._start(inputs, None)
-        hidden, gates, filtered, evidence = self._hidden(inputs, state, cache)
+        hidden, gates, filtered, evidence = self._hidden(inputs, state, cache, own_caches)
         last = hidden[:, -1:]
         history = torch.cat((state.history, inputs.cpu()), dim=1)
 
@@ -132,7 +134,7 @@ class Mixture(nn.Module):
             weights = gates[..., used]
             state = State(filtered[:, -1], filtered[:, -1], history)
         self.gates = gates
-        cache[depth:] = [state]
+        cache[depth:] = [state, own_caches]
         return _mixed(weights[:, -1, None], next_log_p[:, 0])
 
     def _start(self, inputs: torch.Tensor, before: torch.Tensor | None) -> State:
@@ -147,7 +149,7 @@ class Mixture(nn.Module):
         filtered, _ = self.router.route(before, state)
         return State(filtered[:, -1], filtered[:, -1], torch.cat((state.history, before), dim=1))
 
-    def _hidden(self, inputs: torch.Tensor, state: State, cache: Cache | None):
+    def _hidden(self, inputs: torch.Tensor, state: State, cache: Cache | None, own_caches: dict | None = None):
         """hidden [B, T, D], gates [B, T, E] (of the last layer where each has its own), the filter's states and their evidence."""
         layer_gates: list[torch.Tensor] = []
         gates = filtered = evidence = None
@@ -157,9 +159,33 @@ class Mixture(nn.Module):
             gates = gates.to(inputs.device)
         served: dict = {}  # the same for all layers that the same candidates change
         feeds = [partial(self._feed, index, gates, layer_gates, served) for index in range(len(self.changed_by))]
-        hidden, _ = self.candidates[0].model(inputs, cache=cache, feeds=feeds)
+        attends = [
+            partial(self._attend, changed_by, gates, served, own_caches) if changed_by else None
+            for changed_by in self.attention_by
+        ]
+        hidden, _ = self.candidates[0].model(inputs, cache=cache, feeds=feeds, attends=attends)
         gates = layer_gates[-1] if gates is None else gates
         return hidden, gates, gates if filtered is None else filtered, evidence
+
+    def _attend(self, changed_by, gates, served: dict, own_caches: dict | None, normed, rope, mask, cache, index: int):
+        """sum_e g_t(e) A_e(normed), [B, T, D], as `_feed`. With a cache all candidates attend: a later token may need their keys and values."""
+        if gates is None:
+            gates = self._best(self.router.layer(index, normed))
+            served = {}
+        if changed_by not in served:
+            served[changed_by] = self._served(gates, changed_by)
+        shares = {e: (gate, rows) for e, gate, rows in served[changed_by]}
+        y = torch.zeros_like(normed).flatten(0, 1)
+        for e in (0, *changed_by) if own_caches is not None else shares:
+            own = None if own_caches is None or not e else own_caches.setdefault((index, e), [None])
+            past = (cache, index) if own is None else (own, 0)
+            part = self.layers[e][index].self_attn(normed, rope, mask, *past).flatten(0, 1)
+            gate, rows = shares.get(e, (None, None))
+            if rows is not None:
+                y.index_add_(0, rows, gate.to(y.dtype) * part[rows])
+            elif gate is not None:
+                y += gate.to(y.dtype) * part
+        return y.view_as(normed)
 
     def _feed(self, index: int, gates, layer_gates: list, served: dict, normed, scored, load):
         """sum_e g_t(e) F_e(normed), [B, T, D]. The gate of a candidate that does not change this layer goes to the trunk's F_0."""
@@ -239,7 +265,15 @@ def _mixed(weights: torch.Tensor, log_p: torch.Tensor) -> torch.Tensor:
     return log_p[..., 0] if log_p.shape[-1] == 1 else torch.logsumexp(weights.log() + log_p, dim=-1)
 
 
-def _differs(layer: nn.Module, trunk_layer: nn.Module) -> bool:
-    """Whether a candidate's layer has parameters that are not objects of the trunk's layer."""
-    shared = {id(parameter) for parameter in trunk_layer.parameters()}
-    return any(id(parameter) not in shared for parameter in layer.parameters())
+def _changed_by(layers: Sequence[nn.Module], *, attention: bool) -> tuple[int, ...]:
+    """The candidates whose layer has parameters that are not objects of the trunk's: of its attention, or of the rest.
+
+    layers: of each candidate, the trunk first.
+    """
+    shared = {id(parameter) for parameter in layers[0].parameters()}
+
+    def differs(layer: nn.Module) -> bool:
+        own = [name for name, parameter in layer.named_parameters() if id(parameter) not in shared]
+        return any(name.startswith("self_attn.") == attention for name in own)
+
+    return tuple(e for e, layer in enumerate(layers) if differs(layer))

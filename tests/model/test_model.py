@@ -396,7 +396,7 @@ def test_experts_are_those_of_a_loop_over_tokens(top_k):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13, msg=name)
 
 
-@pytest.mark.parametrize("module", ["ffn", "narrow"])
+@pytest.mark.parametrize("module", ["ffn", "attention+ffn", "narrow"])
 @pytest.mark.parametrize("top_k", [0, 1])
 def test_modules_are_assembled_on_a_mixture_of_experts(module, top_k):
     """New modules change nothing, so neither does their mixture."""
@@ -407,6 +407,28 @@ def test_modules_are_assembled_on_a_mixture_of_experts(module, top_k):
     modules = {name: with_module(trunk, tensors, module, [1]) for name in ("one", "other")}
     mixture = Mixture(trunk, modules, UniformRouter(torch.full((3,), 1 / 3)), top_k=top_k)
     torch.testing.assert_close(mixture.nats(tokens), trunk.nats(tokens), rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+@pytest.mark.parametrize("top_k", [0, 1, 2])
+def test_copies_of_the_attention_are_assembled_to_the_trunk(kind, top_k):
+    """In one pass, and with a cache: each candidate attends with its own queries, keys and values."""
+    trunk, tokens = make(kind, cross_document_attention=False).double(), text(2, 30)
+    tokens[0, 12] = 1
+    new = make(kind)
+    names = plug_in(new, "attention+ffn", [0, 2])
+    tensors = {name: new.state_dict()[name].double() for name in names}
+    modules = {name: with_module(trunk, tensors, "attention+ffn", [0, 2]) for name in ("one", "other")}
+    mixture = Mixture(trunk, modules, UniformRouter(torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)), top_k=top_k)
+    assert mixture.attention_by == mixture.changed_by == [(1, 2), (), (1, 2)]
+    torch.testing.assert_close(mixture.nats(tokens), trunk.nats(tokens), rtol=1e-9, atol=1e-9)
+    cache: list = []
+    for start, end in ((0, 9), (9, 10), (10, 25)):
+        found = mixture.next_logits(tokens[:, start:end], cache)
+        expected = trunk.next_logits(tokens[:, :end]).log_softmax(-1)
+        torch.testing.assert_close(
+            found.double(), expected, rtol=1e-5, atol=1e-5
+        )  # its log probabilities are in float32
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
@@ -437,7 +459,7 @@ def test_router_losses_have_the_weights_of_the_config():
 
 
 @pytest.mark.parametrize("kind", ["llama", "tied", "qwen2", "qwen3", "mixtral", "mixtral_tied"])
-@pytest.mark.parametrize("module", [None, "ffn", "ffn+head"])
+@pytest.mark.parametrize("module", [None, "ffn", "ffn+head", "attention+ffn"])
 def test_each_trained_parameter_is_in_one_group(kind, module):
     trunk = make(kind)
     if module:
@@ -461,7 +483,19 @@ PRODUCTS = ("mm", "addmm", "addmm_")  # of weights; those of attention are bmm, 
     "trained",
     [
         *("all", "ffn 0", "ffn 1", "ffn 2", "ffn 0,2", "ffn+head 2", "embedding", "nothing"),
-        *("narrow 1", "narrow+head 2", "lora 0", "lora 2", "lora 1,2", "lora+head 2", "expert 0", "expert 2"),
+        *(
+            "attention+ffn 0",
+            "attention+ffn 2",
+            "attention+ffn+head 1,2",
+            "narrow 1",
+            "narrow+head 2",
+            "lora 0",
+            "lora 2",
+            "lora 1,2",
+            "lora+head 2",
+            "expert 0",
+            "expert 2",
+        ),
     ],
 )
 def test_flops_are_those_that_torch_counts(kind, trained):
@@ -482,7 +516,7 @@ def test_flops_are_those_that_torch_counts(kind, trained):
     products = sum(count for operation, count in counts.items() if str(operation).split(".")[-1] in PRODUCTS)
     # Attention: forward in three layers, backward in those at or above the lowest that a gradient reaches.
     module, _, layers = trained.partition(" ")
-    lowest = 0 if module in ("all", "embedding") else int(layers[0]) + 1 if layers else 3
+    lowest = 0 if module in ("all", "embedding") else int(layers[0]) + ("attention" not in module) if layers else 3
     attention = (3 + 2 * (3 - lowest)) * 2 * 32 * 4 * 8
     # The change of a low-rank head is computed once for all tokens: forward, and the gradients of both its factors.
     once = 3 * 2 * 258 * 16 * 32 if module == "lora+head" else 0
@@ -546,7 +580,9 @@ def test_the_gradient_of_the_gated_product_is_its_derivative():
     assert torch.autograd.gradcheck(silu_product, [part.requires_grad_() for part in pair.unbind()])
 
 
-@pytest.mark.parametrize("module", ["ffn", "ffn+head", "narrow", "narrow+head", "lora", "lora+head", "expert"])
+@pytest.mark.parametrize(
+    "module", ["ffn", "ffn+head", "attention+ffn", "narrow", "narrow+head", "lora", "lora+head", "expert"]
+)
 def test_a_trunk_stored_in_bf16_trains_modules_in_float32(module):
     """Under autocast its loss is that of a float32 trunk with the same rounded matrices."""
     tokens = text(2, 60)
@@ -576,8 +612,8 @@ def test_a_trunk_stored_in_bf16_trains_modules_in_float32(module):
 # ---- Modules ----
 
 
-@pytest.mark.parametrize("kind", ["llama", "tied", "mixtral", "mixtral_tied"])
-@pytest.mark.parametrize("module", ["ffn", "ffn+head"])
+@pytest.mark.parametrize("kind", ["llama", "tied", "qwen2", "qwen3", "mixtral", "mixtral_tied"])
+@pytest.mark.parametrize("module", ["ffn", "ffn+head", "attention+ffn", "attention+ffn+head"])
 @pytest.mark.parametrize("layers", [[0], [1, 2], [0, 1, 2]])
 def test_a_new_module_changes_nothing_and_has_the_trunks_names(kind, module, layers):
     trunk, tokens = make(kind), text(2, 40)
@@ -585,10 +621,12 @@ def test_a_new_module_changes_nothing_and_has_the_trunks_names(kind, module, lay
     names = plug_in(trunk, module, layers)
     assert torch.equal(trunk.nats(tokens), before)
     feed_forward = "block_sparse_moe" if trunk.config.num_local_experts else "mlp"
-    wanted = [name for name in state if any(name.startswith(f"model.layers.{i}.{feed_forward}.") for i in layers)]
-    assert sorted(names) == sorted([*wanted, "lm_head.weight"] if module == "ffn+head" else wanted)
+    parts = (feed_forward, "self_attn") if "attention" in module else (feed_forward,)
+    wanted = [name for name in state if name.startswith(tuple(f"model.layers.{i}.{p}." for i in layers for p in parts))]
+    wanted += ["lm_head.weight"] * (module.endswith("+head") and "lm_head.weight" not in wanted)
+    assert sorted(names) == sorted(wanted)
     assert sorted(names) == sorted(name for name, p in trunk.named_parameters() if p.requires_grad)
-    if module == "ffn+head":
+    if module.endswith("+head"):
         assert trunk.lm_head.weight.data_ptr() != trunk.model.embed_tokens.weight.data_ptr()
         assert not trunk.config.tie_word_embeddings
     found = gradients(trunk, trunk(tokens).nats)
@@ -637,7 +675,7 @@ def module_of(trunk, kind, layers):
     return {name: copy.state_dict()[name].clone() for name in names}
 
 
-@pytest.mark.parametrize("kind", ["ffn", "ffn+head"])
+@pytest.mark.parametrize("kind", ["ffn", "ffn+head", "attention+ffn"])
 def test_put_in_replaces_the_trunks_tensors(kind):
     trunk, tokens = make("tied"), text(2, 30)
     tensors = module_of(trunk, kind, [0, 2])
@@ -648,7 +686,7 @@ def test_put_in_replaces_the_trunks_tensors(kind):
     put_in(trunk, tensors, kind, [0, 2])
     assert torch.equal(trunk.nats(tokens), wanted.nats(tokens))
     assert not torch.equal(trunk.nats(tokens), make("tied").nats(tokens))
-    assert trunk.config == dataclasses.replace(config_of("tied"), tie_word_embeddings=kind == "ffn")
+    assert trunk.config == dataclasses.replace(config_of("tied"), tie_word_embeddings=not kind.endswith("+head"))
 
 
 LAST = "model.layers.2.mlp.up_proj.weight"

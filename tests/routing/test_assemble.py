@@ -25,7 +25,8 @@ from forge_common.model.modules import put_in
 from forge_common.model.trunk import Trunk, rotary
 from forge_common.routing import statistics
 
-KINDS = {"cpp": "ffn+head", "code": "narrow+head", "low": "lora+head"}
+KINDS = {"cpp": "attention+ffn+head", "code": "narrow+head", "low": "lora+head"}
+LORA = ("--rank", 4, "--alpha", 6, "--dropout", 0.1, "--targets", "q_proj", "v_proj", "up_proj", "down_proj")
 
 
 def call(command: str, *arguments: object, fails: bool = False) -> str:
@@ -43,7 +44,7 @@ def module_dirs(module, text, domain, tmp_path_factory):
     dirs = {}
     for name, kind in {**KINDS, "expert_cpp": "expert", "expert_code": "expert"}.items():
         source = domain if "cpp" in name else text
-        flags = ("--name", name, "--data", source, "--kind", kind, "--rank", 4, "--width", 12, "--steps", 12)
+        flags = ("--name", name, "--data", source, "--kind", kind, *LORA, "--width", 12, "--steps", 12)
         module(folder / name, *flags, "--lr", 0.02)
         dirs[name] = folder / name / "module"
     return dirs
@@ -168,7 +169,10 @@ def test_the_gates_and_the_mixture_equal_a_reference(assembled_dir):
         documents = (torch.tensor([-1, *inputs[:-1]]) == model.config.eos_token_id).cumsum(0)
         mask = torch.ones(len(inputs), len(inputs), dtype=torch.bool).tril() & (documents[:, None] == documents)
         for index, layer in enumerate(decoder.layers):
-            x = x + layer.self_attn(layer.input_layernorm(x), rope, mask[None, None], None, index)
+            normed = layer.input_layernorm(x)
+            attentions = [one.model.layers[index].self_attn for one in model.candidates]
+            outputs = [attention(normed, rope, mask[None, None], None, index) for attention in attentions]
+            x = x + sum(gates[None, :, e, None] * y for e, y in enumerate(outputs))
             normed = layer.post_attention_layernorm(x)
             outputs = [one.model.layers[index].feed(normed, None, None)[0] for one in model.candidates]
             x = x + sum(gates[None, :, e, None] * y for e, y in enumerate(outputs))
@@ -379,6 +383,8 @@ def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared
     assert "another trunk" in refused(module_dirs["cpp"], of=tmp_path / "other" / "trunk")
     assert "both called cpp" in refused(module_dirs["cpp"], module_dirs["cpp"])
     assert "needs modules of --kind expert" in refused(module_dirs["cpp"], router="learned")
+    for name in ("cpp", "low"):
+        assert "changes the attention" in refused(module_dirs[name], router="ridge")
     assert "no such module" in refused(module_dirs["cpp"], without=("law",))
     assert "Choose one of context, learned, ridge, uniform" in refused(module_dirs["cpp"], router="magic")
     assert "--top-k" in refused(module_dirs["cpp"], top_k=-1)
