@@ -4,7 +4,6 @@ Special tokens enter where the template writes them: '<|im_end|>' in a message i
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Sequence
 from functools import cached_property
@@ -153,10 +152,10 @@ class ChatTemplate:
                 contents,
                 [(start, end) for start, end in generations if not any(start <= s.start < end for s in unscored)],
             )
-        limits = [*(span.start for span in contents[1:]), len(text)]
         answers = []
-        for span, limit in zip(contents, limits, strict=True):
+        for number, span in enumerate(contents):
             if span.scored:
+                limit = contents[number + 1].start if number + 1 < len(contents) else len(text)
                 end_of_turn = self._special_text.search(text, span.end, limit)
                 last = limit if limit == len(text) else span.end
                 answers.append((span.start, end_of_turn.end() if end_of_turn else last))

@@ -83,7 +83,7 @@ def _conversation(
             return None
         valid.append(message._replace(content=found[0]))
     digest = hashlib.sha256(json.dumps(valid).encode()).digest()
-    return Document(origin, digest, tuple(message.content for message in valid), tuple(valid))
+    return Document(origin, digest, ("\n".join(message.content for message in valid),), tuple(valid))
 
 
 def _messages(value: Any, column: str, role_of_text: str | None) -> list[Message]:
