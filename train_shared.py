@@ -110,7 +110,7 @@ def main(settings: Settings) -> int:
             tokenizer = tokenizer_for(settings)
             trunk = Trunk(model_config(settings, tokenizer))
         check_context(settings, trunk.config)
-        corpora = open_corpora(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
+        corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
     trunk = trunk.to(getattr(torch, settings.dtype))
     trunk.activation_checkpointing = settings.activation_checkpointing
     choose_kernels(trunk, settings, accelerator)
@@ -145,7 +145,7 @@ def main(settings: Settings) -> int:
         log.validation(result, progress)
     stop.end_early(progress.patience_is_over(settings.patience))
     following = next(update_batches)  # [micro-batches, micro_batch_size, sequence_length + 1]
-    num_scored = int(accelerator.reduce((following[..., 1:] != trunk.config.ignore_index).sum(), "sum"))
+    num_scored = int(accelerator.reduce(trunk.scored(following).sum(), "sum"))
     log.restart_clock(progress.global_step)
     while progress.global_step < last and not stop.reason:
         # -- take the update's windows --
@@ -171,7 +171,7 @@ def main(settings: Settings) -> int:
                 # -- apply or skip --
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                    ahead = (following[..., 1:] != trunk.config.ignore_index).sum()
+                    ahead = trunk.scored(following).sum()
                     totals = update_totals(accelerator, sums, grad_norm, ahead, stop)
                     outcome = update_outcome(totals.loss, totals.grad_norm, num_scored, accelerator.scaler)
                 if not accelerator.sync_gradients or outcome.applied:

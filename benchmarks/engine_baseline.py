@@ -51,7 +51,7 @@ def main(settings: Settings) -> int:
         parameter_groups(trunk, settings.weight_decay), lr=settings.lr, betas=(0.9, 0.95), fused=device.type != "mps"
     )
     stream = updates(
-        open_corpora(settings, tokenizer, sizes.ignore_index, print).training,
+        open_corpora(settings, tokenizer, sizes, print).training,
         start=0,
         batch_size=settings.batch_size,
         micro_batch_size=settings.micro_batch_size,

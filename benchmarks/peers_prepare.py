@@ -39,7 +39,7 @@ def main(settings: Settings) -> int:
     write_json(folder / "config.json", config.to_hf())
     save_file(trunk.state_dict(), folder / "model.safetensors", metadata={"format": "pt"})
 
-    training = open_corpora(settings, tokenizer, config.ignore_index, print).training
+    training = open_corpora(settings, tokenizer, config, print).training
     windows = training.windows(np.arange(settings.steps * settings.batch_size))
     np.save(settings.output_dir / "windows.npy", windows)
 

@@ -204,6 +204,7 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
     import torch
 
     from .artifacts.checks import check_finite
+    from .loss import is_scored
     from .routing.mixture import Mixture
 
     nats: dict[Any, float] = {}
@@ -211,7 +212,7 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
     credits = torch.zeros(2, len(model.names), dtype=torch.float64, device=device)
     for start in range(0, len(column.pieces), settings.batch_size):
         batch = column.pieces[start : start + settings.batch_size]
-        longest = max(piece.scored for piece in batch) + 1
+        longest = max(piece.size for piece in batch) + 1
         tokens = torch.stack([torch.from_numpy(piece.tokens()[:longest]) for piece in batch]).to(device)
         before = torch.stack([torch.from_numpy(piece.before()) for piece in batch]).to(device)
         sums = model.nats(tokens, before).double().sum(1).tolist()
@@ -220,8 +221,7 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
             counts[piece.document] = counts.get(piece.document, 0) + piece.scored
         if isinstance(model, Mixture):
             assert model.gates is not None and model.weights is not None
-            lengths = torch.tensor([[piece.scored] for piece in batch], device=device)
-            scored = torch.arange(longest - 1, device=device) < lengths
+            scored = is_scored(tokens[:, 1:], model.config.ignore_index)
             credits += torch.stack((model.gates[scored].double().sum(0), model.weights[scored].double().sum(0)))
     total = sum(nats.values())
     num_scored = sum(counts.values())

@@ -3,11 +3,12 @@
 B batch, T time, D width, V vocabulary, L layers, E experts, R = B * T rows
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+CONTEXT = -101  # a token t that is read but not scored is CONTEXT - t in a window; -100 may be padding
 CHUNK_ROWS = 512  # rows of logits in memory at a time, at most
 CHUNK_LOGITS = 1 << 24  # logits in memory at a time, at most: fewer rows from a vocabulary of 32,768 on
 
@@ -17,11 +18,16 @@ def chunk_rows(vocab_size: int) -> int:
     return max(1, min(CHUNK_ROWS, CHUNK_LOGITS // vocab_size))
 
 
+def is_scored(labels: Any, ignore_index: int) -> Any:
+    """Which labels (an array or tensor of the tokens of windows) are scored: no padding, and no context."""
+    return (labels >= 0) & (labels != ignore_index)
+
+
 class Sums(NamedTuple):
     """The result of a forward pass: sums over the scored tokens of this micro-batch, on the device.
 
     objective: nats + coefficients x (balance, z); the script scales it by P * N / n and calls backward. nats: cross-entropy,
-    base e. tokens: number of scored (non-PAD) labels. balance, z: router losses, summed over tokens and averaged over layers
+    base e. tokens: number of scored labels. balance, z: router losses, summed over tokens and averaged over layers
     (0 without a router). expert_counts: [L, E] assignments of scored tokens ([0, 0] without a router).
     """
 

@@ -16,7 +16,7 @@ SCRIPTS = ("train_shared.py", "train_module.py")
 MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package its files may import
     "files": {"errors"},
     "model": {"errors", "loss", "files"},
-    "data": {"errors", "files"},
+    "data": {"errors", "files", "loss"},
     "run": {"errors", "settings", "files"},
     "routing": {"errors", "loss", "files", "model"},
     "artifacts": {"errors", "files", "model", "data", "routing"},

@@ -28,7 +28,7 @@ from .card import model_card
 from .metadata import FORMAT_VERSION, module_arguments, read_metadata
 
 TRUNK_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-TRUNK_FILES += ("special_tokens_map.json", "forge.json", "statistics.safetensors", "README.md")
+TRUNK_FILES += ("special_tokens_map.json", "chat_template.jinja", "forge.json", "statistics.safetensors", "README.md")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 MODULE_FILES = ("module.json", "module.safetensors", "statistics.safetensors", "README.md")
 
@@ -53,6 +53,7 @@ def write_trunk(
         "tokenizer_digest": tokenizer.digest,
         **metadata,
         "config_digest": _config_digest(_with_ids(config, tokenizer)),
+        "chat_template_digest": tokenizer.chat.digest if tokenizer.chat else None,
         "tensor_digests": digests(stored | (statistics or {})),
     }
     if statistics:
@@ -124,16 +125,22 @@ def local_folder(place: str) -> Path:
     folder = Path(place)
     if folder.is_dir():
         return folder
-    if folder.exists() or folder.is_absolute() or place.count("/") != 1 or place.startswith("."):
+    if folder.exists():
         raise UserError(f"{place} is not a folder. Name the folder of a trunk, or a hub id such as org/name.")
+    if folder.is_absolute() or place.count("/") != 1 or place.startswith(".") or folder.parent.is_dir():
+        raise UserError(f"{place} is not there. Name the folder of a trunk, or a hub id such as org/name.")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(place, allow_patterns=["*.json", "*.safetensors", "tokenizer.model"]))
+        return Path(
+            snapshot_download(
+                place, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
+            )
+        )
     except Exception as reason:  # noqa: BLE001 (the client of the hub raises many types)
         first_line = str(reason).splitlines()[0]
         raise UserError(
-            f"{place} is not a folder, and cannot be fetched from the hub ({first_line}). Check the path or the hub id."
+            f"{place} is not there, and cannot be fetched from the hub ({first_line}). Check the path or the hub id."
         ) from None
 
 
@@ -160,6 +167,8 @@ def read_trunk(
     tensors = _read_weights(weights, config)
     metadata = read_metadata(folder / "forge.json") if (folder / "forge.json").exists() else {}
     actual = {"config_digest": _config_digest(config), "tokenizer_digest": tokenizer.digest}
+    if tokenizer.chat or "chat_template_digest" in metadata:
+        actual["chat_template_digest"] = tokenizer.chat.digest if tokenizer.chat else "none"
     for name, value in actual.items():
         if metadata.get(name, value) != value:
             raise UserError(

@@ -175,7 +175,7 @@ def _expert_alone(layer: DecoderLayer, normed, scored, load):
 def mean_loss(model: Any, windows: Sequence[np.ndarray], what: str) -> float:
     """Nats per token of windows of ids, int64 [up to T + 1], each scored by itself. UserError, which names `what`, if it is not finite."""
     nats = sum(float(model.nats(torch.from_numpy(window)[None]).double().sum()) for window in windows)
-    return check_finite(nats, what) / sum(len(window) - 1 for window in windows)
+    return check_finite(nats, what) / max(sum(int((window[1:] >= 0).sum()) for window in windows), 1)
 
 
 def check_finite(nats: float, what: str) -> float:

@@ -81,7 +81,8 @@ COMMON: dict[str, Field] = {
     "losses": dict_of(ANY),
     "statistics": dict_of(ANY),
     "tensor_digests": dict_of(DIGEST),
-    **dict.fromkeys(("digest", "config_digest", "tokenizer_digest", "statistics_digest", "continued_from"), DIGEST),
+    **dict.fromkeys(("digest", "config_digest", "tokenizer_digest", "chat_template_digest"), DIGEST),
+    **dict.fromkeys(("statistics_digest", "continued_from"), DIGEST),
 }
 TRUNK = COMMON | {"kind": one_of("trunk")}
 MODULE = COMMON | {

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
+from ..loss import CONTEXT, is_scored
 from .tokenizer import Tokenizer
 from .windows import Tokens
 
@@ -28,7 +29,7 @@ class ByteLengths:
         self._known: dict[Tokens, tuple[np.ndarray, bool] | None] = {}
 
     def count(self, store: Tokens, windows: Iterable[np.ndarray], filler: int) -> int | None:
-        """Bytes of the labels of windows [T + 1] of `store`, without those equal to `filler`; None where it is unknown."""
+        """Bytes of the scored labels of windows [T + 1] of `store`, filled up with `filler`; None where it is unknown."""
         if store not in self._known:
             self._known[store] = self._lengths(store)
         known = self._known[store]
@@ -38,9 +39,11 @@ class ByteLengths:
         total = 0
         for window in windows:
             labels = window[1:]
-            total += int(lengths[labels[labels != filler]].sum())
+            scored = is_scored(labels, filler)
+            total += int(lengths[labels[scored]].sum())
             if space:
-                total -= int(((window[:-1] == self._before_text) & (labels != filler)).sum())
+                before = self._before_text
+                total -= int((np.isin(window[:-1], (before, CONTEXT - before)) & scored).sum())
         return total
 
     def _lengths(self, store: Tokens) -> tuple[np.ndarray, bool] | None:

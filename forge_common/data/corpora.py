@@ -85,8 +85,12 @@ def _training_texts(settings: Any) -> Iterator[str]:
         yield from (text for text in turn if text is not None)
 
 
-def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, print_line: Callable[[str], None]) -> Corpora:
-    """Open the tokens of all sources; those not in the cache are tokenized. UserError if the text is too little for one update."""
+def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: Callable[[str], None]) -> Corpora:
+    """Open the tokens of all sources; those not in the cache are tokenized. UserError if the text is too little for one update.
+
+    config: of the model.
+    """
+    ignore_index = config.ignore_index
     options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": print_line}
     reading = reading_of(settings)
     parsed = [parse(source) for source in settings.data]
@@ -100,6 +104,7 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, print_l
     outside = [
         prepare(parse(source)[0], tokenizer, reading, val_fraction=0.0, **options).train for source in settings.val_data
     ]
+    _check_turns([corpus.train for corpus in corpora], settings.data, tokenizer, config)
     T, pack = settings.sequence_length, settings.pack
 
     training = [Windows(corpus.train, T, pack=pack, filler=ignore_index) for corpus in corpora]
@@ -131,6 +136,19 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, ignore_index: int, print_l
     shares = [weight or 0.0 for weight in weights] if any(weights) else None
     mixture = Mixture(training, shares, settings.seed, log_names(settings.data))
     return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out))
+
+
+def _check_turns(stores: list[Tokens], sources: Sequence[str], tokenizer: Tokenizer, config: Any) -> None:
+    """UserError for conversations whose turns end with EOS, if a token attends only to what follows the last EOS."""
+    with_conversations = [source for source, tokens in zip(sources, stores, strict=True) if tokens.has_conversations]
+    if not with_conversations or config.cross_document_attention or tokenizer.chat is None:
+        return
+    if tokenizer.chat.end_of_turn == tokenizer.eos_token_id:
+        raise UserError(
+            f"{with_conversations[0]}: the chat template ends a turn with EOS, and this model attends to nothing before an EOS: an "
+            "answer would not know the earlier turns. Train the trunk with --cross-document-attention, or choose another "
+            "--eos-token."
+        )
 
 
 def _held_out(settings: Any, stores: list[Tokens], sources: Sequence[str], ignore_index: int) -> dict[str, Windows]:

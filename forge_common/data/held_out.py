@@ -8,6 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
+from ..loss import is_scored
 from .byte_lengths import ByteLengths
 from .order import permute
 from .windows import Windows
@@ -35,7 +36,7 @@ class HeldOut:
     @classmethod
     def first(cls, source: str, windows: Windows, labels: int, byte_lengths: ByteLengths) -> "HeldOut":
         """The first windows, as many as `labels` tokens fill."""
-        chosen = range(min(len(windows), -(-labels // windows.sequence_length)))
+        chosen = range(min(len(windows), -(-labels // windows.sequence_length)))  # of conversations fewer
         return cls(source, windows, chosen, sum(map(windows.scored, chosen)), byte_lengths)
 
     @classmethod
@@ -57,8 +58,8 @@ class HeldOut:
     def __getitem__(self, index: int) -> np.ndarray:
         window = self.windows[self._chosen[index]]
         if index == len(self) - 1 and self._surplus:
-            scored = self.windows.scored(self._chosen[index]) - self._surplus
-            window[1 + scored :] = self.windows.filler
+            scored = np.flatnonzero(is_scored(window[1:], self.windows.filler))
+            window[1 + scored[-self._surplus] :] = self.windows.filler
         return window
 
     @cached_property

@@ -1,7 +1,8 @@
 """From documents to tokens on disk: written once, cached under a fingerprint of everything that decides them, memory-mapped.
 
 cache_dir/<fingerprint>/ holds, for train and validation, <split>.tokens (uint16 or uint32), <split>.offsets (uint64:
-each document's first token, and the total) and <split>.origins (a line a document), and facts.json. Little endian.
+each document's first token, and the total) and <split>.origins (a line a document), and facts.json. Little endian. A split
+with conversations also has <split>.context: a byte for each token, 1 where it is read but not scored.
 """
 
 import hashlib
@@ -19,7 +20,8 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from ..files.atomic import rename_if_absent, sync
 from . import sources
-from .readers.document import Reading
+from .chat import Encoded
+from .readers.document import Document, Reading, bad_line
 from .tokenizer import Tokenizer
 from .windows import Tokens, Windows
 from .writer import SplitWriter, batches, in_validation
@@ -59,6 +61,8 @@ def prepare(
     if not 0 <= val_fraction <= 1:
         raise UserError(f"--val-fraction is {val_fraction}. Give a number between 0 and 1.")
     decides = {"format": FORMAT, "source": source, "files": sources.facts(source)}
+    if tokenizer.chat:
+        decides["chat_template"] = [tokenizer.chat.digest, sorted(tokenizer.chat.tokens.items())]
     decides |= {"tokenizer": tokenizer.digest, "val_fraction": val_fraction, "reading": asdict(reading)}
     fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
     folder = Path(cache_dir) / fingerprint
@@ -103,10 +107,15 @@ def _write(
     try:
         for batch in batches(sources.read(source, reading, counts)):
             # The writer adds prefix and suffix, because a long document comes in several pieces.
-            encodings = tokenizer.encode_batch([piece.text for piece in batch], continued=True)
-            for piece, ids in zip(batch, encodings, strict=True):
+            texts = [piece.text for piece in batch if not piece.document.messages]
+            encodings = iter(tokenizer.encode_batch(texts, continued=True))
+            for piece in batch:
                 held_out = in_validation(piece.document.digest, decides["val_fraction"])
-                writers["validation" if held_out else "train"].add(piece, ids)
+                writer = writers["validation" if held_out else "train"]
+                if not piece.document.messages:
+                    writer.add(piece, next(encodings))
+                elif conversation := _conversation(piece.document, tokenizer, reading, counts):
+                    writer.add_conversation(piece.document, conversation)
             if time.monotonic() - reported >= REPORT_SECONDS:
                 reported = time.monotonic()
                 done = sum(writer.bytes for writer in writers.values()) / 1e6
@@ -123,6 +132,20 @@ def _write(
     facts = {**decides, **written, "dtype": dtype, "counters": +counts}
     # ASCII: the name of a file need not be UTF-8.
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+
+
+def _conversation(document: Document, tokenizer: Tokenizer, reading: Reading, counts: Counter) -> Encoded | None:
+    """A conversation through the chat template; None, and counted, where --on-bad-line leaves it out."""
+    if tokenizer.chat is None:
+        raise UserError(
+            f"{document.origin}: the row is a conversation, and the tokenizer has no chat template. Use a trunk with a template "
+            "in tokenizer_config.json or chat_template.jinja, or name a column of plain text with --text-column."
+        )
+    try:
+        return tokenizer.chat.encode(document.messages)
+    except ValueError as reason:
+        bad_line(f"{document.origin}: {reason}", reading, counts)
+        return None
 
 
 def _remove_abandoned(cache_dir: Path, fingerprint: str) -> None:

@@ -19,6 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from ..errors import UserError
 from ..files.atomic import read_json, unique
 from ..files.untrusted import quoted, read_bounded
+from .chat import ChatTemplate
 from .readers.document import nearest
 
 PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
@@ -37,6 +38,8 @@ OTHER_TEXT = 1 << 16  # bytes of all strings in them
 LARGEST_VOCABULARY = 1 << 24  # ids may have gaps, and each takes a row of the embedding
 LONGEST_REWRITING = 4096  # characters that a normalizer may make of one character
 EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|im_end|>")
+TEMPLATE_BYTES = 1 << 20  # of a chat template; the largest known have 20 kB
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 PAD_NAMES = ("<pad>", "[PAD]", "<|pad|>")
 FORMS = "a folder with tokenizer.json, such a file, train:VOCAB (as train:4096) or bytes"
 
@@ -45,12 +48,15 @@ FORMS = "a folder with tokenizer.json, such a file, train:VOCAB (as train:4096) 
 class Tokenizer:
     """A backend set up for training: no truncation, no padding, special tokens only where this package adds them.
 
-    `prefix` and `suffix` are the ids that the backend's own post-processor puts around a document (a BOS, say).
+    `prefix` and `suffix` are the ids that the backend's own post-processor puts around a document (a BOS, say). `declared_ends`
+    are ids that the files beside it declare as ends of a text, besides EOS.
     """
 
     backend: Backend
     eos_token_id: int
     pad_token_id: int | None
+    chat: ChatTemplate | None = None
+    declared_ends: tuple[int, ...] = ()
     vocab_size: int = field(init=False)  # greatest id + 1
     prefix: tuple[int, ...] = field(init=False)
     suffix: tuple[int, ...] = field(init=False)
@@ -84,8 +90,18 @@ class Tokenizer:
         with _refusing("the tokenizer cannot decode the ids"):
             return self.backend.decode(list(ids), skip_special_tokens=True)
 
+    @property
+    def ends(self) -> list[int]:
+        """The ids that end what a model writes, EOS first: also those that are declared, and what ends a turn of a chat."""
+        end_of_turn = self.chat.end_of_turn if self.chat else None
+        known = [self.eos_token_id, *self.declared_ends, *([] if end_of_turn is None else [end_of_turn])]
+        return list(dict.fromkeys(known))
+
     def save(self, folder: Path) -> None:
-        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them."""
+        """Write tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them, with the chat template.
+
+        Where EOS is not all that ends a text, also generation_config.json, as transformers' generate reads it.
+        """
         name = self.backend.id_to_token
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",  # takes tokenizer.json as it is; others rebuild parts of it
@@ -97,7 +113,12 @@ class Tokenizer:
             config["pad_token"] = name(self.pad_token_id)
         if len(self.prefix) == 1:
             config["bos_token"] = name(self.prefix[0])
+        if self.chat:
+            config = self.chat.tokens | config | {"chat_template": self.chat.source}
         folder.mkdir(parents=True, exist_ok=True)
+        if len(self.ends) > 1:
+            ends = {"eos_token_id": self.ends, "pad_token_id": self.pad_token_id}
+            (folder / "generation_config.json").write_text(json.dumps(ends, indent=2) + "\n", encoding="utf-8")
         (folder / "tokenizer.json").write_text(self.backend.to_str(pretty=True), encoding="utf-8")
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
@@ -186,10 +207,13 @@ def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tok
         backend = Backend.from_str(content.decode())
         _check(parts, backend, file)
         declared = _declared(file.parent) if file.name == "tokenizer.json" else {}
+        ends = [end for end in declared.pop("ends", []) if _known(backend, end) is not None]
+        chat = _chat_template(file.parent, backend) if file.name == "tokenizer.json" else None
         eos = _eos_id(backend, file, eos_token, declared)
         pads = (_id_of(backend, declared.get("pad_token")), _known(backend, declared.get("pad_token_id")))
         pads += tuple(map(backend.token_to_id, PAD_NAMES))
-        made = Tokenizer(backend, eos, next((pad for pad in pads if pad is not None and pad != eos), None))
+        pad = next((pad for pad in pads if pad is not None and pad != eos), None)
+        made = Tokenizer(backend, eos, pad, chat, tuple(ends))
     if max(made.prefix + made.suffix, default=0) >= made.vocab_size:
         raise UserError(f"{file}: the post-processor adds ids beyond the vocabulary. Use another tokenizer.")
     return made
@@ -260,7 +284,7 @@ def _rewriting(normalizer: dict | None) -> int:
 
 
 def _declared(folder: Path) -> dict:
-    """eos_token, pad_token (names), eos_token_id, pad_token_id, each from the first file that declares it."""
+    """eos_token, pad_token (names), eos_token_id, pad_token_id, each from the first file that declares it; ends: all EOS ids."""
     declared: dict = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
         if not (folder / name).exists():
@@ -268,11 +292,37 @@ def _declared(folder: Path) -> dict:
         content = read_json(folder / name)
         for key in ("eos_token", "pad_token", "eos_token_id", "pad_token_id"):
             value = content.get(key)
+            if key == "eos_token_id":
+                ends = value if isinstance(value, list) else [value]
+                declared.setdefault("ends", []).extend(end for end in ends if type(end) is int)
             value = value[0] if isinstance(value, list) and value else value  # Llama 3 lists several ends
             value = value.get("content") if isinstance(value, dict) else value
             if type(value) is (int if key.endswith("id") else str):
                 declared.setdefault(key, value)
     return declared
+
+
+def _chat_template(folder: Path, backend: Backend) -> ChatTemplate | None:
+    """The chat template beside a tokenizer: chat_template.jinja, else that of tokenizer_config.json; None where there is none."""
+    path = folder / "tokenizer_config.json"
+    config = read_json(path) if path.exists() else {}
+    source = config.get("chat_template")
+    if isinstance(source, list):  # several, by name
+        named = {part.get("name"): part.get("template") for part in source if isinstance(part, dict)}
+        source = named.get("default")
+    if (folder / "chat_template.jinja").exists():
+        source = read_bounded(folder / "chat_template.jinja", TEMPLATE_BYTES).decode()
+    if not isinstance(source, str) or len(source.encode()) > TEMPLATE_BYTES:
+        return None
+    path = folder / "special_tokens_map.json"
+    special = config | (read_json(path) if path.exists() else {})
+    tokens = {}
+    for name in SPECIAL_TOKENS:
+        value = special.get(name)
+        value = value.get("content") if isinstance(value, dict) else value
+        if isinstance(value, str):
+            tokens[name] = value
+    return ChatTemplate(source, tokens, backend)
 
 
 def _id_of(backend: Backend, name: str | None) -> int | None:

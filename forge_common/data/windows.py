@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
+from ..loss import CONTEXT
 
 CHUNK = 1 << 20  # documents whose windows are counted at once
 
@@ -34,6 +35,31 @@ class Tokens:
             _verify(folder / f"{split}.offsets", facts[split]["offsets_digest"])
         self.tokens = _mapped(folder / f"{split}.tokens", facts["dtype"], facts[split]["tokens"])
         self.offsets = _mapped(folder / f"{split}.offsets", "<u8", self.documents + 1)
+        self._ids = np.asarray(self.tokens)  # a view: each slice of a memory map costs 2 us more
+        self._context: np.ndarray | None = None
+        if "context_digest" in facts[split]:
+            _verify(folder / f"{split}.context", facts[split]["context_digest"])
+            self._context = np.asarray(_mapped(folder / f"{split}.context", "?", facts[split]["tokens"]))
+            self.digest = hashlib.sha256((self.digest + facts[split]["context_digest"]).encode()).hexdigest()
+
+    def read(self, start: int, end: int) -> np.ndarray:
+        """Tokens start..end-1, int64; a token t that is not scored is CONTEXT - t."""
+        ids = self._ids[start:end].astype(np.int64)
+        if self._context is not None:
+            np.subtract(CONTEXT, ids, out=ids, where=self._context[start:end])
+        return ids
+
+    @property
+    def has_conversations(self) -> bool:
+        return self._context is not None
+
+    def num_context(self, start: int, end: int) -> int:
+        """How many of the tokens start..end-1 are not scored."""
+        return 0 if self._context is None else int(np.count_nonzero(self._context[start:end]))
+
+    def num_first_context(self) -> int:
+        """How many documents' first tokens are not scored."""
+        return 0 if self._context is None else int(np.count_nonzero(self._context[self.offsets[:-1].astype(np.int64)]))
 
     def origins(self, first: int, last: int) -> list[str]:
         """Origins of documents first..last-1; reads the file of origins up to there."""
@@ -57,7 +83,8 @@ class Windows:
     pack=False: each document alone, in windows of stride T, the last one partly filled; nothing is dropped. A document
     of one token has no label and no window.
 
-    A window's first `scored(i)` labels are real; the rest of it is `filler`.
+    A window's first `size(i)` labels are real; the rest of it is `filler`. `scored(i)` of them are scored, and a token t that is
+    not is CONTEXT - t. `labels` and `dropped` count what is scored.
     """
 
     def __init__(self, tokens: Tokens, sequence_length: int, *, pack: bool, filler: int, tail: bool = False):
@@ -65,17 +92,17 @@ class Windows:
             raise UserError(f"--sequence-length is {sequence_length}; it must be at least 1")
         self.tokens, self.sequence_length = tokens, sequence_length
         self.pack, self.filler = pack, filler
-        self._ids = np.asarray(tokens.tokens)  # a view: each slice of a memory map costs 2 us more
         total = len(tokens.tokens)
         if pack:
             possible = max(total - 1, 0)
             self._length = -(-possible // sequence_length) if tail else possible // sequence_length
-            self.labels = min(self._length * sequence_length, possible)
-            self.dropped = possible - self.labels
+            used = min(self._length * sequence_length, possible)
+            self.labels = used - tokens.num_context(1, 1 + used)
+            self.dropped = possible - used - tokens.num_context(1 + used, total)
         else:
             self._firsts = _first_windows(tokens, sequence_length)
             self._length = int(self._firsts[-1])
-            self.labels = total - tokens.documents
+            self.labels = total - tokens.documents - tokens.num_context(0, total) + tokens.num_first_context()
             self.dropped = 0
 
     def __len__(self) -> int:
@@ -84,15 +111,20 @@ class Windows:
     def __getitem__(self, index: int) -> np.ndarray:
         start, end = self._range(index)
         if end - start == self.sequence_length + 1:
-            return self._ids[start:end].astype(np.int64)
+            return self.tokens.read(start, end)
         window = np.full(self.sequence_length + 1, self.filler, dtype=np.int64)
-        window[: end - start] = self._ids[start:end]
+        window[: end - start] = self.tokens.read(start, end)
         return window
 
-    def scored(self, index: int) -> int:
+    def size(self, index: int) -> int:
         """The number of real labels of the window, which are its first ones."""
         start, end = self._range(index)
         return end - start - 1
+
+    def scored(self, index: int) -> int:
+        """The number of labels of the window that are scored."""
+        start, end = self._range(index)
+        return end - start - 1 - self.tokens.num_context(start + 1, end)
 
     def before(self, index: int, length: int, eos_token_id: int) -> np.ndarray:
         """The ids before the window in its first document, int64 [length]: an EOS before its beginning, -1 further left."""

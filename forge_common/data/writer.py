@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import UserError
+from .chat import Encoded
 from .readers.document import PIECE, Document
 from .tokenizer import Tokenizer
 
@@ -64,23 +65,42 @@ class SplitWriter:
         kinds = ("tokens", "offsets", "origins")
         files = [open(folder / f"{split}.{kind}", "wb", buffering=PIECE) for kind in kinds]  # noqa: SIM115
         self.token_file, self.offset_file, self.origin_file = files
+        self.context_path, self.context_file = folder / f"{split}.context", None
 
     def add(self, piece: Piece, ids: list[int]) -> None:
         if piece.first:
-            self.documents += 1
-            self._write_offset()
-            line = piece.document.origin.replace("\n", "\\n") + "\n"
-            self.origin_file.write(line.encode("utf-8", "surrogateescape"))
+            self._begin(piece.document)
             ids = [*self.tokenizer.prefix, *ids]
         if piece.last:
             ids = [*ids, *self.end]
+        self._append(piece.document, ids, len(piece.text.encode()))
+
+    def add_conversation(self, document: Document, conversation: Encoded) -> None:
+        """Append a conversation and, where it does not end with one, an EOS; that is scored where nothing else ends the last answer."""
+        self._begin(document)
+        ids, is_context = conversation.ids, ~conversation.scored
+        if ids[-1] != self.tokenizer.eos_token_id:
+            ids, is_context = [*ids, self.tokenizer.eos_token_id], np.append(is_context, not conversation.is_open)
+        if self.context_file is None:
+            self.context_file = open(self.context_path, "wb")  # noqa: SIM115 (as the others)
+        self.context_file.seek(self.tokens)  # what it jumps over reads as zeros
+        self.context_file.write(is_context.astype(np.uint8).tobytes())
+        self._append(document, ids, conversation.bytes)
+
+    def _begin(self, document: Document) -> None:
+        self.documents += 1
+        self._write_offset()
+        line = document.origin.replace("\n", "\\n") + "\n"
+        self.origin_file.write(line.encode("utf-8", "surrogateescape"))
+
+    def _append(self, document: Document, ids: list[int], num_bytes: int) -> None:
         array = np.array(ids, dtype=np.int64)
-        self._check(piece.document, array)
+        self._check(document, array)
         data = array.astype(self.dtype).tobytes()
         self.hash.update(data)
         self.token_file.write(data)
         self.tokens += len(ids)
-        self.bytes += len(piece.text.encode())
+        self.bytes += num_bytes
 
     def _check(self, document: Document, ids: np.ndarray) -> None:
         if ids.size and ids.max() >= self.tokenizer.vocab_size:
@@ -95,12 +115,20 @@ class SplitWriter:
 
     def close(self) -> dict[str, Any]:
         self._write_offset()
-        for file in (self.token_file, self.offset_file, self.origin_file):
+        facts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
+        facts |= {"digest": self.hash.hexdigest(), "offsets_digest": self.offset_hash.hexdigest()}
+        files = [self.token_file, self.offset_file, self.origin_file]
+        if self.context_file:
+            self.context_file.truncate(self.tokens)
+            files.append(self.context_file)
+        for file in files:
             with file:
                 file.flush()
                 os.fsync(file.fileno())
-        counts = {"documents": self.documents, "tokens": self.tokens, "bytes": self.bytes}
-        return {**counts, "digest": self.hash.hexdigest(), "offsets_digest": self.offset_hash.hexdigest()}
+        if self.context_file:
+            with open(self.context_path, "rb") as file:
+                facts["context_digest"] = hashlib.file_digest(file, "sha256").hexdigest()
+        return facts
 
     def _write_offset(self) -> None:
         data = self.tokens.to_bytes(8, "little")

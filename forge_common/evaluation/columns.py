@@ -26,8 +26,10 @@ class Piece:
 
     document: Any
     """The document's key, the same for all its windows."""
+    size: int
+    """Number of real labels: the first ones. In a conversation not all of them are scored."""
     scored: int
-    """Number of labels that are scored: the first ones."""
+    """Number of labels that are scored."""
     tokens: Callable[[], np.ndarray]
     """Reads the window's ids, int64 [T + 1]."""
     before: Callable[[], np.ndarray]
@@ -94,7 +96,9 @@ def _documents(
         windows = opened[part]
         before = partial(windows.before, i, memory, config.eos_token_id)
         document = (part, windows.spans(i)[0][0])
-        pieces.append(Piece(document, windows.scored(i), partial(windows.__getitem__, i), before))
+        if not windows.scored(i):  # of a conversation, without an answer
+            continue
+        pieces.append(Piece(document, windows.size(i), windows.scored(i), partial(windows.__getitem__, i), before))
         total += pieces[-1].scored
         if settings.max_tokens and total >= settings.max_tokens:
             break
@@ -104,7 +108,7 @@ def _documents(
     for part, store in enumerate(stores):
         windows = (piece.tokens() for piece in pieces if piece.document[0] == part)
         sizes.append(byte_lengths.count(store, windows, config.ignore_index))
-    pieces.sort(key=lambda piece: piece.scored)
+    pieces.sort(key=lambda piece: piece.size)
     known = [size for size in sizes if size is not None]
     return Column(pieces, sum(known) if len(known) == len(sizes) else None)
 
@@ -114,7 +118,7 @@ def spliced(domains: list[list[Any]], length: int, every: int) -> tuple[Column, 
 
     Each domain follows each other one equally often, and continues where its last stretch ended.
     """
-    texts = [np.concatenate([np.asarray(store.tokens, dtype=np.int64) for store in stores]) for stores in domains]
+    texts = [np.concatenate([store.read(0, len(store.tokens)) for store in stores]) for stores in domains]
     number = max(1, min(SPLICED, min(map(len, texts)) * len(texts) // (length + 1)))
     generator = np.random.default_rng(0)
     places = [0] * len(texts)
@@ -132,5 +136,8 @@ def spliced(domains: list[list[Any]], length: int, every: int) -> tuple[Column, 
             labels[row, start : start + size] = domain
             places[domain] += size
     unknown = np.full(1, -1, np.int64)
-    pieces = [Piece(row, length, partial(tokens.__getitem__, row), lambda: unknown) for row in range(number)]
+    pieces = [
+        Piece(row, length, int((tokens[row, 1:] >= 0).sum()), partial(tokens.__getitem__, row), lambda: unknown)
+        for row in range(number)
+    ]
     return Column(pieces, None), labels

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..loss import Sums, chunk_rows, head_cross_entropy, nats_per_token
+from ..loss import CONTEXT, Sums, chunk_rows, head_cross_entropy, is_scored, nats_per_token
 from .attention import Attention, Cache, document_mask, rotary
 from .config import ModelConfig
 from .feed_forward import FeedForward, SparseFeedForward
@@ -159,7 +159,7 @@ class Trunk(nn.Module):
         return weight if self.head_change is None else self.head_change(weight)
 
     def forward(self, tokens: torch.Tensor, expert_load: torch.Tensor | None = None) -> Sums:
-        """tokens [B, T + 1] -> sums over the labels tokens[:, 1:], without those equal to `ignore_index`.
+        """tokens [B, T + 1] -> sums over the labels tokens[:, 1:] that are scored (`split`).
 
         expert_load [L, E]: f of the balance loss, a constant (None: even). With one f for the whole update every sum is
         linear in the tokens, hence exact for any division into micro-batches and processes.
@@ -177,8 +177,18 @@ class Trunk(nn.Module):
         return Sums(objective, nats, scored.sum(), balance, z, torch.stack([router[2] for router in routers]))
 
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """inputs and labels [B, T]. Padding of -100 becomes token 0 in the inputs: no scored token attends to it."""
-        return tokens[:, :-1].clamp(min=0), tokens[:, 1:]
+        """inputs and labels [B, T]; a label that is not scored is `ignore_index`.
+
+        A token t that is read but not scored is CONTEXT - t in `tokens`. Padding of -100 becomes token 0 in the inputs: no scored
+        token attends to it.
+        """
+        inputs = tokens[:, :-1]
+        inputs = torch.where(inputs <= CONTEXT, CONTEXT - inputs, inputs).clamp(min=0)
+        return inputs, tokens[:, 1:].where(self.scored(tokens), self.config.ignore_index)
+
+    def scored(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Which labels of windows [..., T + 1] are scored: bool [..., T]."""
+        return is_scored(tokens[..., 1:], self.config.ignore_index)
 
     @torch.no_grad()
     def nats(self, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
+from ..loss import CONTEXT
 from ..model.config import ModelConfig
 from ..model.trunk import Decoder, even_load
 
@@ -46,6 +47,8 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 def sample(sources: Sequence[tuple[Any, float]], tokens: int) -> Iterable[np.ndarray]:
     """Documents [n] (ids with an EOS at the end), evenly spaced over each source: `tokens` in total, divided by the shares.
 
+    A token t of a conversation that is not scored is CONTEXT - t.
+
     sources: (store.Tokens, share) pairs.
     """
     for store, share in sources:
@@ -53,7 +56,7 @@ def sample(sources: Sequence[tuple[Any, float]], tokens: int) -> Iterable[np.nda
         number = max(1, round(store.documents * wanted / max(len(store.tokens), 1)))
         for index in np.linspace(0, store.documents - 1, min(number, store.documents)).astype(np.int64):
             start, end = (int(place) for place in store.offsets[index : index + 2])
-            document = np.asarray(store.tokens[start : min(end, start + wanted)], dtype=np.int64)
+            document = store.read(start, min(end, start + wanted))
             wanted -= len(document)
             if len(document):
                 yield document
@@ -67,21 +70,25 @@ def count(
     """Counts of tokens [V] and of hashed pairs [BIGRAM_BUCKETS] as 8-bit codes, and the sample's size.
 
     The first token of a document forms a pair with an EOS. A count is 0 where fewer than `min_documents` documents have it;
-    each PIECE tokens of a document, and the rest of it, are a document here.
+    each PIECE tokens of a document, and the rest of it, are a document here. What is not scored is not counted, except as the first
+    of a pair.
     """
     sizes = {"unigrams": vocab_size, "bigrams": BIGRAM_BUCKETS}
     totals = {name: np.zeros(size, np.int64) for name, size in sizes.items()}
     documents_with = {name: np.zeros(size, np.int32) for name, size in sizes.items()}
     sample_size = {"tokens": 0, "documents": 0, "min_documents": min_documents}
     for document in documents:
-        padded = np.concatenate(([eos_token_id], document))
-        places = {"unigrams": document, "bigrams": bigram_bucket(padded[:-1], padded[1:])}
+        scored = document >= 0
+        ids = plain(document)
+        padded = np.concatenate(([eos_token_id], ids))
+        places = {"unigrams": ids, "bigrams": bigram_bucket(padded[:-1], padded[1:])}
         for name, indices in places.items():
             for start in range(0, len(document), PIECE):
-                distinct, times = np.unique(indices[start : start + PIECE], return_counts=True)
+                piece = slice(start, start + PIECE)
+                distinct, times = np.unique(indices[piece][scored[piece]], return_counts=True)
                 totals[name][distinct] += times
                 documents_with[name][distinct] += 1
-        sample_size["tokens"] += len(document)
+        sample_size["tokens"] += int(scored.sum())
         sample_size["documents"] += 1
     for name, number in documents_with.items():
         totals[name][number < min_documents] = 0
@@ -130,13 +137,18 @@ def moments(
     return {"second": (torch.stack(second) / seen).half().cpu(), "first": (torch.stack(first) / seen).half().cpu()}
 
 
+def plain(document: np.ndarray) -> np.ndarray:
+    """The ids of a document of `sample`, whether they are scored or not."""
+    return np.where(document <= CONTEXT, CONTEXT - document, document)
+
+
 def _windows(documents: Iterable[np.ndarray], sequence_length: int) -> list[torch.Tensor]:
     """Windows [1, up to T] of the first MOMENT_TOKENS tokens or so: at most four of each document."""
     windows: list[torch.Tensor] = []
     seen = 0
     for document in documents:
         for start in range(0, min(len(document), 4 * sequence_length), sequence_length):
-            windows.append(torch.from_numpy(document[start : start + sequence_length])[None])
+            windows.append(torch.from_numpy(plain(document[start : start + sequence_length]))[None])
             seen += windows[-1].numel()
         if seen >= MOMENT_TOKENS:
             break

@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import launch
 import numpy as np
@@ -392,7 +393,7 @@ def test_a_document_longer_than_the_context_is_cut_and_what_is_dropped_is_report
         batch_size=8,
         pack=pack,
     )
-    corpora = open_corpora(settings, byte_tokenizer(), FILLER, lambda line: None)
+    corpora = open_corpora(settings, byte_tokenizer(), SimpleNamespace(ignore_index=FILLER), lambda line: None)
     (windows,) = corpora.training.sources
     dropped = 1000 % 64 if pack else 0  # 1,001 tokens with the end, of which the first is no label
     labels = np.concatenate([windows[i][1 : 1 + windows.scored(i)] for i in range(len(windows))])

@@ -65,6 +65,9 @@ class Store:
         self.tokens, self.documents = np.concatenate(texts), len(texts)
         self.offsets = np.cumsum([0, *map(len, texts)])
 
+    def read(self, start, end):
+        return self.tokens[start:end]
+
 
 def test_a_sample_is_spread_over_each_source_by_its_share():
     one, other = Store(documents(2, 100)), Store(documents(3, 50, 37))

@@ -102,7 +102,7 @@ def test_refused_before_the_first_update(more, expected, shared, tmp_path):
 
 def test_a_trunk_from_nowhere_is_refused(shared, tmp_path):
     printed = shared(tmp_path / "run", "--trunk-from", "no/such/place", shape=(), fails=True)
-    assert "no/such/place is not a folder" in printed and "Traceback" not in printed
+    assert "no/such/place is not there" in printed and "Traceback" not in printed
 
 
 def test_flags_of_a_new_model_are_refused_beside_trunk_from(shared, tmp_path):

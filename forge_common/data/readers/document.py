@@ -3,28 +3,38 @@
 import difflib
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, NamedTuple
 
 from ...errors import UserError
 
 PIECE = 1 << 20  # bytes of a file, or characters of a row, that are held and tokenized at once
 RECORD_LIMIT = 32 << 20  # bytes of one line, record or value; a longer one is an error
-COLUMNS_NAMED = 100  # in a message
 # Bytes that reading text, JSON or CSV takes at most, besides the interpreter and its libraries (tests/data/test_memory.py).
 # The worst record takes some fifty times its size: JSON of nothing but brackets becomes a list for every two bytes.
 MEMORY_LIMIT = 2 << 30
 POLICIES = {"on_bad_text": ("refuse", "replace", "skip"), "on_bad_line": ("refuse", "skip")}
 
 
+class Message(NamedTuple):
+    """A message of a conversation. scored: it is an answer that is learned; all else is only read."""
+
+    role: str
+    content: str
+    scored: bool = False
+
+
 class Document(NamedTuple):
-    """One document: `pieces` joined are its text, each at most about 1 MiB and cut at line ends where there are any."""
+    """One document: `pieces` joined are its text, each at most about 1 MiB and cut at line ends where there are any.
+
+    Of a conversation they are the texts of its `messages`, which the tokenizer's chat template puts together.
+    """
 
     origin: str  # path, path:line, path:row N, hf:ID:row or local:NAME:file
     digest: bytes  # SHA-256 of the whole text's UTF-8: copies of a text share it, wherever they come from
     pieces: Iterable[str]  # may be iterated over more than once
+    messages: tuple[Message, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -76,11 +86,11 @@ def cut(text: str) -> tuple[str, ...]:
     return (*pieces, text[start:])
 
 
-def from_text(origin: str, text: str, reading: Reading, counts: Counter) -> Document | None:
-    """Make a document of a text that is in memory.
+def checked(origin: str, text: str, reading: Reading, counts: Counter) -> tuple[str, bytes] | None:
+    """A text that is in memory, and its UTF-8. None, and counted, if --on-bad-text skip leaves it out.
 
-    None, and counted, if the text is only white space or --on-bad-text skip leaves it out. UserError if it holds a lone
-    surrogate, which UTF-8 cannot encode (a byte that could not be decoded becomes one), or NUL, which means binary data.
+    UserError if it holds a lone surrogate, which UTF-8 cannot encode (a byte that could not be decoded becomes one), or NUL, which
+    means binary data.
     """
     try:
         at = text.find("\0")
@@ -97,6 +107,15 @@ def from_text(origin: str, text: str, reading: Reading, counts: Counter) -> Docu
         data = text.encode("utf-8", "surrogatepass").replace(b"\0", "\ufffd".encode())
         text = "".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in data.decode("utf-8", "surrogatepass"))
         data = text.encode()
+    return text, data
+
+
+def from_text(origin: str, text: str, reading: Reading, counts: Counter) -> Document | None:
+    """Make a document of a text that is in memory. None, and counted, if it is only white space, or `checked` leaves it out."""
+    found = checked(origin, text, reading, counts)
+    if found is None:
+        return None
+    text, data = found
     if not text.strip():
         counts["skipped_empty"] += 1
         return None
@@ -107,30 +126,3 @@ def nearest(wanted: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' for the name closest to the wanted one, or nothing."""
     near = difflib.get_close_matches(wanted.lower(), [name.lower() for name in names], n=1, cutoff=0.5)
     return next((f" (did you mean {name!a}?)" for name in names if [name.lower()] == near), "")
-
-
-def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, counts: Counter) -> Iterator[Document]:
-    """Turn (origin, row) pairs into documents.
-
-    UserError if the column is missing or holds no text. A column that the *first* row does not have is a wrong flag, and an
-    error under every policy: skipping would skip every row.
-    """
-    column, column_seen = reading.text_column, False
-    for origin, row in rows:
-        if column not in row:
-            names = [str(name) for name in islice(row, COLUMNS_NAMED)]
-            shown = ", ".join(name if name.isprintable() and len(name) < 80 else ascii(name)[:80] for name in names)
-            more = f" and {len(row) - len(names)} more" if len(row) > len(names) else ""
-            message = f"{origin}: no column {column!a}, only {shown or 'none'}{more}{nearest(column, names)}"
-            if not column_seen:
-                raise UserError(f"{message}. Name the column that holds the text with --text-column.")
-            bad_line(message, reading, counts)
-            continue
-        column_seen = True
-        if not isinstance(row[column], str):
-            kind = "null" if row[column] is None else f"a value of type {type(row[column]).__name__}"
-            bad_line(f"{origin}: column {column!r} holds {kind} where text should be", reading, counts)
-            continue
-        document = from_text(origin, row[column], reading, counts)
-        if document is not None:
-            yield document

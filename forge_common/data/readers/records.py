@@ -10,8 +10,9 @@ from itertools import islice
 from typing import Any
 
 from ...errors import UserError
-from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line, bad_text, from_rows
+from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line, bad_text
 from .files import File, opened, suffixes
+from .rows import columns_of, from_rows
 
 SPACE = " \t\r\n"  # what JSON takes for white space; str.strip alone would take much more
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of such bytes
@@ -199,7 +200,7 @@ def _csv_rows(path: File, reading: Reading, counts: Counter) -> Rows:
     lines = _Record(_lines(path, reading, counts))
     reader = csv.reader(lines, strict=True)
     names: list[str] | None = None
-    place = 0  # of the text column in a row
+    places: dict[str, int] = {}  # of the columns that are read
     while True:
         lines.length, number = 0, lines.number + 1
         try:
@@ -221,14 +222,14 @@ def _csv_rows(path: File, reading: Reading, counts: Counter) -> Rows:
             names = cells
             if len(set(names)) < len(names):
                 raise UserError(f"{path}:{number}: two columns have the same name. Rename one.")
-            if reading.text_column not in names:
+            places = {column: names.index(column) for column in columns_of(names, reading.text_column)}
+            if not places:
                 yield f"{path}:{number}", dict.fromkeys(names)
                 return
-            place = names.index(reading.text_column)
         elif len(cells) != len(names):
             bad_line(f"{path}:{number}: {len(cells)} cells where the header has {len(names)}", reading, counts)
         else:
-            yield f"{path}:{number}", {reading.text_column: cells[place]}
+            yield f"{path}:{number}", {column: cells[place] for column, place in places.items()}
 
 
 class _Record:

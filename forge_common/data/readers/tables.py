@@ -1,4 +1,4 @@
-"""Binary tables: .parquet and .arrow files (only the text column is read), and data sets on the Hugging Face hub."""
+"""Binary tables: .parquet and .arrow files (only the columns of the text are read), and data sets on the Hugging Face hub."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -6,13 +6,16 @@ from functools import cache, partial
 from typing import Any
 
 from ...errors import UserError
-from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line, from_rows
+from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line
 from .files import File, opened, suffixes
+from .rows import columns_of, from_rows
 
 ROWS = 256  # rows decoded at once, at most
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-Batches = Iterator[tuple[Any, int, Any]]  # (schema, number of rows, the column of texts: None where it holds no text)
+Batches = Iterator[
+    tuple[Any, int, Any]
+]  # (schema, number of rows, the columns to read: None where the text's holds no text)
 
 
 def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Document]:
@@ -32,18 +35,26 @@ def _file_rows(path: File, reading: Reading, counts: Counter) -> Rows:
     batches = _parquet_batches if suffixes(path)[0] == ".parquet" else _arrow_batches
     try:
         for schema, rows, values in batches(path, column):
-            if column not in schema.names:
+            columns = columns_of(schema.names, column)
+            if not columns:
                 yield f"{path}:row 1", dict.fromkeys(schema.names)
                 return
-            if schema.names.count(column) > 1:
-                raise UserError(f"{path}: two columns have the name {column!r}. Rename one.")
+            for name in columns:
+                if schema.names.count(name) > 1:
+                    raise UserError(f"{path}: two columns have the name {name!r}. Rename one.")
+            if columns != (column,):
+                values.validate(full=True)
+                for place in range(rows):
+                    number += 1
+                    yield f"{path}:row {number}", values.slice(place, 1).to_pylist()[0]
+                continue
             if values is None:
                 kind = f"holds values of type {schema.field(column).type} where text should be"
                 bad_line(f"{path}:row {number + 1}: column {column!r} {kind}", reading, counts)
                 number += rows
                 counts["skipped_bad_line"] += rows - 1
                 continue
-            for value in _values(values):
+            for value in _values(values.column(0)):
                 number += 1
                 if value is not None and len(value) > RECORD_LIMIT:
                     too_long = f"{path}:row {number}: the value is longer than {RECORD_LIMIT >> 20} MiB"
@@ -71,16 +82,17 @@ def _parquet_batches(path: File, column: str) -> Batches:
     how = {"buffer_size": PIECE, "pre_buffer": False, "page_checksum_verification": True}
     with opened(path) as source, pyarrow.parquet.ParquetFile(source, **how) as file:
         schema, metadata = file.schema_arrow, file.metadata
-        if not _has_text(schema, column):
-            if column not in schema.names or metadata.num_rows:
+        columns = columns_of(schema.names, column)
+        if not columns or (columns == (column,) and not _has_text(schema, column)):
+            if not columns or metadata.num_rows:
                 yield schema, metadata.num_rows, None
             return
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             size_of_row = group.total_byte_size // max(group.num_rows, 1)
             rows = min(max(RECORD_LIMIT // max(size_of_row, 1), 1), ROWS)
-            for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=[column]):
-                yield schema, len(batch), batch.column(0)
+            for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=list(columns)):
+                yield schema, len(batch), batch
 
 
 def _arrow_batches(path: File, column: str) -> Batches:
@@ -93,15 +105,16 @@ def _arrow_batches(path: File, column: str) -> Batches:
         source.seek(0)
         schema = open_(source).schema
         source.seek(0)
-        fields = [schema.names.index(column)] if column in schema.names else []
+        columns = columns_of(schema.names, column)
+        fields = [schema.names.index(name) for name in columns]
         reader = open_(source, options=pyarrow.ipc.IpcReadOptions(included_fields=fields))
-        has_text = _has_text(schema, column)
-        if column not in schema.names:
+        is_read = columns != (column,) or _has_text(schema, column)
+        if not columns:
             yield schema, 0, None
             return
         for batch in (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader:
             if len(batch):
-                yield schema, len(batch), batch.column(0) if has_text else None
+                yield schema, len(batch), batch if is_read else None
 
 
 def _text_type(kind: Any) -> Any:
@@ -191,10 +204,11 @@ def _hub_rows(spec: str, column: str) -> Rows:
 
         load = partial(datasets.load_dataset, identity, config, split=split, streaming=True, revision=commit)
         rows = load()
-        if column in (rows.column_names or ()):
+        columns = list(columns_of(rows.column_names or (), column))
+        if columns:
             if rows.info.builder_name == "parquet":  # then the other columns are not even fetched
-                rows = load(columns=[column], batch_size=ROWS)
-            rows = rows.select_columns([column])
+                rows = load(columns=columns, batch_size=ROWS)
+            rows = rows.select_columns(columns)
         for row in rows:
             number += 1
             yield f"hf:{identity}:{number}", row
