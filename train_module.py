@@ -10,7 +10,8 @@ from typing import Literal
 
 from forge_common.model.module_settings import ModuleSettings
 from forge_common.run.stop import StopRequest
-from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, problems, read_settings, run_main
+from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, read_settings, run_main
+from forge_common.settings_checks import problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,8 +41,6 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
     """Licence of the module, for its metadata, such as apache-2.0."""
 
     # -- updates --
-    steps: int = 1_000
-    """Optimizer updates."""
     lr: float = 3e-3
     """Peak learning rate. 3e-3 suits a domain that the trunk hardly saw, 1e-3 to 3e-4 one that it knows."""
     weight_decay: float = 0.0
@@ -70,9 +69,9 @@ def main(settings: Settings) -> int:
     from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.kernels import choose_kernels
-    from forge_common.run.launch_checks import check_launch, check_trunk_dtype
+    from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
-    from forge_common.run.plan import plan
+    from forge_common.run.plan import plan, resolved
     from forge_common.run.progress import PENDING, begin, due, update_outcome
     from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
@@ -88,7 +87,6 @@ def main(settings: Settings) -> int:
         kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=2))],  # the main process may tokenize that long
     )
     check_launch(accelerator, accumulation, settings)
-    check_trunk_dtype(accelerator, settings.trunk_dtype)
     lock = None if settings.dry_run else claim(accelerator, settings.output_dir)  # no other run writes there
     rank = accelerator.process_index
     processes = accelerator.num_processes
@@ -103,6 +101,7 @@ def main(settings: Settings) -> int:
         layers = chosen_layers(settings.layers, trunk.config.num_hidden_layers)
         corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
         general = general_sample(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
+    settings = resolved(settings, corpora, accelerator.print)
     domains = {"own": corpora.held_out, "general": general}
     config = trunk.config  # of the trunk alone
     module_names = plug_in(trunk, settings.kind, layers, **settings.sizes)
@@ -176,6 +175,7 @@ def main(settings: Settings) -> int:
                     optimizer.step()
                 optimizer.zero_grad()
             stop.heartbeat()
+            log.advance(progress.global_step, len(sums), len(windows), outcome)
         progress.record(outcome, settings, corpora.training, log.print_line)
         num_scored = totals.num_scored
         if outcome.finite:
@@ -184,7 +184,7 @@ def main(settings: Settings) -> int:
             progress.expert_counts = totals.expert_counts
             expert_load = load_of(totals.assignments)
         if settings.dry_run:
-            log.end_warm_up(progress)
+            last = log.end_warm_up(progress)
             continue
 
         # -- now and then: log, validate, save --

@@ -8,7 +8,8 @@
 from dataclasses import dataclass
 
 from forge_common.run.stop import StopRequest
-from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, problems, read_settings, run_main
+from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, read_settings, run_main
+from forge_common.settings_checks import problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,6 @@ class Settings(UpdateSettings, RunSettings):
     """Weight of the router's z loss."""
 
     # -- updates --
-    steps: int = 10_000
-    """Optimizer updates."""
     lr: float = 3e-4
     """Peak learning rate."""
 
@@ -79,7 +78,7 @@ def main(settings: Settings) -> int:
     from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
-    from forge_common.run.plan import plan
+    from forge_common.run.plan import plan, resolved
     from forge_common.run.progress import PENDING, begin, due, update_outcome
     from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
@@ -107,10 +106,11 @@ def main(settings: Settings) -> int:
         if settings.trunk_from:
             trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk_from, settings.eos_token)
         else:
-            tokenizer = tokenizer_for(settings)
+            tokenizer = tokenizer_for(settings, accelerator.print)
             trunk = Trunk(model_config(settings, tokenizer))
         check_context(settings, trunk.config)
         corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
+    settings = resolved(settings, corpora, accelerator.print)
     trunk = trunk.to(getattr(torch, settings.dtype))
     trunk.activation_checkpointing = settings.activation_checkpointing
     choose_kernels(trunk, settings, accelerator)
@@ -178,6 +178,7 @@ def main(settings: Settings) -> int:
                     optimizer.step()
                 optimizer.zero_grad()
             stop.heartbeat()
+            log.advance(progress.global_step, len(sums), len(windows), outcome)
         progress.record(outcome, settings, corpora.training, log.print_line)
         num_scored = totals.num_scored
         if outcome.finite:
@@ -186,7 +187,7 @@ def main(settings: Settings) -> int:
             progress.expert_counts = totals.expert_counts
             expert_load = load_of(totals.assignments)
         if settings.dry_run:
-            log.end_warm_up(progress)
+            last = log.end_warm_up(progress)
             continue
 
         # -- now and then: log, validate, save --

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
 from .files.atomic import lack_of_room
+from .files.places import published
 from .files.untrusted import naming_source, without_links
 from .routing.tuning import ROUTERS
 from .settings import ReadingSettings, read_settings, run_main
@@ -155,7 +156,7 @@ def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
     from .artifacts.artifact import read_module_metadata
 
     modules: dict[str, Path] = {}
-    for folder in folders:
+    for folder in (published(place, "module") for place in folders):
         name = read_module_metadata(folder)["name"]
         for other, other_dir in modules.items():
             if other.lower() == name.lower():  # one folder on a file system that ignores case

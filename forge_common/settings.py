@@ -4,19 +4,14 @@ Imports nothing heavy: a wrong flag is reported before torch is loaded.
 """
 
 import dataclasses
-import difflib
-import math
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
+from .command_line import BadConfig, expanded, given_settings, grouped_help, unknown_flags
 from .errors import UserError
-from .files.untrusted import LINE, PLAIN
-from .model.config import PRESETS
-from .model.module_settings import module_problems
-from .schedule import SCHEDULES
 
 Settings = TypeVar("Settings")
 
@@ -30,6 +25,7 @@ MODEL_SETTINGS += ("experts_per_token", "router_aux_loss_coef", "router_z_loss_c
 class ReadingSettings:
     """How text is read; every command that reads text inherits it."""
 
+    # -- reading text --
     text_column: str = "text"
     """Column or key of the text in jsonl, json, csv, parquet, arrow and hub data."""
     document_separator: str | None = None
@@ -46,14 +42,16 @@ class ReadingSettings:
 class RunSettings(ReadingSettings):
     """What only operates a training run; both scripts inherit it."""
 
+    # -- output --
     output_dir: Path
     """Folder for settings, metrics, checkpoints and what is published."""
 
     # -- held-out data and windows --
     val_data: tuple[str, ...] = ()
     """Sources to validate on. None: a part of --data is held out."""
-    val_fraction: float = 0.01
-    """Share of the documents of --data that is held out, by the hash of their content (without --val-data)."""
+    val_fraction: float | None = None
+    """Share of the documents of --data that is held out, by the hash of their content (without --val-data). None: 0.01, or of a
+    small corpus as many as give 20 documents, but at most a tenth."""
     val_tokens: int = 262_144
     """Held-out tokens that a validation scores, the same ones each time, from all over the held-out text; 0: all."""
     val_documents: bool = False
@@ -114,8 +112,13 @@ class RunSettings(ReadingSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
-    """The windows of an update, the optimizer and the curve of its rate. Both scripts inherit it and add --steps and --lr, whose defaults differ."""
+    """The windows of an update, the optimizer and the curve of its rate. Both scripts inherit it and add --lr, whose defaults differ."""
 
+    # -- updates --
+    steps: int = 0
+    """Optimizer updates; 0: those of --epochs."""
+    epochs: float | None = None
+    """Passes over the text, in place of --steps. None: 4, but at most 10,000 updates."""
     batch_size: int = 64
     """Windows in an update, over all processes."""
     micro_batch_size: int = 16
@@ -134,8 +137,8 @@ class UpdateSettings:
     """Norm to which a larger gradient is clipped."""
     schedule: str = "cosine"
     """Learning-rate curve: a name in SCHEDULES of forge_common/schedule.py (cosine, linear, constant, wsd)."""
-    warmup_steps: int = 100
-    """Updates of linear warm-up."""
+    warmup_steps: int | None = None
+    """Updates of linear warm-up. None: 100, but at most a tenth of all updates."""
     min_lr_ratio: float = 0.0
     """Learning rate at the end, as a share of --lr."""
     wsd_decay_share: float = 0.2
@@ -145,16 +148,43 @@ class UpdateSettings:
 def read_settings(
     kind: type[Settings], description: str | None, check: Callable[[Any], list[str]] = lambda settings: []
 ) -> Settings:
-    """The command line as `kind`, a frozen dataclass; ends the process (code 2) with every problem that `check` returns."""
+    """The command line as `kind`, a frozen dataclass; ends the process (code 2) with every problem that `check` returns.
+
+    The settings of --config FILE go before the defaults, and flags before the file.
+    """
     import tyro
 
-    settings = tyro.cli(kind, description=description, config=(tyro.conf.AvoidSubcommands,))
-    faults = check(settings)
-    if faults:
-        lines = "\n".join(f"  - {fault}" for fault in faults)
-        print(f"{Path(sys.argv[0]).name}: these settings are not valid:\n{lines}", file=sys.stderr)
-        raise SystemExit(2)
+    try:
+        words, file = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
+    except BadConfig as error:
+        _end([str(error)])
+    if unknown := unknown_flags(words, kind):
+        _end(unknown)
+    with grouped_help(words, kind):
+        settings = tyro.cli(kind, args=words, description=description, config=(tyro.conf.AvoidSubcommands,))
+    if faults := check(settings):
+        _end(faults)
+    if "--print-config" in sys.argv[1:]:
+        import yaml
+
+        print(yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True), end="")
+        raise SystemExit(0)
+    if is_first_process() and file:
+        given = sorted(given_settings([word for word in sys.argv[1:] if not word.startswith("--config")]))
+        flags = f", but the flags --{', --'.join(given).replace('_', '-')}" if given else ""
+        print(f"settings    of {file}{flags}; the rest are defaults", file=sys.stderr, flush=True)
+    if is_first_process() and issubclass(kind, RunSettings):
+        print(
+            "loading     PyTorch and Accelerate, which takes some seconds; then the data, the plan, training",
+            flush=True,
+        )
     return settings
+
+
+def _end(faults: list[str]) -> NoReturn:
+    lines = "\n".join(f"  - {fault}" for fault in faults)
+    print(f"{Path(sys.argv[0]).name}: these settings are not valid:\n{lines}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
@@ -177,6 +207,11 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
+def is_first_process() -> bool:
+    """Whether this is the process that prints, read from the launcher's environment."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def processes() -> int:
     """Number of processes that the launcher started, read from its environment."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -185,134 +220,6 @@ def processes() -> int:
 def accumulation_steps(settings: Any) -> int:
     """Micro-batches a process takes for one update: batch / (micro x processes)."""
     return settings.batch_size // (settings.micro_batch_size * processes())
-
-
-def problems(settings: Any) -> list[str]:
-    """Problems with a script's settings that can be found without loading anything, each with how to fix it."""
-    faults = []
-    value = vars(settings).get
-    for name in ("steps", "batch_size", "micro_batch_size", "sequence_length", "keep", "log_every", "max_bad_updates"):
-        if value(name) < 1:
-            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
-    for name in ("statistics_tokens", "statistics_min_documents"):
-        if (value(name, 1)) < 1:
-            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
-    for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts"):
-        if (value(name) or 0) < 0:
-            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
-    if value("val_tokens") < 0:
-        faults.append(f"--val-tokens is {value('val_tokens')}; it cannot be negative (0 means all)")
-    for name in ("lr", "max_grad_norm", "eps"):
-        if not (value(name) > 0 and math.isfinite(value(name))):
-            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
-    if not value("hang_timeout") >= 0:
-        faults.append(f"--hang-timeout is {value('hang_timeout')}; it must be 0 (never) or more seconds")
-    if not 0 <= value("weight_decay") < 1:
-        faults.append(f"--weight-decay is {value('weight_decay')}; it must lie in [0, 1)")
-    if not 0 <= value("min_lr_ratio") <= 1:
-        faults.append(f"--min-lr-ratio is {value('min_lr_ratio')}; it must lie in [0, 1]")
-    for name in ("beta1", "beta2"):
-        if not 0 <= value(name) < 1:
-            faults.append(f"--{name} is {value(name)}; it must lie in [0, 1)")
-    if not 0 < value("wsd_decay_share") <= 1:
-        faults.append(f"--wsd-decay-share is {value('wsd_decay_share')}; it must lie in (0, 1]")
-    if not 0 <= value("val_fraction") < 1:
-        faults.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
-    if value("warmup_steps") > value("steps"):
-        faults.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
-    at_once = max(value("micro_batch_size"), 1) * processes()
-    if value("batch_size") % at_once:
-        faults.append(
-            f"--batch-size {value('batch_size')} does not divide into {processes()} process(es) x --micro-batch-size "
-            f"{value('micro_batch_size')}; make it a multiple of {at_once}"
-        )
-    if value("module_dtype") and value("dtype") != "float32":
-        faults.append(
-            f"--module-dtype {value('module_dtype')} rounds float32 weights; leave out --dtype {value('dtype')}"
-        )
-    if value("module_dtype") and _is_deepspeed_without_bf16():
-        faults.append(
-            f"--module-dtype {value('module_dtype')} under DeepSpeed needs --mixed_precision bf16: in another precision the "
-            "published losses would be those of weights before they are rounded"
-        )
-    if value("schedule") not in SCHEDULES:
-        faults.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
-    faults += module_problems(value)
-    largest = 2**32 - 1 - max(value("steps"), 0) * processes() - processes()
-    if not 0 <= value("seed") <= largest:  # each update of each process adds to it, and NumPy takes 32 bits
-        faults.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")
-    for name, (rule, holds) in {"name": PLAIN, "licence": LINE}.items():
-        if value(name) is not None and not holds(value(name)):
-            faults.append(f"--{name} {value(name)!r} must be {rule}")
-    known = {field.name for field in dataclasses.fields(settings)} | {"mixed_precision"}
-    for name in value("accept_change"):
-        if name.replace("-", "_") not in known:
-            near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
-            faults.append(f"--accept-change {name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
-    return faults + _shape_problems(value) + _folder_problems(value)
-
-
-def _is_deepspeed_without_bf16() -> bool:
-    """What the launcher started, read from its environment."""
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
-        return False
-    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "bf16"
-
-
-def _shape_problems(value: Any) -> list[str]:
-    """Problems with the sizes of a model that is initialized, not loaded."""
-    if value("trunk_from"):
-        given = [f"--{name.replace('_', '-')}" for name in MODEL_SETTINGS if is_given(name)]
-        shaped = f"--trunk-from {value('trunk_from')} has its own sizes and tokenizer; leave out {', '.join(given)}"
-        return [shaped] if given else []
-    if value("preset") is None:
-        return []
-    if value("preset") not in PRESETS:
-        return [f"--preset {value('preset')} is not one of {', '.join(PRESETS)}"]
-    size = {name: value(name) or preset for name, preset in PRESETS[value("preset")].items()}
-    faults = [
-        f"--{name.replace('_', '-')} is {number}; it must be positive" for name, number in size.items() if number < 1
-    ]
-    if faults:
-        return faults
-    if size["hidden_size"] % size["num_attention_heads"] or size["hidden_size"] // size["num_attention_heads"] % 2:
-        faults.append(
-            f"--hidden-size {size['hidden_size']} must be an even multiple of --num-attention-heads "
-            f"{size['num_attention_heads']} (each head has an even width, for rotary positions)"
-        )
-    if size["num_attention_heads"] % size["num_key_value_heads"]:
-        faults.append(
-            f"--num-attention-heads {size['num_attention_heads']} must be a multiple of --num-key-value-heads "
-            f"{size['num_key_value_heads']}"
-        )
-    if value("num_experts") == 1 or 0 < value("num_experts") < value("experts_per_token"):
-        faults.append(
-            f"--num-experts {value('num_experts')} must be 0 (dense), or at least 2 and no fewer than --experts-per-token "
-            f"{value('experts_per_token')}"
-        )
-    if value("experts_per_token") < 1:
-        faults.append(f"--experts-per-token is {value('experts_per_token')}; it must be at least 1")
-    return faults
-
-
-def _folder_problems(value: Any) -> list[str]:
-    """Problems with the output directory."""
-    faults = []
-    output = Path(value("output_dir"))
-    if output.exists() and not output.is_dir():
-        faults.append(f"--output-dir {output} is a file; name a folder")
-    if value("resume") == "require" and not (output / "checkpoints").is_dir():
-        faults.append(
-            f"--resume require, but {output}/checkpoints does not exist; use --resume auto to start a new run"
-        )
-    return faults
-
-
-def is_given(name: str) -> bool:
-    """Whether a setting is on the command line, be it at its default."""
-    flag = name.replace("_", "-")
-    words = {word.partition("=")[0].replace("_", "-") for word in sys.argv[1:]}
-    return not words.isdisjoint({f"--{flag}", f"--no-{flag}"})
 
 
 def to_json(settings: Any) -> dict[str, Any]:
@@ -327,10 +234,10 @@ def defaults(settings: Any) -> dict[str, Any]:
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        name: str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        for name, value in values.items()
-    }
+    def plain(value: Any) -> Any:
+        return list(map(plain, value)) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+
+    return {name: plain(value) for name, value in values.items()}
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UserError
 from ..files.atomic import publish, read_json, write_json
+from ..files.places import may_be_hub_id, nearest, published
 from ..files.tensors import PICKLES, Tensors, digest, digests, dtype_name, read_tensors, verify, weight_files
 from ..files.untrusted import PLAIN, is_plain, naming, quoted, without_links
 from ..model.config import ModelConfig
@@ -121,14 +122,16 @@ def write_module(
 
 
 def local_folder(place: str) -> Path:
-    """The folder of a path or of a hub id, which is fetched (safetensors, JSON and tokenizer only)."""
-    folder = Path(place)
+    """The folder of a trunk, of the output directory that holds it, or of a hub id, which is fetched (safetensors, JSON and tokenizer only)."""
+    folder = published(Path(place), "trunk")
     if folder.is_dir():
         return folder
     if folder.exists():
         raise UserError(f"{place} is not a folder. Name the folder of a trunk, or a hub id such as org/name.")
-    if folder.is_absolute() or place.count("/") != 1 or place.startswith(".") or folder.parent.is_dir():
-        raise UserError(f"{place} is not there. Name the folder of a trunk, or a hub id such as org/name.")
+    if not may_be_hub_id(place):
+        raise UserError(
+            f"{place} is not there{nearest(place)}. Name the folder of a trunk, or a hub id such as org/name."
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -234,14 +237,18 @@ def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path, dtype: to
 
 def read_module_metadata(folder: Path) -> dict[str, Any]:
     """module.json of a module's folder."""
+    folder = published(folder, "module")
     if not folder.is_dir():
         hint = " Pickles are not opened." if folder.suffix in PICKLES else ""
-        raise UserError(f"{folder} is not a module's folder.{hint} Name the folder with module.json in it.")
+        raise UserError(
+            f"{folder} is not a module's folder{nearest(str(folder))}.{hint} Name the folder with module.json in it."
+        )
     return read_metadata(folder / "module.json")
 
 
 def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """A module's tensors as they are stored, and its metadata, verified against its digests and against the trunk's."""
+    folder = published(folder, "module")
     metadata = read_module_metadata(folder)
     for name, trunk_key in (("trunk_digest", "digest"), ("tokenizer_digest", "tokenizer_digest")):
         if metadata.get(name) != trunk_metadata[trunk_key]:

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from ..data.corpora import Corpora, held_out_fraction
+from ..data.corpora import Corpora
 from ..data.tokenizer import Tokenizer
 from ..files.tensors import Tensors
 from ..model.config import ModelConfig
@@ -104,6 +104,6 @@ def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[s
     return {
         "data": corpora.digests,
         "sources": list(settings.data),
-        "val_fraction": held_out_fraction(settings),
+        "val_fraction": corpora.fraction,
         **progress.published(),
     }

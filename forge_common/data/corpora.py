@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from ..errors import UserError
 from ..files.atomic import publish
 from .byte_lengths import ByteLengths
+from .fraction import fraction_for, too_few
 from .held_out import HeldOut, choose
 from .order import Mixture
 from .readers.document import reading_of
@@ -26,12 +27,16 @@ TOKENIZER_SAMPLE = 64 * 2**20  # bytes of text that a tokenizer is trained on, a
 
 
 class Corpora(NamedTuple):
-    """training: the endless stream. held_out: windows to validate on (may be []). digests: source -> SHA-256 of its tokens."""
+    """training: the endless stream. held_out: windows to validate on (may be []). digests: source -> SHA-256 of its tokens.
+
+    fraction: of the documents that is held out; 0 with --val-data.
+    """
 
     training: Mixture
     held_out: list[HeldOut]
     digests: dict[str, str]
     report: list[str]
+    fraction: float
 
 
 def log_names(sources: Sequence[str]) -> list[str]:
@@ -45,27 +50,26 @@ def log_names(sources: Sequence[str]) -> list[str]:
     return [f"{name}_{number}" for number, name in enumerate(names)]
 
 
-def held_out_fraction(settings: Any) -> float:
-    """The fraction of the training documents that is held out: 0 with --val-data."""
-    return 0.0 if settings.val_data else settings.val_fraction
-
-
-def tokenizer_for(settings: Any) -> Tokenizer:
+def tokenizer_for(settings: Any, print_line: Callable[[str], None] = print) -> Tokenizer:
     """The tokenizer of --tokenizer. train:VOCAB is trained once for its sources, and cached."""
     if not settings.tokenizer.startswith("train:"):
         return resolve(settings.tokenizer, iter(()), settings.eos_token)
-    decides: list[Any] = [settings.tokenizer, held_out_fraction(settings), asdict(reading_of(settings))]
+    fraction = fraction_for(settings)
+    decides: list[Any] = [settings.tokenizer, fraction, asdict(reading_of(settings))]
     decides += [facts(parse(source)[0]) for source in settings.data]
     name = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(settings.cache_dir).expanduser() / "tokenizers" / name
     if folder.is_dir():
         return load_tokenizer(folder)
-    tokenizer = resolve(settings.tokenizer, _training_texts(settings), settings.eos_token)
+    print_line(
+        f"tokenizer   training one ({settings.tokenizer}); then all text is tokenized. Later runs find both in {folder.parents[1]}"
+    )
+    tokenizer = resolve(settings.tokenizer, _training_texts(settings, fraction), settings.eos_token)
     publish(folder, tokenizer.save, load_tokenizer, keep_existing=True)
     return tokenizer
 
 
-def _training_texts(settings: Any) -> Iterator[str]:
+def _training_texts(settings: Any, fraction: float) -> Iterator[str]:
     """Text that is not held out: one document from each source in turn, each source up to its share of the sample."""
     share = TOKENIZER_SAMPLE // len(settings.data)
     reading = reading_of(settings)
@@ -73,7 +77,7 @@ def _training_texts(settings: Any) -> Iterator[str]:
     def texts(source: str) -> Iterator[str]:
         size = 0
         for document in read(parse(source)[0], reading):
-            if in_validation(document.digest, held_out_fraction(settings)):
+            if in_validation(document.digest, fraction):
                 continue
             for piece in document.pieces:
                 size += len(piece)
@@ -99,7 +103,7 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
         raise UserError("--data: only some sources have a weight. Give every source a weight (SOURCE@0.7), or none.")
     if len(set(settings.data)) < len(settings.data):
         raise UserError("--data names a source twice. Name it once, with a weight if it should come more often.")
-    fraction = held_out_fraction(settings)
+    fraction = fraction_for(settings)
     corpora = [prepare(spec, tokenizer, reading, val_fraction=fraction, **options) for spec, _ in parsed]
     outside = [
         prepare(parse(source)[0], tokenizer, reading, val_fraction=0.0, **options).train for source in settings.val_data
@@ -126,8 +130,7 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
     held_out = choose(opened, settings.val_tokens, ByteLengths(tokenizer))
     if validation and not held_out:
         raise UserError(
-            f"no document was held out: --val-fraction {settings.val_fraction} of {sum(c.train.documents for c in corpora)} "
-            "documents is none. Raise --val-fraction, name --val-data, or split a text file with --document-separator."
+            "the held-out documents have no token to score. Raise --val-fraction, or name other --val-data."
         )
     digests = {source: corpus.train.digest for source, corpus in zip(settings.data, corpora, strict=True)}
     for i, part in enumerate(held_out):
@@ -135,7 +138,7 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
         digests[f"held out {i}"] = digest if part.is_whole else f"{part.labels:,} tokens of {digest}"
     shares = [weight or 0.0 for weight in weights] if any(weights) else None
     mixture = Mixture(training, shares, settings.seed, log_names(settings.data))
-    return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out))
+    return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out), fraction)
 
 
 def _check_turns(stores: list[Tokens], sources: Sequence[str], tokenizer: Tokenizer, config: Any) -> None:
@@ -167,11 +170,14 @@ def general_sample(
     """Held-out windows of --general-data, of at most --general-tokens tokens in all; [] if that is 0."""
     if not settings.general_tokens:
         return []
-    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": print_line}
-    stores = [
-        prepare(parse(source)[0], tokenizer, reading_of(settings), val_fraction=GENERAL_FRACTION, **options).validation
-        for source in settings.general_data
-    ]
+    names = " ".join(settings.general_data)
+    print_line(
+        f"general     reading {names} for held-out documents: the module's loss on general text is measured before and after "
+        f"training, on at most {settings.general_tokens:,} tokens (--general-tokens 0: not)"
+    )
+    reading, cache_dir = reading_of(settings), Path(settings.cache_dir).expanduser()
+    options = {"cache_dir": cache_dir, "report": print_line, "val_fraction": GENERAL_FRACTION, "only_held_out": True}
+    stores = [prepare(parse(source)[0], tokenizer, reading, **options).validation for source in settings.general_data]
     share = settings.general_tokens // len(settings.general_data)
     byte_lengths = ByteLengths(tokenizer)
     opened = _held_out(settings, stores, settings.general_data, ignore_index)
@@ -188,4 +194,6 @@ def _report(sources: tuple[str, ...], training: list[Windows], held_out: list[He
     scored = sum(part.labels for part in held_out)
     documents = sum(part.tokens.documents for part in held_out)
     chosen = "" if scored == labels else f", {scored:,} of which a validation scores (--val-tokens)"
-    return [*lines, f"held out    {documents:,} documents, {labels:,} tokens{chosen}"]
+    lines.append(f"held out    {documents:,} documents, {labels:,} tokens{chosen}")
+    warning = too_few(documents)
+    return [*lines, warning] if warning else lines

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from importlib import import_module, metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,11 +43,17 @@ Named = Iterator[tuple[str, str]]  # (name, text)
 
 def documents(name: str) -> Iterator[Document]:
     """The corpus of that name. Origin: local:NAME:file. UserError listing the names for an unknown one."""
+    for origin, text, digest in _corpus(name):
+        yield Document(f"local:{name}:{origin}", digest, (text,))
+
+
+@lru_cache(maxsize=2)
+def _corpus(name: str) -> list[tuple[str, str, bytes]]:
+    """(origin, text, digest) of its documents. A run reads them two or three times, and to find them takes most of that time."""
     corpus = {"python": _python, "cpp": _cpp, "docs": _docs, "perl": _perl}.get(name)
     if corpus is None:
         raise UserError(f"local:{name}: no such corpus. Use local:python, local:cpp, local:docs or local:perl.")
-    for origin, text, digest in _distinct(corpus()):
-        yield Document(f"local:{name}:{origin}", digest, (text,))
+    return list(_distinct(corpus()))
 
 
 def versions(name: str) -> dict[str, str]:

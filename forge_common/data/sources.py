@@ -3,7 +3,6 @@
 import glob
 import math
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.places import nearest, split_weight
 from . import local
 from .readers import records, tables, text
 from .readers.document import Document, Reading
@@ -36,13 +36,13 @@ def parse(source: str) -> tuple[str, float | None]:
     '@' counts only before a number at the end, and not if a path of the whole name exists. UserError when the
     weight is not a positive number.
     """
-    match = re.fullmatch(r"(.+)@([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", source, re.DOTALL)
-    if match is None or os.path.lexists(source):
-        return source, None
-    weight = float(match[2])
+    spec, number = split_weight(source)
+    if number is None:
+        return spec, None
+    weight = float(number)
     if not 0 < weight < math.inf:
-        raise UserError(f"{source}: the weight {match[2]} is not greater than 0. Write a positive number after '@'.")
-    return match[1], weight
+        raise UserError(f"{source}: the weight {number} is not greater than 0. Write a positive number after '@'.")
+    return spec, weight
 
 
 def files_of(spec: str) -> list[File]:
@@ -102,7 +102,7 @@ def _local_files(spec: str) -> list[File]:
     files: list[File] = [name for name in matches if not name.is_dir()]  # a glob's folders are not read
     if not files:
         reason = "it matches folders only" if matches else "no such file, and as a glob it matches nothing"
-        raise UserError(f"{spec}: {reason}. Name a file, folder, glob, hf:ID or local:NAME.")
+        raise UserError(f"{spec}: {reason}{nearest(spec)}. Name a file, folder, glob, hf:ID or local:NAME.")
     for name in matches:
         if not name.is_dir():
             _check_regular(name)

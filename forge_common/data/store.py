@@ -51,12 +51,14 @@ def prepare(
     cache_dir: Path,
     val_fraction: float,
     report: Callable[[str], None] = print,
+    only_held_out: bool = False,
 ) -> Corpus:
     """Tokenize a source (without its weight), or open what was tokenized before.
 
     A document is held out if the first 8 bytes of its digest, as a fraction of 2**64, are below `val_fraction` (0..1), so
-    copies of a text are always in the same split. UserError if the source cannot be read, changes meanwhile or holds no
-    document, if the tokenizer yields PAD, or if the cache cannot be written.
+    copies of a text are always in the same split. only_held_out: the documents of the other split are read and not tokenized.
+    UserError if the source cannot be read, changes meanwhile or holds no document, if the tokenizer yields PAD, or if the cache
+    cannot be written.
     """
     if not 0 <= val_fraction <= 1:
         raise UserError(f"--val-fraction is {val_fraction}. Give a number between 0 and 1.")
@@ -65,10 +67,14 @@ def prepare(
         decides["chat_template"] = [tokenizer.chat.digest, sorted(tokenizer.chat.tokens.items())]
     decides |= {"tokenizer": tokenizer.digest, "val_fraction": val_fraction, "reading": asdict(reading)}
     fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
-    folder = Path(cache_dir) / fingerprint
-    cached = _cached(folder, report)
+    cached = _cached(Path(cache_dir) / fingerprint, report)
+    if not cached and only_held_out:
+        decides["only_held_out"] = True
+        fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        cached = _cached(Path(cache_dir) / fingerprint, report)
     if cached:
         return cached
+    folder = Path(cache_dir) / fingerprint
     partial = Path(cache_dir) / f".tmp-{fingerprint}-{os.getpid()}-{secrets.token_hex(4)}"
     try:
         _remove_abandoned(Path(cache_dir), fingerprint)
@@ -104,13 +110,16 @@ def _write(
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     writers = {split: SplitWriter(folder, split, dtype, tokenizer) for split in SPLITS}
     began = reported = time.monotonic()
+    fraction, only_held_out = decides["val_fraction"], "only_held_out" in decides
+    documents = sources.read(source, reading, counts)
+    wanted = (d for d in documents if not only_held_out or in_validation(d.digest, fraction))
     try:
-        for batch in batches(sources.read(source, reading, counts)):
+        for batch in batches(wanted):
             # The writer adds prefix and suffix, because a long document comes in several pieces.
             texts = [piece.text for piece in batch if not piece.document.messages]
             encodings = iter(tokenizer.encode_batch(texts, continued=True))
             for piece in batch:
-                held_out = in_validation(piece.document.digest, decides["val_fraction"])
+                held_out = in_validation(piece.document.digest, fraction)
                 writer = writers["validation" if held_out else "train"]
                 if not piece.document.messages:
                     writer.add(piece, next(encodings))
@@ -123,7 +132,7 @@ def _write(
     finally:
         written = {split: writer.close() for split, writer in writers.items()}
     skipped = ", ".join(f"{name} {number}" for name, number in sorted(counts.items()) if number)
-    if not sum(facts["documents"] for facts in written.values()):
+    if not sum(facts["documents"] for facts in written.values()) and not only_held_out:
         raise UserError(f"{source}: no document in it ({skipped or 'nothing was read'}). Name a source with text.")
     if skipped:
         report(f"{source}: {skipped}")

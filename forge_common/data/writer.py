@@ -16,9 +16,14 @@ from .tokenizer import Tokenizer
 BATCH_PIECES, BATCH_CHARACTERS = 1024, 4 * PIECE  # tokenized at once: enough for all cores, little in memory
 
 
+def position(digest: bytes) -> float:
+    """The first 8 bytes of a document's digest as a fraction of 2**64: the place of its text among all texts."""
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
 def in_validation(digest: bytes, fraction: float) -> bool:
-    """Whether a document is held out: the first 8 bytes of its digest, as a fraction of 2**64, are below `fraction`."""
-    return int.from_bytes(digest[:8], "big") / 2**64 < fraction
+    """Whether a document is held out: its position is below `fraction`."""
+    return position(digest) < fraction
 
 
 class Piece(NamedTuple):

@@ -27,6 +27,7 @@ def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
         plugin = accelerator.state.fsdp_plugin
         kept = {"reduce_dtype": torch.float32, "output_dtype": None, "cast_forward_inputs": False}
         plugin.mixed_precision_policy = dataclasses.replace(plugin.mixed_precision_policy, **kept)
+    check_trunk_dtype(accelerator, vars(settings).get("trunk_dtype"))  # only train_module.py has it
     check_processes()
     launched = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "auto")
     if launched not in ("auto", str(accumulation)) or accelerator.gradient_accumulation_steps != accumulation:

@@ -19,17 +19,12 @@ import torch
 from ..files.atomic import is_full, write_text
 from .folder import check_still_there
 from .hardware import compute_dtype, peak_flops, peak_memory_mb, process_peak_mb
+from .pace import Pace, duration
 from .trackers import Tracker
 
 WARM_UP = 2  # updates of a dry run that are not timed: they allocate memory, and torch.compile compiles in them
+DRY_RUN_SECONDS = 20.0  # after which a dry run ends with the update it is in
 PARTS = ("nats", "tokens", "balance", "z")  # the fields of loss.Sums that an interval adds up
-
-
-def duration(seconds: float) -> str:
-    """75 -> 1m15s."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
 
 
 class Interval:
@@ -83,16 +78,12 @@ class RunLog:
         self.dtype = compute_dtype(accelerator.mixed_precision, settings.dtype) if trunk else torch.float32
         self.peak_flops = peak_flops(accelerator.device, self.dtype) if trunk else math.inf
         self._unwritten: list[str] = []
-        self._mark = time.perf_counter()
+        self._mark = self._start = time.perf_counter()
         self._lap_step = progress.global_step
         self._untimed_tokens = progress.tokens
-        self._bar: Any = None
         if self.writes:
             _drop_rows_after(self.file, progress.global_step, progress.validation_due)
-        if self.writes and sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=last, initial=progress.global_step, unit="update", dynamic_ncols=True)
+        self.pace = Pace(accelerator, settings, last, progress.global_step, self.print_line)
         if self.writes and tracker:
             self.tracker = Tracker(
                 accelerator, tracker, settings, run_id=progress.run_id, folder=self.folder, print_line=self.print_line
@@ -101,8 +92,8 @@ class RunLog:
     def print_line(self, text: str) -> None:
         """Prints a line, above the progress bar where there is one. A closed console does not end the run."""
         try:
-            if self.main and self._bar is not None:
-                self._bar.write(text)
+            if self.main and self.pace.bar is not None:
+                self.pace.bar.write(text)
             elif self.main:
                 print(text, flush=True)
         except BrokenPipeError:
@@ -189,8 +180,6 @@ class RunLog:
         if progress.expert_counts:
             values |= {"train/balance_loss": balance / count, "train/z_loss": z / count}
         self.row(step, values)
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
         self.print_line(
             f"step {step}/{self.steps}  loss {nats / count:.4f}  lr {rate:.2e}  grad {grad_norm:.3f}  {speed:,.0f} tok/s  "
             f"mfu {values['train/mfu']:.0%}  mem {values['memory/peak_mb']:,.0f} MB  "
@@ -229,11 +218,21 @@ class RunLog:
         if progress.patience_is_over(self.patience):
             self.print_line(f"stopping early: no improvement in {self.patience} validations")
 
-    def end_warm_up(self, progress: Any) -> None:
-        """Starts the clock of a dry run again after the last update that is not timed."""
-        if progress.global_step == min(WARM_UP, self.steps - 1):
-            self.restart_clock(progress.global_step)
+    def advance(self, step: int, done: int, micro_batches: int, outcome: Any) -> None:
+        """Shows a micro-batch on the console (Pace.advance)."""
+        self.pace.advance(step, done, micro_batches, outcome, self._mark)
+
+    def end_warm_up(self, progress: Any) -> int:
+        """Starts the clock of a dry run again after the updates that are not timed; returns the update that it ends with. A collective."""
+        step = progress.global_step
+        over = torch.tensor(float(time.perf_counter() - self._start > DRY_RUN_SECONDS), device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            over = self.accelerator.reduce(over, "sum")
+        last = step if bool(over) else self.steps
+        if step <= WARM_UP and step < last:
+            self.restart_clock(step)
             self._untimed_tokens = progress.tokens
+        return last
 
     def timing(self, progress: Any, steps: int) -> None:
         """The last line of a dry run: speed, the estimated time of `steps` updates, and the peak memory."""
@@ -244,13 +243,14 @@ class RunLog:
             f"time        {seconds:.3f} s an update ({timed} timed), {speed:,.0f} tok/s, mfu {self._mfu(speed):.0%}, about "
             f"{duration(seconds * steps)} for {steps:,} without validation; peak memory "
             f"{peak_memory_mb(self.accelerator.device):,.0f} MiB\n"
+            f"budget      in 10 minutes: --steps {max(1, int(600 / seconds)):,d}; in an hour: --steps {max(1, int(3600 / seconds)):,d}\n"
             "only the token cache was written"
         )
 
     def close(self, exit_code: int) -> None:
         """Ends the progress bar and the tracker. `exit_code`: that of the process."""
-        if self._bar is not None:
-            self._bar.close()
+        if self.pace.bar is not None:
+            self.pace.bar.close()
         if self.tracker:
             self.tracker.finish(exit_code)
         self.accelerator.trackers = []  # finished or disabled

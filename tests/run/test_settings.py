@@ -13,13 +13,14 @@ import train_module
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.model.config import model_config
 from forge_common.run import launch_checks
-from forge_common.settings import MODEL_SETTINGS, problems
+from forge_common.settings import MODEL_SETTINGS
+from forge_common.settings_checks import problems
 
 
 def test_all_problems_in_one_message(shared, tmp_path):
     more = (
         "--steps",
-        0,
+        -1,
         "--batch-size",
         30,
         "--lr",
@@ -35,8 +36,8 @@ def test_all_problems_in_one_message(shared, tmp_path):
     )
     printed = shared(tmp_path / "run", *more, fails=True)
     for expected in (
-        "--steps is 0",
-        "multiple of 16",
+        "--steps is -1",
+        "multiple of 16, or lower --micro-batch-size",
         "--lr is -1",
         "--num-attention-heads 5",
         "--min-lr-ratio",
@@ -72,7 +73,7 @@ def test_a_module_that_cannot_be_rounded_with_its_losses_is_refused(dtype, launc
         monkeypatch.delenv(name, raising=False)
     for name, value in launched.items():
         monkeypatch.setenv(name, value)
-    required = {"trunk": "trunk", "name": "law", "data": ("law",), "output_dir": tmp_path / "run"}
+    required = {"trunk": "org/trunk", "name": "law", "data": ("local:docs",), "output_dir": tmp_path / "run"}
     found = problems(train_module.Settings(**required, dtype=dtype, module_dtype="bf16"))
     assert len(found) == len(expected) and all(part in fault for part, fault in zip(expected, found, strict=True))
     assert not problems(train_module.Settings(**required, dtype=dtype))
@@ -87,7 +88,6 @@ def test_for_an_unknown_flag_the_nearest_is_named(shared, tmp_path):
     ("more", "expected"),
     [
         (("--tokenizer", "nothing.json"), "--tokenizer nothing.json"),
-        (("--val-fraction", 0.0001), "Raise --val-fraction"),
         (("--sequence-length", 20_000), "fewer than one update"),
         (("--resume", "require"), "--resume require"),
         (("--tracker", "trackio"), "pip install trackio"),
@@ -109,7 +109,7 @@ def test_flags_of_a_new_model_are_refused_beside_trunk_from(shared, tmp_path):
     """Also at their defaults, and in each form that the command line has."""
     more = ("--preset", "small", "--num_experts=0", "--no-tie-word-embeddings", "--cross-document-attention")
     more += ("--tokenizer", "train:4096", "--hidden-size", 32, "--router-aux-loss-coef", 0.01)
-    printed = shared(tmp_path / "run", "--trunk-from", "somewhere", *more, shape=(), fails=True)
+    printed = shared(tmp_path / "run", "--trunk-from", "some/where", *more, shape=(), fails=True)
     expected = "--tokenizer, --preset, --hidden-size, --tie-word-embeddings, --cross-document-attention, --num-experts"
     assert f"leave out {expected}, --router-aux-loss-coef" in printed and "Traceback" not in printed
     assert not (tmp_path / "run").exists()
@@ -256,7 +256,7 @@ def test_settings_are_written(shared, text, tmp_path):
 def test_wrong_settings_are_reported_before_heavy_imports(script, tmp_path):
     code = f"""
 import runpy, sys
-sys.argv = [{script!r}, "--data", "x", "--output-dir", {str(tmp_path / "run")!r}, "--steps", "0", "--lr", "-1", "--seed", "1"]
+sys.argv = [{script!r}, "--data", "x", "--output-dir", {str(tmp_path / "run")!r}, "--steps", "-1", "--lr", "-1", "--seed", "1"]
 sys.argv += ["--trunk", "x", "--name", "x"] if "module" in {script!r} else []
 try:
     runpy.run_path({script!r}, run_name="__main__")
@@ -265,7 +265,7 @@ except SystemExit as ended:
 print("HEAVY", sorted({{"torch", "accelerate", "datasets", "numpy", "transformers"}} & sys.modules.keys()))
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, text=True, capture_output=True, check=True)
-    assert "--steps is 0" in done.stderr and "--lr is -1" in done.stderr
+    assert "--steps is -1" in done.stderr and "--lr is -1" in done.stderr
     assert done.stdout.rstrip().endswith("HEAVY []"), done.stdout
 
 

@@ -46,21 +46,25 @@ def clock(monkeypatch):
 @pytest.mark.parametrize(
     ("updates", "line"),
     [
-        ([100, 10, 1, 1, 1, 3], "1.500 s an update (4 timed), 200 tok/s, mfu 0%, about 25m00s for 1,000"),
-        ([100, 10, 2], "2.000 s an update (1 timed), 150 tok/s, mfu 0%, about 33m20s for 1,000"),
-        ([100, 10], "10.000 s an update (1 timed), 30 tok/s, mfu 0%, about 2h46m for 1,000"),
-        ([100], "100.000 s an update (1 timed), 3 tok/s, mfu 0%, about 27h46m for 1,000"),
+        ([7, 5, 1, 1, 1, 3], "1.500 s an update (4 timed), 200 tok/s, mfu 0%, about 25m00s for 1,000"),
+        ([9, 5, 2], "2.000 s an update (1 timed), 150 tok/s, mfu 0%, about 33m20s for 1,000"),
+        ([9, 5], "5.000 s an update (1 timed), 60 tok/s, mfu 0%, about 1h23m for 1,000"),
+        ([9], "9.000 s an update (1 timed), 33 tok/s, mfu 0%, about 2h30m for 1,000"),
+        ([100, 10, 1, 1], "100.000 s an update (1 timed), 3 tok/s, mfu 0%, about 27h46m for 1,000"),
+        ([9, 15, 1, 1], "15.000 s an update (1 timed), 20 tok/s, mfu 0%, about 4h10m for 1,000"),
+        ([9, 5, 7, 1], "7.000 s an update (1 timed), 43 tok/s, mfu 0%, about 1h56m for 1,000"),
     ],
 )
 def test_a_dry_run_leaves_out_its_first_two_updates(updates, line, clock, tmp_path, capsys):
-    """They allocate memory and compile. Where there are fewer updates, the last one is timed."""
+    """They allocate memory and compile. Where there are fewer updates, or 20 seconds are over, the last one is timed."""
     main, progress = types.SimpleNamespace(is_main_process=True, device=CPU, num_processes=1), Progress("run", {}, {})
     log = RunLog(main, settings(tmp_path, dry_run=True), progress, len(updates))
     log.restart_clock(0)
     for step, seconds in enumerate(updates, 1):
         clock[0] += seconds
         progress.global_step, progress.tokens = step, 300 * step
-        log.end_warm_up(progress)
+        if log.end_warm_up(progress) == step:
+            break
     log.timing(progress, 1000)
     assert line in capsys.readouterr().out
 

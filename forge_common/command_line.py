@@ -1,0 +1,191 @@
+"""The words of a command line before tyro reads them: a file of settings, flags that do not exist, the groups of --help.
+
+Imports nothing heavy.
+"""
+
+import ast
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import io
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+FLAG = re.compile(r"--(no-)?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
+LENGTH = {"steps", "epochs"}  # of which a run has one
+IN_ANY_COMMAND = ("help", "help_verbose")
+EPILOG = """--config FILE.yaml reads settings from a file, such as the settings.json of a run: flags go before the file, the file before the
+defaults. --print-config prints all settings as such a file."""
+# What other trainers call a setting -> its name here, or what there is instead.
+OTHER_NAMES = {
+    "learning_rate": "lr", "max_lr": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "max_epochs": "epochs",
+    "max_steps": "steps", "max_iters": "steps", "num_steps": "steps", "train_steps": "steps", "total_steps": "steps",
+    "train_batch_size": "batch_size", "global_batch_size": "batch_size", "device_batch_size": "micro_batch_size",
+    "per_device_train_batch_size": "micro_batch_size", "block_size": "sequence_length", "seq_len": "sequence_length",
+    "max_seq_len": "sequence_length", "max_seq_length": "sequence_length", "context_length": "sequence_length",
+    "eval_steps": "val_every", "eval_interval": "val_every", "logging_steps": "log_every", "save_steps": "save_every",
+    "save_total_limit": "keep", "lr_scheduler_type": "schedule", "lr_scheduler": "schedule", "adam_beta1": "beta1",
+    "warmup_ratio": "warmup_steps", "warmup_iters": "warmup_steps",
+    "adam_beta2": "beta2", "adam_epsilon": "eps", "grad_clip": "max_grad_norm", "optim": "optimizer", "report_to": "tracker",
+    "wandb_project": "project", "resume_from_checkpoint": "resume", "train_file": "data", "dataset": "data",
+    "dataset_name": "data", "n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+    "gradient_checkpointing": "activation_checkpointing", "model_name_or_path": "trunk_from", "out_dir": "output_dir",
+    "gradient_accumulation_steps": "it follows from --batch-size / (--micro-batch-size x processes)",
+    "bf16": "give --mixed_precision bf16 to accelerate launch", "fp16": "give --mixed_precision fp16 to accelerate launch",
+    "mixed_precision": "give it to accelerate launch, before the script", "num_processes": "give it to accelerate launch, before the script",
+}  # fmt: skip
+
+
+class BadConfig(ValueError):
+    """A file of settings that cannot be used; the message names it."""
+
+
+def expanded(words: list[str], kind: type[Any]) -> tuple[list[str], Path | None]:
+    """The words with those of --config FILE before them, without --config itself; and the file. BadConfig where it is wrong.
+
+    A flag that occurs twice has its last value, so flags go before the file. What the file has at its default is left out.
+    """
+    rest: list[str] = []
+    file = None
+    waiting = iter(words)
+    for word in waiting:
+        name, _, value = word.partition("=")
+        if name != "--config":
+            rest.append(word)
+            continue
+        value = value or next(waiting, "")
+        if not value or file is not None:
+            raise BadConfig("--config: name one file of settings")
+        file = Path(value)
+    return (rest if file is None else [*_words_of(file, kind, given_settings(rest)), *rest]), file
+
+
+def _words_of(file: Path, kind: type[Any], given: set[str]) -> list[str]:
+    """The file's settings as words, without those that a flag replaces."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise BadConfig(f"--config {file} cannot be read as YAML or JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise BadConfig(f"--config {file} has no settings; write one a line, such as steps: 1000")
+    fields = {field.name: field for field in dataclasses.fields(kind)}
+    words: list[str] = []
+    faults = []
+    for key, value in content.items():
+        name = str(key).replace("-", "_")
+        flag = f"--{name.replace('_', '-')}"
+        if name not in fields:
+            faults.append(f"--config {file} has {key}, which is no setting{_meant(name, kind)}")
+        elif name in given or (name in LENGTH and given & LENGTH) or value == _plain(fields[name].default):
+            pass
+        elif isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif isinstance(value, list):
+            words += [flag, *map(str, value)]
+        else:
+            words.append(f"{flag}={value}")
+    if faults:
+        raise BadConfig("\n  - ".join(faults))
+    return words
+
+
+def _plain(default: Any) -> Any:
+    """A default as YAML has it."""
+    return str(default) if isinstance(default, Path) else list(default) if isinstance(default, tuple) else default
+
+
+def given_settings(words: list[str]) -> set[str]:
+    """The names of the settings whose flags are among the words, be they at their defaults."""
+    return {match[2].replace("-", "_") for match in map(FLAG.fullmatch, words) if match}
+
+
+def unknown_flags(words: list[str], kind: type[Any]) -> list[str]:
+    """A line for each flag that does not exist, with the one that was probably meant."""
+    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    faults = []
+    for word in words:
+        match = FLAG.fullmatch(word)
+        name = match[2].replace("-", "_") if match else ""
+        if not match or name.startswith("tyro") or name in IN_ANY_COMMAND:
+            continue
+        if (name not in fields and f"no_{name}" not in fields) or (match[1] and fields.get(name) is not bool):
+            faults.append(f"{word.partition('=')[0]} is no flag{_meant(name, kind)}")
+    return faults
+
+
+def _meant(name: str, kind: type[Any]) -> str:
+    names = [field.name for field in dataclasses.fields(kind)]
+    other = OTHER_NAMES.get(name, "")
+    if " " in other:
+        return f": {other}"
+    if other == "trunk_from" and "trunk" in names:
+        other = "trunk"
+    near = [other] if other in names else difflib.get_close_matches(name, names, 1)
+    return f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+
+
+@contextlib.contextmanager
+def grouped_help(words: list[str], kind: type[Any]) -> Iterator[None]:
+    """Prints tyro's --help, which is one list, in the groups of the headings `# -- name --` in the source of the settings."""
+    if not {"-h", "--help"} & set(words):
+        yield
+        return
+    console = sys.stdout
+    sys.stdout = printed = io.TextIOWrapper(io.BytesIO(), encoding=console.encoding)  # tyro draws what it can print
+    try:
+        yield
+    finally:
+        sys.stdout = console
+        printed.seek(0)
+        print(f"{_in_groups(printed.read(), groups(kind))}\n{EPILOG}")
+
+
+def groups(kind: type[Any]) -> dict[str, str]:
+    """Setting -> heading above it in the source, the settings of the class itself first, then those that it inherits."""
+    found: dict[str, str] = {}
+    for part in kind.__mro__:
+        if not dataclasses.is_dataclass(part):
+            continue
+        heading = "options"
+        try:
+            source = inspect.getsource(part).splitlines()
+        except (OSError, TypeError):  # there is no file: its settings stay in one list
+            continue
+        fields = {
+            node.lineno: node.target.id
+            for node in ast.walk(ast.parse("\n".join(source)))
+            if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+        }
+        for number, line in enumerate(source, 1):
+            if match := re.fullmatch(r" +# -- (.+) --", line):
+                heading = match[1]
+            if number in fields:
+                found.setdefault(fields[number], heading)
+    return found
+
+
+def _in_groups(text: str, headings: dict[str, str]) -> str:
+    """tyro's help with one box a group: a row that begins with a flag begins an entry."""
+    lines = text.rstrip("\n").split("\n")
+    top = next((i for i, line in enumerate(lines) if line.startswith("╭─ options")), None)
+    if top is None:
+        return text
+    width = len(lines[top])
+    boxes: dict[str, list[str]] = {heading: [] for heading in ["options", *headings.values()]}
+    box = boxes["options"]
+    end = next(i for i in range(top, len(lines)) if lines[i].startswith("╰"))
+    for line in lines[top + 1 : end]:
+        if match := re.match(r"│ --([\w-]+)", line):
+            box = boxes[headings.get(match[1].replace("-", "_"), "options")]
+        box.append(line)
+    printed = lines[:top]
+    for heading, rows in boxes.items():
+        if rows:
+            printed += [f"╭─ {heading} ".ljust(width - 1, "─") + "╮", *rows, lines[end]]
+    return "\n".join([*printed, *lines[end + 1 :], ""])

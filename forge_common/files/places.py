@@ -1,0 +1,67 @@
+"""Files, folders and sources that a command line names: whether they exist, and the nearest name that does."""
+
+import difflib
+import os
+import re
+from pathlib import Path
+
+WEIGHT = re.compile(r"(.+)@([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.DOTALL)
+
+
+def split_weight(source: str) -> tuple[str, str | None]:
+    """'SPEC@0.7' as spec and weight: '@' counts only before a number at the end, and not if a path of the whole name exists."""
+    match = WEIGHT.fullmatch(source)
+    return (source, None) if match is None or os.path.lexists(source) else (match[1], match[2])
+
+
+def missing_source(source: str) -> str | None:
+    """What is wrong with a source of text that names a file or folder which does not exist; None for globs, URLs, hf: and local:."""
+    spec = split_weight(source)[0]
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", spec) or re.search(r"[*?[]", spec):
+        return None
+    return missing_file(spec)
+
+
+def missing_file(place: str) -> str | None:
+    """What is wrong with a file or folder that does not exist."""
+    try:
+        return (
+            None if os.path.lexists(os.path.expanduser(place)) else f"{place}: no such file or folder{nearest(place)}"
+        )
+    except ValueError:  # a NUL in it
+        return f"{place!r} is no path"
+
+
+def missing_artifact(place: str) -> str | None:
+    """What is wrong with a trunk or module that is neither a folder nor may be a hub id (ORG/NAME, where ORG is no folder here)."""
+    path = Path(place).expanduser()
+    if path.exists() or may_be_hub_id(place):
+        return None
+    return f"{place} is not a folder{nearest(place)}"
+
+
+def may_be_hub_id(place: str) -> bool:
+    """Whether a name that is no folder has the form of a hub id, ORG/NAME, and ORG is no folder here."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)) and not Path(place).parent.is_dir()
+
+
+def nearest(place: str) -> str:
+    """'; did you mean X?' for the path that exists and is closest to `place` in its first part that does not; or ''."""
+    first = Path(place).expanduser()
+    rest: list[str] = []
+    while not first.parent.exists():
+        rest.insert(0, first.name)
+        first = first.parent
+    try:
+        near = difflib.get_close_matches(first.name, os.listdir(first.parent), 1)
+    except OSError:
+        return ""
+    found = [first.with_name(name) for name in near]
+    found = [path.joinpath(*rest) if path.joinpath(*rest).exists() else path for path in found]
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def published(place: Path, kind: str) -> Path:
+    """The folder of a trunk or module (`kind`): `place`, or PLACE/trunk or PLACE/module of the output directory of a run."""
+    file = {"trunk": "config.json", "module": "module.json"}[kind]
+    return place / kind if not (place / file).exists() and (place / kind / file).is_file() else place

@@ -1,0 +1,161 @@
+"""Checks of the settings of both scripts that need nothing but the settings and the names of files: nothing heavy is imported."""
+
+import dataclasses
+import difflib
+import math
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from .command_line import expanded, given_settings
+from .files.places import missing_artifact, missing_file, missing_source
+from .files.untrusted import LINE, PLAIN
+from .model.config import PRESETS
+from .model.module_settings import module_problems
+from .schedule import SCHEDULES
+from .settings import MODEL_SETTINGS, processes
+
+
+def problems(settings: Any) -> list[str]:
+    """Problems with a script's settings that can be found without loading anything, each with how to fix it."""
+    faults = []
+    value = vars(settings).get
+    for name in ("batch_size", "micro_batch_size", "sequence_length", "keep", "log_every", "max_bad_updates"):
+        if value(name) < 1:
+            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+    for name in ("statistics_tokens", "statistics_min_documents"):
+        if value(name) is not None and value(name) < 1:
+            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+    if value("steps") < 0:
+        faults.append(f"--steps is {value('steps')}; it must be at least 1 (0 means those of --epochs)")
+    for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts"):
+        if (value(name) or 0) < 0:
+            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
+    if value("val_tokens") < 0:
+        faults.append(f"--val-tokens is {value('val_tokens')}; it cannot be negative (0 means all)")
+    for name in ("lr", "max_grad_norm", "eps", "epochs"):
+        if value(name) is not None and not (value(name) > 0 and math.isfinite(value(name))):
+            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
+    if not value("hang_timeout") >= 0:
+        faults.append(f"--hang-timeout is {value('hang_timeout')}; it must be 0 (never) or more seconds")
+    if not 0 <= value("weight_decay") < 1:
+        faults.append(f"--weight-decay is {value('weight_decay')}; it must lie in [0, 1)")
+    if not 0 <= value("min_lr_ratio") <= 1:
+        faults.append(f"--min-lr-ratio is {value('min_lr_ratio')}; it must lie in [0, 1]")
+    for name in ("beta1", "beta2"):
+        if not 0 <= value(name) < 1:
+            faults.append(f"--{name} is {value(name)}; it must lie in [0, 1)")
+    if not 0 < value("wsd_decay_share") <= 1:
+        faults.append(f"--wsd-decay-share is {value('wsd_decay_share')}; it must lie in (0, 1]")
+    if value("val_fraction") is not None and not 0 <= value("val_fraction") < 1:
+        faults.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
+    if value("steps") and (value("warmup_steps") or 0) > value("steps"):
+        faults.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
+    if value("steps") and value("epochs") is not None:
+        faults.append(
+            f"--steps {value('steps')} and --epochs {value('epochs'):g} both say how long to train; leave one out"
+        )
+    at_once = max(value("micro_batch_size"), 1) * processes()
+    if value("batch_size") % at_once:
+        faults.append(
+            f"--batch-size {value('batch_size')} does not divide into {processes()} process(es) x --micro-batch-size "
+            f"{value('micro_batch_size')}; make it a multiple of {at_once}, or lower --micro-batch-size"
+        )
+    if value("module_dtype") and value("dtype") != "float32":
+        faults.append(
+            f"--module-dtype {value('module_dtype')} rounds float32 weights; leave out --dtype {value('dtype')}"
+        )
+    if value("module_dtype") and _is_deepspeed_without_bf16():
+        faults.append(
+            f"--module-dtype {value('module_dtype')} under DeepSpeed needs --mixed_precision bf16: in another precision the "
+            "published losses would be those of weights before they are rounded"
+        )
+    if value("schedule") not in SCHEDULES:
+        faults.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
+    faults += module_problems(value)
+    largest = 2**32 - 1 - max(value("steps") or 10**7, 0) * processes() - processes()
+    if not 0 <= value("seed") <= largest:  # each update of each process adds to it, and NumPy takes 32 bits
+        faults.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")
+    for name, (rule, holds) in {"name": PLAIN, "licence": LINE}.items():
+        if value(name) is not None and not holds(value(name)):
+            faults.append(f"--{name} {value(name)!r} must be {rule}")
+    known = {field.name for field in dataclasses.fields(settings)} | {"mixed_precision"}
+    for name in value("accept_change"):
+        if name.replace("-", "_") not in known:
+            near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
+            faults.append(f"--accept-change {name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
+    return faults + _shape_problems(settings) + _folder_problems(value) + _missing(value)
+
+
+def _is_deepspeed_without_bf16() -> bool:
+    """What the launcher started, read from its environment."""
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true":
+        return False
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no") != "bf16"
+
+
+def _shape_problems(settings: Any) -> list[str]:
+    """Problems with the sizes of a model that is initialized, not loaded."""
+    value = vars(settings).get
+    if value("trunk_from"):
+        on_command_line = given_settings(expanded(sys.argv[1:], type(settings))[0])
+        given = [f"--{name.replace('_', '-')}" for name in MODEL_SETTINGS if name in on_command_line]
+        shaped = f"--trunk-from {value('trunk_from')} has its own sizes and tokenizer; leave out {', '.join(given)}"
+        return [shaped] if given else []
+    if value("preset") is None:
+        return []
+    if value("preset") not in PRESETS:
+        return [f"--preset {value('preset')} is not one of {', '.join(PRESETS)}"]
+    size = {name: value(name) or preset for name, preset in PRESETS[value("preset")].items()}
+    faults = [
+        f"--{name.replace('_', '-')} is {number}; it must be positive" for name, number in size.items() if number < 1
+    ]
+    if faults:
+        return faults
+    if size["hidden_size"] % size["num_attention_heads"] or size["hidden_size"] // size["num_attention_heads"] % 2:
+        faults.append(
+            f"--hidden-size {size['hidden_size']} must be an even multiple of --num-attention-heads "
+            f"{size['num_attention_heads']} (each head has an even width, for rotary positions)"
+        )
+    if size["num_attention_heads"] % size["num_key_value_heads"]:
+        faults.append(
+            f"--num-attention-heads {size['num_attention_heads']} must be a multiple of --num-key-value-heads "
+            f"{size['num_key_value_heads']}"
+        )
+    if value("num_experts") == 1 or 0 < value("num_experts") < value("experts_per_token"):
+        faults.append(
+            f"--num-experts {value('num_experts')} must be 0 (dense), or at least 2 and no fewer than --experts-per-token "
+            f"{value('experts_per_token')}"
+        )
+    if value("experts_per_token") < 1:
+        faults.append(f"--experts-per-token is {value('experts_per_token')}; it must be at least 1")
+    return faults
+
+
+def _folder_problems(value: Any) -> list[str]:
+    """Problems with the output directory."""
+    faults = []
+    output = Path(value("output_dir"))
+    if output.exists() and not output.is_dir():
+        faults.append(f"--output-dir {output} is a file; name a folder")
+    if value("resume") == "require" and not (output / "checkpoints").is_dir():
+        faults.append(
+            f"--resume require, but {output}/checkpoints does not exist; use --resume auto to start a new run"
+        )
+    return faults
+
+
+def _missing(value: Any) -> list[str]:
+    """Files and folders that are named and do not exist, each with the nearest name that does."""
+    found = [
+        (name, missing_source(source))
+        for name in ("data", "val_data", "general_data")
+        for source in value(name) or ()
+        if name != "general_data" or value("general_tokens")
+    ]
+    found += [(name, missing_artifact(value(name))) for name in ("trunk", "trunk_from") if value(name)]
+    tokenizer = value("tokenizer") or "bytes"
+    if not value("trunk_from") and tokenizer != "bytes" and not tokenizer.startswith("train:"):
+        found.append(("tokenizer", missing_file(tokenizer)))
+    return [f"--{name.replace('_', '-')} {problem}" for name, problem in found if problem]

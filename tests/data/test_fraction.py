@@ -1,0 +1,85 @@
+"""How many documents are held out: at least one, enough of a small corpus, one in a hundred of a large one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+import train_shared
+from forge_common.data.corpora import open_corpora
+from forge_common.data.fraction import FRACTION, fraction_for, too_few
+from forge_common.data.readers.document import Reading
+from forge_common.data.store import prepare
+from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.errors import UserError
+
+
+def corpus(folder: Path, texts: list[str], **changes) -> train_shared.Settings:
+    file = folder / f"{len(list(folder.iterdir()))}.jsonl"
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    fixed = {"data": (str(file),), "output_dir": folder / "run", "cache_dir": folder / "cache"}
+    return train_shared.Settings(**fixed | changes)
+
+
+def numbered(count: int) -> list[str]:
+    return [f"document {number}" for number in range(count)]
+
+
+def held_out(settings: train_shared.Settings) -> int:
+    fraction = fraction_for(settings)
+    options = {"cache_dir": settings.cache_dir, "val_fraction": fraction, "report": lambda line: None}
+    return prepare(settings.data[0], byte_tokenizer(), Reading(), **options).validation.documents
+
+
+@pytest.mark.parametrize(
+    ("documents", "given", "expected"),
+    [(2, None, 1), (5, None, 1), (100, None, 10), (300, None, 20), (5, 1e-6, 1), (100, 1e-6, 1), (100, 0.0, 0)],
+)
+def test_at_least_one_document_and_enough_of_a_small_corpus(documents, given, expected, tmp_path):
+    settings = corpus(tmp_path, numbered(documents), val_fraction=given)
+    assert held_out(settings) == expected
+    resumed = dataclasses.replace(settings, val_fraction=fraction_for(settings))
+    assert fraction_for(resumed) == fraction_for(settings), "a settings.json gives the same"
+
+
+def test_where_the_fraction_is_enough_it_stays(tmp_path):
+    assert fraction_for(corpus(tmp_path, numbered(4000))) == FRACTION
+    assert fraction_for(corpus(tmp_path, numbered(200), val_fraction=0.2)) == 0.2
+    assert fraction_for(corpus(tmp_path, numbered(5), val_data=("elsewhere",))) == 0
+
+
+def test_copies_count_once_and_are_never_in_both_parts(tmp_path):
+    settings = corpus(tmp_path, numbered(4) * 100)
+    assert held_out(settings) == 100
+    with pytest.raises(UserError, match="no document was held out"):
+        fraction_for(corpus(tmp_path, ["one"] * 50))
+
+
+def test_the_documents_of_all_sources_count_together(tmp_path):
+    one, other = corpus(tmp_path, numbered(30)), corpus(tmp_path, [f"other {i}" for i in range(70)])
+    both = dataclasses.replace(one, data=one.data + other.data, sequence_length=8, batch_size=16)
+    corpora = open_corpora(both, byte_tokenizer(), -100, lambda line: None)
+    assert sum(part.tokens.documents for part in corpora.held_out) == 10 and corpora.fraction == fraction_for(both)
+
+
+def test_a_few_documents_are_said_to_be_few():
+    assert too_few(20) is too_few(0) is None
+    assert "5 held-out documents" in str(too_few(5)) and "about 0.45 nats" in str(too_few(5))
+
+
+def test_only_what_is_held_out_is_tokenized(tmp_path):
+    """The same tokens as of the whole corpus, which is not needed for them, and is used where it is there."""
+    settings = corpus(tmp_path, numbered(300))
+    options = {"val_fraction": 0.1, "report": lambda line: None}
+    source, tokenizer = settings.data[0], byte_tokenizer()
+    part = prepare(source, tokenizer, Reading(), cache_dir=tmp_path / "a", only_held_out=True, **options)
+    whole = prepare(source, tokenizer, Reading(), cache_dir=tmp_path / "b", **options)
+    again = prepare(source, tokenizer, Reading(), cache_dir=tmp_path / "b", only_held_out=True, **options)
+    assert part.train.documents == 0 < part.validation.documents and len(list((tmp_path / "b").iterdir())) == 1
+    assert part.validation.digest == whole.validation.digest == again.validation.digest
+    assert prepare(source, tokenizer, Reading(), cache_dir=tmp_path / "a", **options).train.documents > 0
+    nothing = options | {"val_fraction": 0.0}
+    assert not prepare(
+        source, tokenizer, Reading(), cache_dir=tmp_path / "c", only_held_out=True, **nothing
+    ).validation.documents

@@ -1,0 +1,152 @@
+"""What a newcomer types wrong: the flag or the path that was meant is named; files of settings; the groups of --help."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+
+import launch
+import pytest
+import yaml
+
+import train_module
+import train_shared
+from forge_common.command_line import OTHER_NAMES, groups, unknown_flags
+from forge_common.files.places import missing_artifact, missing_source, published
+from forge_common.settings import read_settings, to_json
+from forge_common.settings_checks import problems
+
+REQUIRED = ("--data", "local:docs", "--output-dir", "run")
+
+
+@pytest.fixture
+def read(monkeypatch, tmp_path):
+    """The settings of train_shared.py for these words, checked, in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+    def call(*words):
+        monkeypatch.setattr(sys, "argv", ["train_shared.py", *map(str, words)])
+        return read_settings(train_shared.Settings, "", problems)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        ("--learning-rate=3", "--learning-rate is no flag; did you mean --lr?"),
+        ("--num_train_epochs", "--num_train_epochs is no flag; did you mean --epochs?"),
+        ("--stepz", "--stepz is no flag; did you mean --steps?"),
+        ("--per-device-train-batch-size", "did you mean --micro-batch-size?"),
+        ("--gradient-accumulation-steps", "it follows from --batch-size / (--micro-batch-size x processes)"),
+        ("--no-lr", "--no-lr is no flag; did you mean --lr?"),
+        ("--frobnicate", "--frobnicate is no flag"),
+    ],
+)
+def test_the_flag_that_was_meant_is_named(word, expected):
+    [fault] = unknown_flags([word, "---", "-1", "--no-pack", "--lr", "--data=x"], train_shared.Settings)
+    assert fault.endswith(expected)
+
+
+def test_the_names_of_other_trainers_lead_to_flags():
+    names = {field.name for kind in (train_shared, train_module) for field in dataclasses.fields(kind.Settings)}
+    assert {other for other in OTHER_NAMES.values() if " " not in other} <= names
+    assert not OTHER_NAMES.keys() & names
+
+
+def test_all_unknown_flags_are_in_one_message(read, capsys):
+    with pytest.raises(SystemExit) as ended:
+        read(*REQUIRED, "--learning-rate", 1, "--max-steps", 3)
+    printed = capsys.readouterr().err
+    assert ended.value.code == 2 and "--lr?" in printed and "--steps?" in printed
+
+
+def test_flags_go_before_the_file_and_the_file_before_the_defaults(read, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text(
+        "data: [local:docs, local:cpp]\noutput-dir: run\nlr: 1e-3\npack: false\nsteps: 7\nrun_name: null\n"
+    )
+    settings = read("--config", "mine.yaml", "--steps", 9)
+    assert (settings.data, settings.lr, settings.pack, settings.steps) == (("local:docs", "local:cpp"), 1e-3, False, 9)
+    assert settings.batch_size == train_shared.Settings.batch_size
+    assert "of mine.yaml, but the flags --steps; the rest are defaults" in capsys.readouterr().err
+    assert read("--epochs", 2, "--config=mine.yaml").steps == 0, "one length replaces the other"
+
+
+def test_what_is_printed_and_what_a_run_has_written_are_files_of_settings(read, tmp_path, capsys):
+    words = (*REQUIRED, "--lr", 0.002, "--eps", 1e-7, "--no-tie-word-embeddings", "--accept-change", "steps", "lr")
+    settings = read(*words)
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        read(*words, "--print-config")
+    assert ended.value.code == 0
+    printed = capsys.readouterr().out
+    assert yaml.safe_load(printed) == to_json(settings)
+    (tmp_path / "printed.yaml").write_text(printed)
+    (tmp_path / "settings.json").write_text(json.dumps(to_json(settings)))
+    assert read("--config", "printed.yaml") == read("--config", "settings.json") == settings
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("stepz: 3\nlr: 1\nbatch: 3", "has stepz, which is no setting; did you mean --steps?"),
+        ("[1, 2]", "has no settings"),
+        ("a: [", "cannot be read as YAML or JSON"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_wrong_file_of_settings_is_refused(content, expected, read, tmp_path, capsys):
+    if content is not None:
+        (tmp_path / "mine.yaml").write_text(content)
+    with pytest.raises(SystemExit) as ended:
+        read("--config", "mine.yaml")
+    assert ended.value.code == 2 and f"--config mine.yaml {expected}" in capsys.readouterr().err
+
+
+def test_a_setting_of_the_file_is_given_where_it_is_not_the_default(read, tmp_path, capsys):
+    """A settings.json holds all settings: at their defaults they do not contradict --trunk-from."""
+    (tmp_path / "trunk").mkdir()
+    (tmp_path / "mine.yaml").write_text("trunk_from: trunk\npreset: small\nnum_hidden_layers: 3\n")
+    with pytest.raises(SystemExit):
+        read(*REQUIRED, "--config", "mine.yaml")
+    assert "leave out --num-hidden-layers\n" in capsys.readouterr().err
+
+
+def test_the_nearest_path_is_named(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "laws" / "all").mkdir(parents=True)
+    (tmp_path / "runs" / "trunk" / "trunk").mkdir(parents=True)
+    assert missing_source("law/all@0.5") == "law/all: no such file or folder; did you mean laws/all?"
+    assert missing_source("elsewhere.txt") == "elsewhere.txt: no such file or folder"
+    for present in ("laws", "laws@2", "laws/*.txt", "hf:org/name", "local:docs", "https://host/x", "s3://bucket/x"):
+        assert missing_source(present) is None
+    assert missing_artifact("runs/trnk") == "runs/trnk is not a folder; did you mean runs/trunk?"
+    assert missing_artifact("run/trunk") is missing_artifact("runs/trunk") is None, "it may be on the hub"
+
+
+def test_the_output_directory_of_a_run_stands_for_what_it_published(tmp_path):
+    for kind, file in (("trunk", "config.json"), ("module", "module.json")):
+        run = tmp_path / kind
+        (run / kind).mkdir(parents=True)
+        assert published(run, kind) == run
+        (run / kind / file).touch()
+        assert published(run, kind) == published(run / kind, kind) == run / kind
+
+
+def test_help_has_the_groups_of_the_source():
+    line = [sys.executable, "train_shared.py", "--help"]
+    environment = launch.environment(PYTHONIOENCODING="utf-8")
+    printed = subprocess.run(line, env=environment, cwd=launch.ROOT, capture_output=True, check=True).stdout.decode()
+    boxes = dict.fromkeys(groups(train_shared.Settings).values())
+    assert list(boxes)[:3] == ["data", "model", "updates"] and "limits" in boxes
+    start = [printed.index(f"╭─ {name} ─") for name in boxes]
+    assert start == sorted(start)
+    for flag, box in (
+        ("--data", "data"),
+        ("--preset", "model"),
+        ("--lr", "updates"),
+        ("--text-column", "reading text"),
+    ):
+        assert printed.rindex("╭─ ", 0, printed.index(f"│ {flag} ")) == printed.index(f"╭─ {box} ─")
+    assert "--config FILE.yaml" in printed
