@@ -68,7 +68,7 @@ class Settings:
         if not self.smoke:
             return self
         small = {"vocabulary": 512, "trunk_steps": 20, "module_steps": 5, "rates": (1e-3,), "extensions": 0}
-        small |= {"seeds": self.seeds[:1], "scored": 6, "domains": 2}
+        small |= {"sequence_length": 64, "batch_size": 4, "seeds": self.seeds[:1], "scored": 6, "domains": 2}
         return dataclasses.replace(self, output_dir=self.output_dir.with_name(self.output_dir.name + "-smoke"), **small)
 
 

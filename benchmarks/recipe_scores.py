@@ -73,9 +73,8 @@ class Scores:
             self.rows.append(Row(group, name, part, domain, *by_document(model, columns[domain].pieces)))
         write_json(self.file, [vars(row) for row in self.rows])
         losses = " ".join(f"{self.loss(group, name, part, domain):.4f}" for domain in missing)
-        print(
-            f"seed {self.runs.seed}: {name} on {', '.join(missing)} ({part}): {losses}, {time.monotonic() - started:.0f} s"
-        )
+        seconds = time.monotonic() - started
+        print(f"seed {self.runs.seed}: {name} on {', '.join(missing)} ({part}): {losses}, {seconds:.0f} s", flush=True)
 
     def loss(self, group: str, name: str, part: str, domain: str) -> float:
         key = (group, name, part, domain)

@@ -65,8 +65,9 @@ class Seed:
             self._train(stage)
             score()
             write_report(self.settings)
-        if self.runs.seed == self.settings.seeds[0]:
+        if self.runs.seed in [entry["seed"] for entry in self.rates.found.values()]:
             self._original()
+            write_report(self.settings)
 
     def _train(self, stage: list[Recipe]) -> None:
         """The stage's runs: at every rate of the grid where no seed has searched, otherwise at the best rate."""
@@ -176,7 +177,7 @@ class Seed:
             self.scores.add("home", row, make)
 
     def _original(self) -> None:
-        """Two rows of the first seed alone."""
+        """Two rows of the seed that searched the rates."""
         folders = self.runs.train_original()
         self.runs.train_dense()
         self.scores.add("home", "the original system, top-2", lambda: self._drawn(folders))

@@ -7,12 +7,22 @@ import sys
 
 import launch
 import pytest
+import torch
 
 sys.path.insert(0, str(launch.ROOT / "benchmarks"))
 
+from recipe_baselines import Ensemble, FixedGates, constant_gates, with_router
 from recipe_rates import Rates
 from recipe_table import Row, difference, report
 from recipe_texts import EXCERPT, HOME_PARTS, OTHER_PARTS, excerpt, part_of
+from recipe_trunks import untied, upcycled
+
+from forge_common.model.config import ModelConfig
+from forge_common.model.trunk import Trunk
+from forge_common.routing.mixture import Mixture, with_module
+from forge_common.routing.routers import ContextRouter
+from forge_common.routing.statistics import BIGRAM_BUCKETS
+from forge_common.routing.tuning import Tuning
 
 
 def row(model: str, nats: list[float], tokens: list[int], domain: str = "docs", part: str = "test") -> Row:
@@ -96,6 +106,65 @@ def test_parts_have_their_shares_of_the_documents():
         for part, end in parts.items():
             assert found.count(part) / len(found) == pytest.approx(end - start, abs=0.03)
             start = end
+
+
+def trunk_and_text() -> tuple[Trunk, torch.Tensor]:
+    torch.manual_seed(0)
+    sizes = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 16}
+    trunk = Trunk(ModelConfig(vocab_size=40, hidden_size=16, intermediate_size=24, **sizes)).eval()
+    with torch.no_grad():
+        for parameter in trunk.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    return trunk, torch.randint(2, 40, (3, 17))
+
+
+def mixture_of_heads(trunk: Trunk) -> Mixture:
+    """Two modules whose feed-forwards are the trunk's, with heads of their own."""
+    own = {name: tensor.clone() for name, tensor in trunk.state_dict().items() if ".mlp." in name}
+    modules = {
+        name: with_module(trunk, own | {"lm_head.weight": torch.randn(40, 16)}, "ffn+head", [0, 1]) for name in "ab"
+    }
+    statistics = [
+        {
+            "unigrams": torch.randint(0, 90, (40,), dtype=torch.uint8),
+            "bigrams": torch.randint(0, 60, (BIGRAM_BUCKETS,), dtype=torch.uint8),
+        }
+        for _ in range(3)
+    ]
+    return Mixture(trunk, modules, ContextRouter(statistics, torch.full((3,), 1 / 3), 1, Tuning())).eval()
+
+
+def test_untied_and_upcycled_trunks_are_the_trunk_at_first():
+    trunk, tokens = trunk_and_text()
+    expected = trunk.nats(tokens)
+    mixture = upcycled(trunk, 5).eval()
+    assert mixture.config.num_local_experts == 5 and mixture.lm_head is not None
+    torch.testing.assert_close(mixture.nats(tokens), expected)
+    torch.testing.assert_close(untied(trunk).nats(tokens), expected)
+
+
+def test_an_ensemble_with_equal_hearing_is_the_assembled_model_where_only_the_heads_differ():
+    trunk, tokens = trunk_and_text()
+    mixture = mixture_of_heads(trunk)
+    before = torch.randint(2, 40, (3, 5))
+    models = list(mixture.candidates)
+    ensemble = Ensemble(models, mixture.router, counts=True)
+    torch.testing.assert_close(ensemble.nats(tokens, before), mixture.nats(tokens, before))
+    torch.testing.assert_close(ensemble.nats(tokens), mixture.nats(tokens))
+    assert (Ensemble(models, mixture.router).nats(tokens) - mixture.nats(tokens)).abs().max() > 0.01
+
+
+def test_constant_gates_are_at_least_as_good_as_the_best_candidate():
+    trunk, tokens = trunk_and_text()
+    mixture = mixture_of_heads(trunk)
+    alone = [model.nats(tokens) for model in mixture.candidates]
+    for place, nats in enumerate(alone):
+        corner = with_router(mixture, FixedGates(torch.eye(3)[place]))
+        torch.testing.assert_close(corner.nats(tokens), nats)
+    gates = constant_gates(mixture, lambda model: model.nats(tokens).sum().item())
+    assert gates.sum().item() == pytest.approx(1)
+    fitted = with_router(mixture, FixedGates(gates)).nats(tokens).sum()
+    assert fitted < min(nats.sum() for nats in alone) - 0.1
 
 
 @pytest.mark.soak
