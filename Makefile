@@ -79,7 +79,7 @@ growth: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .bench -r benchmarks/requirements.txt
 	@touch .bench/.ready
 
-# Two hours on two cores. The same command continues an interrupted run.
+# Assembled modules beside other recipes (docs/RESULTS.md), five seeds: many hours on two cores. The same command continues an interrupted run.
 compare: $(READY)
 	$(BIN)/python benchmarks/recipes.py
 

@@ -1,198 +1,296 @@
 """The training runs of the comparison, by the scripts as users run them: the text and the number of updates of each recipe."""
 
-import json
+import dataclasses
+import shutil
+import threading
 import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+import psutil
+import recipe_trunks as trunks
 import torch
+from recipe_flexolmo import KIND, ROWS, initial_rows
+from recipe_rates import Rates
+from recipe_texts import GROUPS, HOME, MIX, SPLITS
 from script_process import launched, run
 
+from forge_common import evaluate
 from forge_common.artifacts import artifact
-from forge_common.data import local
-from forge_common.files.atomic import publish
+from forge_common.data.readers.document import reading_of
+from forge_common.data.store import prepare
+from forge_common.data.tokenizer import Tokenizer
+from forge_common.data.windows import Tokens
 from forge_common.model.trunk import Trunk
+from forge_common.routing import statistics
 
-DOMAINS = ("docs", "python", "cpp", "perl")
-MIX = {"docs": 0.76, "python": 0.08, "cpp": 0.08, "perl": 0.08}  # shares of the trunk's text
-PARTS = {
-    "test": 0.05,
-    "tune": 0.10,
-    "module": 0.55,
-    "trunk": 1.0,
-}  # upper ends of the parts, in the hash of a document's content
-SCORED = 64  # documents of a domain that are scored, at most
-EXCERPT = 3_000  # characters of each, at most: many documents instead of long ones
-RATES = {
-    "docs": 3e-4,
-    "python": 3e-4,
-    "cpp": 3e-3,
-    "perl": 3e-3,
-}  # second rate of each module, besides --module-lr; the better one on tune is used
 CONFIG = Path("accelerate_configs/cpu.yaml")
+TRUNK, MODULE, FLEXOLMO = "train_shared.py", "train_module.py", "benchmarks/recipe_flexolmo.py"
+ORIGINAL_LR = 1e-3
 
 
 @dataclass(frozen=True)
 class Settings:
     output_dir: Path = Path("runs/compare")
-    seeds: tuple[int, ...] = (1, 2)
-    """Seeds of the trunk, the modules and the order of the data; one process each."""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """Seeds of the trunk, the modules and the order of the data, one after the other."""
+    workers: int = 2
+    """Training runs at once, of one thread each."""
+    smoke: bool = False
+    """Every step with two domains of a group, one rate and a few updates, into OUTPUT_DIR-smoke: two minutes on two idle cores."""
     vocabulary: int = 2048
     sequence_length: int = 256
     batch_size: int = 16
     """Windows in an update: 4,096 tokens."""
     trunk_steps: int = 1_840
     """Updates of the trunk: 7.5 M tokens."""
-    short_steps: int = 500
-    """Updates of a second, shorter trunk: 2 M tokens."""
     module_steps: int = 100
     """Updates of a module: 0.41 M tokens."""
     trunk_lr: float = 3e-3
-    module_lr: float = 1e-3
-    whole_lrs: tuple[float, ...] = (1e-3, 3e-4, 3e-3)
-    """Rates of the union; the best one on tune is used."""
-    worker: int = 0
-    """Internal: the seed that this process works on; 0: start the workers."""
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 6e-3)
+    """Grid of learning rates for every recipe; searched by the first seed, on tune."""
+    extensions: int = 4
+    """Rates beyond the grid that are tried at most while the best one lies at its edge."""
+    scored: int = 64
+    """Documents of a domain that are scored at most."""
+    domains: int = 4
+    """Domains of a group that are used at most."""
+
+    def group(self, name: str) -> tuple[str, ...]:
+        return GROUPS[name][: self.domains]
+
+    def chosen(self) -> "Settings":
+        """Of --smoke: small sizes."""
+        if not self.smoke:
+            return self
+        small = {"vocabulary": 512, "trunk_steps": 20, "module_steps": 5, "rates": (1e-3,), "extensions": 0}
+        small |= {"sequence_length": 64, "batch_size": 4, "seeds": self.seeds[:1], "scored": 6, "domains": 2}
+        return dataclasses.replace(self, output_dir=self.output_dir.with_name(self.output_dir.name + "-smoke"), **small)
 
 
-def export(folder: Path) -> None:
-    """Writes each domain's documents into one file per part; no document is in two of them."""
+class Recipe(NamedTuple):
+    """A run whose rate is searched. Its folder is NAME-RATE."""
 
-    def write(temp_dir: Path) -> None:
-        for domain in DOMAINS:
-            lines: dict[str, list[str]] = {part: [] for part in PARTS}
-            for document in local.documents(domain):
-                place = int.from_bytes(document.digest[:8], "big") / 2**64
-                part = next(part for part, end in PARTS.items() if place < end)
-                text = "".join(document.pieces)
-                if part in ("test", "tune"):
-                    if len(lines[part]) == SCORED:
-                        continue
-                    if len(text) > EXCERPT:
-                        text = text[: text.rfind("\n", 0, EXCERPT) + 1] or text[:EXCERPT]
-                lines[part].append(json.dumps({"text": text}) + "\n")
-            for part, rows in lines.items():
-                (temp_dir / f"{domain}.{part}.jsonl").write_text("".join(rows), encoding="utf-8")
-
-    def read_back(temp_dir: Path) -> None:
-        for path in temp_dir.iterdir():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                json.loads(line)
-
-    if not folder.exists():
-        publish(folder, write, read_back)
+    name: str
+    domains: tuple[str, ...]  # on whose tune text the rate is chosen
+    train: Callable[[str, float], Path]  # (folder's name, rate) -> what was published
 
 
 class Runs:
     """The training runs of one seed, each in a folder that is not changed once it is published."""
 
-    def __init__(self, settings: Settings, seed: int):
-        self.settings, self.seed = settings, seed
+    def __init__(self, settings: Settings, seed: int, rates: Rates):
+        self.settings, self.seed, self.rates = settings, seed, rates
         self.folder = settings.output_dir / f"seed-{seed}"
-        self.data = settings.output_dir / "data"
+        self.training = settings.output_dir / "data"
+        self.texts = settings.output_dir / "texts"
+        self.recipes: dict[str, Recipe] = {}
+        self.lock = threading.Lock()  # for what runs of one stage share
 
-    def source(self, domain: str, part: str = "module") -> str:
-        return str(self.data / f"{domain}.{part}.jsonl")
+    @property
+    def trunk(self) -> Path:
+        return self.folder / "trunk" / "trunk"
 
-    def _run(self, script: str, name: str, published: str, *flags: object) -> Path:
+    def source(self, domain: str, part: str) -> str:
+        training = domain in HOME and part in ("trunk", "module")
+        return str((self.training if training else self.texts) / f"{domain}.{part}.jsonl")
+
+    def run(self, script: str, name: str, *flags: object, variables: dict[str, str] | None = None) -> Path:
         s, folder = self.settings, self.folder / name
-        if not (folder / published).is_dir():
+        published = folder / ("trunk" if script == TRUNK else "module")
+        if not published.is_dir():
             started = time.monotonic()
             run(
                 launched(CONFIG, script),
                 *("--output-dir", folder, "--sequence-length", s.sequence_length, "--seed", self.seed),
                 *("--batch-size", s.batch_size, "--micro-batch-size", s.batch_size, "--val-every", 0),
                 *("--cache-dir", s.output_dir / "cache", "--tracker", "none", *flags),
-                log=folder.with_suffix(".log"),
+                log=self.folder / f"{name}.log",
                 threads=1,
+                variables=variables,
             )
             print(f"seed {self.seed}: {name} in {time.monotonic() - started:.0f} s", flush=True)
-        return folder / published
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        return published
 
-    def trunk(self, steps: int, name: str = "trunk") -> Path:
-        """From scratch on the trunk's part of the corpora."""
-        data = [f"{self.source(domain, 'trunk')}@{share}" for domain, share in MIX.items()]
-        flags = ("--val-data", self.source("docs", "tune"), "--warmup-steps", 100)
-        return self._scratch(name, steps, data, *flags)
+    def all(self, jobs: Iterable[Callable[[], object]]) -> None:
+        """Runs the jobs, --workers of them at once; what they started ends with this process."""
+        with ThreadPoolExecutor(self.settings.workers) as pool:
+            futures = [pool.submit(job) for job in jobs]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                for child in psutil.Process().children(recursive=True):
+                    child.terminate()
+                raise
 
-    def _scratch(self, name: str, steps: int, data: list[str], *flags: object, tokenizer: object = "") -> Path:
+    # -- trunks --
+
+    def train_trunk(self) -> None:
+        """From scratch on the trunk's part of the home domains."""
+        data = [f"{self.source(domain, 'trunk')}@{MIX[domain]}" for domain in self.settings.group("home")]
+        flags = ("--val-data", self.training / "docs.tune.jsonl", "--warmup-steps", min(100, self.settings.trunk_steps))
+        self._scratch("trunk", self.settings.trunk_steps, data, *flags)
+
+    def train_dense(self) -> None:
+        """From scratch on the text of the trunk and of the home modules together, in the same proportions."""
+        s, home = self.settings, self.settings.group("home")
+        data = [f"{self.source(domain, 'trunk')}@{MIX[domain] * s.trunk_steps:.0f}" for domain in home]
+        data += [f"{self.source(domain, 'module')}@{s.module_steps}" for domain in home]
+        flags = ("--val-fraction", 0, "--warmup-steps", min(100, s.trunk_steps))
+        # The trunk's tokenizer, so that nats per token are of the same tokens.
+        self._scratch("dense", s.trunk_steps + s.module_steps * len(home), data, *flags, tokenizer=self.trunk)
+
+    def _scratch(self, name: str, steps: int, data: list[str], *flags: object, tokenizer: object = "") -> None:
         shape = ("--preset", "tiny", "--tokenizer", tokenizer or f"train:{self.settings.vocabulary}")
-        shape += ("--lr", self.settings.trunk_lr)
-        return self._run("train_shared.py", name, "trunk", "--data", *data, *shape, "--steps", steps, *flags)
+        self.run(TRUNK, name, "--data", *data, *shape, "--lr", self.settings.trunk_lr, "--steps", steps, *flags)
 
-    def whole(self, name: str, trunk: Path, domains: tuple[str, ...], steps: int, lr: float) -> Path:
-        """Continues the trunk, training all parameters."""
-        flags = (
-            "--trunk-from",
-            trunk,
-            "--lr",
-            lr,
-            "--steps",
-            steps,
-            "--warmup-steps",
-            steps // 10,
-            "--val-fraction",
-            0,
-        )
-        return self._run("train_shared.py", name, "trunk", "--data", *self.even(domains), *flags)
-
-    def module(
-        self, name: str, trunk: Path, domains: tuple[str, ...], *flags: object, steps: int = 0, lr: float = 0
-    ) -> Path:
-        """A module on the frozen trunk, named after its domain."""
-        steps = steps or self.settings.module_steps
-        fixed = ("--trunk", trunk, "--name", domains[0], "--steps", steps, "--warmup-steps", steps // 10)
-        fixed += ("--lr", lr or self.settings.module_lr, "--val-fraction", 0, "--general-tokens", 0)
-        return self._run("train_module.py", name, "module", *fixed, "--data", *self.even(domains), *flags)
-
-    def modules(self, name: str, trunk: Path, *flags: object) -> list[Path]:
-        return [self.module(f"{name}-{domain}", trunk, (domain,), *flags) for domain in DOMAINS]
-
-    def even(self, domains: tuple[str, ...]) -> list[str]:
-        """Equal tokens of each domain."""
-        return [self.source(domain) + ("@1" if len(domains) > 1 else "") for domain in domains]
-
-    def dense(self) -> Path:
-        """From scratch on the text of the trunk and all modules together, in the same proportions."""
-        s, total = self.settings, self.settings.module_steps * len(DOMAINS)
-        data = [f"{self.source(domain, 'trunk')}@{share * s.trunk_steps:.0f}" for domain, share in MIX.items()]
-        data += [f"{self.source(domain)}@{s.module_steps}" for domain in DOMAINS]
-        tokenizer = self.folder / "trunk" / "trunk"  # the trunk's, so that nats per token are of the same tokens
-        flags = ("--val-fraction", 0, "--warmup-steps", 100)
-        return self._scratch("dense", s.trunk_steps + total, data, *flags, tokenizer=tokenizer)
-
-    def fresh(self, trunk: Path) -> Path:
-        """The trunk with newly initialized feed-forwards, from which the original system's experts start."""
-        place = self.folder / "fresh-trunk"
-        if not place.is_dir():
-            model, tokenizer, _ = artifact.read_trunk(str(trunk))
-            torch.manual_seed(self.seed)
-            drawn = Trunk(model.config).state_dict()
-            tensors = {name: drawn[name] if ".mlp." in name else t for name, t in model.state_dict().items()}
-            artifact.write_trunk(place, tensors, model.config, tokenizer, {"kind": "trunk"})
+    def derived(self, name: str, change: Callable[[Trunk], Trunk]) -> Path:
+        """A changed copy of the trunk, without statistics."""
+        place = self.folder / f"{name}-trunk"
+        with self.lock:
+            if not place.is_dir():
+                model, tokenizer, _ = artifact.read_trunk(str(self.trunk))
+                torch.manual_seed(self.seed)
+                model = change(model)
+                artifact.write_trunk(place, model.state_dict(), model.config, tokenizer, {"kind": "trunk"})
         return place
 
+    def untied(self) -> Path:
+        return self.derived("untied", trunks.untied)
 
-def train(runs: Runs) -> None:
-    """All runs of a seed, those that most rows need first; runs of a single seed come last, divided between the seeds."""
-    s = runs.settings
-    trunk, steps = runs.trunk(s.trunk_steps), s.module_steps * len(DOMAINS)
-    runs.modules("head", trunk)
-    for lr in s.whole_lrs:
-        runs.whole(f"union-{lr:g}", trunk, DOMAINS, steps, lr)
-    for domain, lr in RATES.items():
-        runs.module(f"other-{domain}", trunk, (domain,), lr=lr)
-    runs.modules("expert", trunk, "--kind", "expert", "--weight-decay", 0)
-    for domain in DOMAINS:
-        runs.whole(f"branch-{domain}", trunk, (domain,), s.module_steps, s.module_lr)
-    runs.modules("original", runs.fresh(trunk), "--kind", "ffn")
-    runs.module("union-module", trunk, DOMAINS, steps=steps)
-    if runs.seed == s.seeds[0]:
-        runs.modules("ffn", trunk, "--kind", "ffn")
-        short = runs.trunk(s.short_steps, "short-trunk")
-        runs.modules("short-head", short)
-        runs.whole("short-union", short, DOMAINS, steps, s.module_lr)
-        runs.modules("narrow", trunk, "--kind", "narrow+head")
-        runs.modules("lora", trunk, "--kind", "lora+head")
-    if runs.seed == s.seeds[-1]:
-        runs.dense()
+    def upcycled(self) -> Path:
+        experts = len(self.settings.group("home")) + 1
+        return self.derived("upcycled", lambda model: trunks.upcycled(model, experts))
+
+    def fresh(self) -> Path:
+        return self.derived("fresh", trunks.fresh)
+
+    # -- recipes --
+
+    def even(self, domains: tuple[str, ...], part: str = "module") -> list[str]:
+        """Equal tokens of each domain."""
+        return [self.source(domain, part) + ("@1" if len(domains) > 1 else "") for domain in domains]
+
+    def whole(self, name: str, domains: tuple[str, ...], trunk: Callable[[], Path] | None = None) -> Recipe:
+        """Continues the trunk, or a copy, training all parameters on as many tokens as a module for each domain has."""
+        steps = self.settings.module_steps * len(domains)
+
+        def train(folder: str, lr: float) -> Path:
+            flags = ("--lr", lr, "--steps", steps, "--warmup-steps", steps // 10, "--val-fraction", 0)
+            start = trunk() if trunk else self.trunk
+            return self.run(TRUNK, folder, "--trunk-from", start, *flags, "--data", *self.even(domains))
+
+        return self._add(Recipe(name, domains, train))
+
+    def module(self, name: str, domain: str) -> Recipe:
+        """A module on the frozen trunk, named after its domain."""
+        return self._add(
+            Recipe(name, (domain,), lambda folder, lr: self.train_module(folder, domain, lr, self.even((domain,))))
+        )
+
+    def train_module(
+        self,
+        folder: str,
+        name: str,
+        lr: float,
+        data: list[str],
+        *flags: object,
+        trunk: Path | None = None,
+        script: str = MODULE,
+        variables: dict[str, str] | None = None,
+    ) -> Path:
+        steps = self.settings.module_steps
+        fixed = ("--trunk", trunk or self.trunk, "--name", name, "--steps", steps, "--warmup-steps", steps // 10)
+        fixed += ("--lr", lr, "--val-fraction", 0, "--general-tokens", 0, "--data", *data)
+        return self.run(script, folder, *fixed, *flags, variables=variables)
+
+    def split(self, number: int) -> Recipe:
+        """A module on a random part of the union's text, equal tokens of each home domain. The rate is that of part 0."""
+        home = self.settings.group("home")
+        data = self.even(home, f"split-{number}")
+        return self._add(
+            Recipe(f"split-{number}", home, lambda folder, lr: self.train_module(folder, f"split-{number}", lr, data))
+        )
+
+    def expert(self, domain: str, kind: str) -> Recipe:
+        """FlexOlmo's recipe, or with a head of its own: the rows of the router start from embeddings of the two texts."""
+
+        def train(folder: str, lr: float) -> Path:
+            flags = ("--kind", kind, "--weight-decay", 0)
+            variables = {ROWS: str(self.rows(domain).resolve())}
+            data = self.even((domain,))
+            return self.train_module(folder, domain, lr, data, *flags, script=FLEXOLMO, variables=variables)
+
+        return self._add(Recipe(f"{kind.replace('+', '-')}-{domain}", (domain,), train))
+
+    def rows(self, domain: str) -> Path:
+        """The file with the initial rows of a domain's expert: from its module's moments and those of the trunk's text."""
+        path = self.folder / f"rows-{domain}.npy"
+        with self.lock:
+            if not path.exists():
+                trunk, tokenizer, metadata = artifact.read_trunk(str(self.trunk))
+                module = self.published(f"head-{domain}")
+                own = artifact.read_statistics(module, artifact.read_module(module, metadata)[1], trunk.config)
+                assert own is not None
+                stores = [(self._store(home, tokenizer), MIX[home]) for home in self.settings.group("home")]
+                sample = statistics.sample(stores, statistics.MOMENT_TOKENS)
+                length, device = self.settings.sequence_length, torch.device("cpu")
+                broad = statistics.moments(trunk.config, trunk.state_dict(), sample, length, device)
+                np.save(path, initial_rows(own["first"].float().numpy(), broad["first"].float().numpy()))
+        return path
+
+    def _store(self, domain: str, tokenizer: Tokenizer) -> Tokens:
+        settings = evaluate.Settings("", (), cache_dir=self.settings.output_dir / "cache")
+        source = self.source(domain, "trunk")
+        return prepare(source, tokenizer, reading_of(settings), cache_dir=settings.cache_dir, val_fraction=0.0).train
+
+    def _add(self, recipe: Recipe) -> Recipe:
+        self.recipes[recipe.name] = recipe
+        return recipe
+
+    def stages(self) -> list[list[Recipe]]:
+        """The recipes whose rates are searched, those that most rows need first. The other splits use the first one's rate."""
+        home, unseen, pair = (self.settings.group(name) for name in GROUPS)
+        return [
+            [self.module(f"head-{domain}", domain) for domain in home],
+            [self.whole("union", home), self.whole("union-head", home, self.untied)],
+            [*(self.module(f"head-{domain}", domain) for domain in unseen), self.whole("union-unseen", unseen)],
+            [*(self.module(f"head-{domain}", domain) for domain in pair), self.whole("union-pair", pair)],
+            [self.split(0), self.whole("upcycled", home, self.upcycled)],
+            [self.whole(f"branch-{domain}", (domain,)) for domain in home],
+            [self.expert(domain, "expert") for domain in home],
+            [self.expert(domain, KIND) for domain in home],
+        ]
+
+    def train(self, recipe: str, lr: float) -> Path:
+        return self.recipes[recipe].train(f"{recipe}-{lr:g}", lr)
+
+    def published(self, recipe: str) -> Path:
+        """What the recipe published at its best rate."""
+        folder = self.folder / f"{recipe}-{self.rates.best(recipe):g}"
+        return next(path for path in (folder / "module", folder / "trunk") if path.is_dir())
+
+    def train_splits(self) -> list[Path]:
+        """The modules on random parts of the text."""
+        lr = self.rates.best("split-0")
+        splits = [self.split(number) for number in range(min(SPLITS, len(self.settings.group("home"))))]
+        self.all([lambda recipe=recipe: self.train(recipe.name, lr) for recipe in splits])
+        return [self.folder / f"{recipe.name}-{lr:g}" / "module" for recipe in splits]
+
+    def train_original(self) -> list[Path]:
+        """The original system's experts: new feed-forwards on a frozen trunk that has new feed-forwards too."""
+        trunk = self.fresh()
+        names = {domain: f"original-{domain}" for domain in self.settings.group("home")}
+        job = lambda domain: self.train_module(  # noqa: E731
+            names[domain], domain, ORIGINAL_LR, self.even((domain,)), "--kind", "ffn", trunk=trunk
+        )
+        self.all([lambda domain=domain: job(domain) for domain in names])
+        return [self.folder / name / "module" for name in names.values()]

@@ -18,7 +18,7 @@ from script_process import ROOT
 sys.path.insert(0, str(ROOT))
 
 from recipe_baselines import Ensemble
-from recipe_runs import DOMAINS
+from recipe_texts import HOME as DOMAINS
 
 from forge_common import evaluate
 from forge_common.artifacts import artifact, assembled
@@ -48,11 +48,11 @@ class Models:
         )
         self.settings = evaluate.Settings("", (), cache_dir=data / "cache", max_tokens=settings.max_tokens, spliced=64)
         self.parts = {
-            name: assembled.read_part(self.trunk, metadata, settings.folder / f"head-{name}" / "module")
+            name: assembled.read_part(self.trunk, metadata, settings.folder / f"head-{name}-0.001" / "module")
             for name in sorted(DOMAINS)
         }
         self.source = str(data / "data" / "python.module.jsonl")
-        sources = {name: str(data / "data" / f"{name}.test.jsonl") for name in DOMAINS}
+        sources = {name: str(data / "texts" / f"{name}.test.jsonl") for name in DOMAINS}
         self.columns = read_columns(sources, self.tokenizer, self.trunk.config, self.settings)
 
     def counted(self, tokens: int) -> dict[str, torch.Tensor]:
