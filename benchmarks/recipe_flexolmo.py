@@ -33,7 +33,8 @@ def main() -> None:
 
     import train_module
     from forge_common.model import modules
-    from forge_common.settings import problems, read_settings, run_main
+    from forge_common.settings import read_settings, run_main
+    from forge_common.settings_checks import problems
 
     plain = modules.plug_in
     rows = torch.from_numpy(np.load(os.environ[ROWS]))
