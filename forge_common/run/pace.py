@@ -44,12 +44,13 @@ class Pace:
         if self.is_first and self.is_on_cpu and is_slow:
             update = seconds * micro_batches
             self.print_line(
-                f"first       micro-batch of {micro_batches}: {seconds:.1f} s; so an update takes about {duration(update)}, "
+                f"speed       micro-batch 1 of {micro_batches} took {seconds:.1f} s: an update takes about {duration(update)}, "
                 f"{steps - step:,} updates {duration(update * (steps - step))}"
             )
         self.is_first = False
-        if step == 0 and done == micro_batches and outcome.num_scored and self.settings.log_every > 1:
+        is_logged = self.settings.dry_run or self.settings.log_every == 1  # in its own line
+        if step == 0 and done == micro_batches and outcome.num_scored and not is_logged:
             self.print_line(
                 f"update 1    loss {outcome.loss / outcome.num_scored:.4f} after {seconds:.1f} s; {steps:,} updates at this speed: "
-                f"{duration(seconds * steps)}. Every {self.settings.log_every} updates are logged"
+                f"{duration(seconds * steps)}. The next line comes after update {self.settings.log_every}"
             )
