@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import UserError
 
 MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
-FEW_TOKENS = 1  # for each parameter; about 20 are best for a given computation. Source: Hoffmann et al., arXiv 2203.15556
+FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
 MOST_UPDATES = 10_000  # of a run whose length is not given
 WARMUP_STEPS = 100
 
