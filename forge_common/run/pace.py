@@ -23,7 +23,7 @@ class Pace:
         """last: the update that the run ends with. step: updates that are done."""
         self.settings = settings
         self.print_line = print_line
-        self.is_on_cpu = accelerator.device.type == "cpu"  # other devices compute later than their calls return
+        self.accelerator = accelerator
         self.is_first = True
         self.bar: Any = None
         if accelerator.is_main_process and not settings.dry_run and sys.stderr.isatty():
@@ -41,7 +41,8 @@ class Pace:
         seconds = time.perf_counter() - mark
         steps = self.settings.steps
         is_slow = self.settings.dry_run or seconds * micro_batches > SLOW_UPDATE
-        if self.is_first and self.is_on_cpu and is_slow:
+        on_cpu = self.accelerator.device.type == "cpu"  # other devices compute later than their calls return
+        if self.is_first and on_cpu and is_slow:
             update = seconds * micro_batches
             self.print_line(
                 f"speed       micro-batch 1 of {micro_batches} took {seconds:.1f} s: an update takes about {duration(update)}, "
