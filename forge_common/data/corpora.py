@@ -50,7 +50,7 @@ def log_names(sources: Sequence[str]) -> list[str]:
     return [f"{name}_{number}" for number, name in enumerate(names)]
 
 
-def tokenizer_for(settings: Any, print_line: Callable[[str], None] = print) -> Tokenizer:
+def tokenizer_for(settings: Any, print_line: Callable[[str], None] = lambda line: None) -> Tokenizer:
     """The tokenizer of --tokenizer. train:VOCAB is trained once for its sources, and cached."""
     if not settings.tokenizer.startswith("train:"):
         return resolve(settings.tokenizer, iter(()), settings.eos_token)

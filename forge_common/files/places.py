@@ -62,6 +62,10 @@ def nearest(place: str) -> str:
 
 
 def published(place: Path, kind: str) -> Path:
-    """The folder of a trunk or module (`kind`): `place`, or PLACE/trunk or PLACE/module of the output directory of a run."""
+    """The folder of a trunk or module (`kind`): `place`, or PLACE/trunk or PLACE/module of the output directory of a run.
+
+    An assembled model has a trunk of its own, for which it does not stand.
+    """
     file = {"trunk": "config.json", "module": "module.json"}[kind]
-    return place / kind if not (place / file).exists() and (place / kind / file).is_file() else place
+    is_other = any((place / name).exists() for name in (file, "assembled.json"))
+    return place / kind if not is_other and (place / kind / file).is_file() else place

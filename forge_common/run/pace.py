@@ -23,7 +23,7 @@ class Pace:
         """last: the update that the run ends with. step: updates that are done."""
         self.settings = settings
         self.print_line = print_line
-        self.is_on_cpu = accelerator.device.type == "cpu"  # other devices compute later than their calls return
+        self.accelerator = accelerator
         self.is_first = True
         self.bar: Any = None
         if accelerator.is_main_process and not settings.dry_run and sys.stderr.isatty():
@@ -41,15 +41,17 @@ class Pace:
         seconds = time.perf_counter() - mark
         steps = self.settings.steps
         is_slow = self.settings.dry_run or seconds * micro_batches > SLOW_UPDATE
-        if self.is_first and self.is_on_cpu and is_slow:
+        on_cpu = self.accelerator.device.type == "cpu"  # other devices compute later than their calls return
+        if self.is_first and on_cpu and is_slow:
             update = seconds * micro_batches
             self.print_line(
-                f"first       micro-batch of {micro_batches}: {seconds:.1f} s; so an update takes about {duration(update)}, "
+                f"speed       micro-batch 1 of {micro_batches} took {seconds:.1f} s: an update takes about {duration(update)}, "
                 f"{steps - step:,} updates {duration(update * (steps - step))}"
             )
         self.is_first = False
-        if step == 0 and done == micro_batches and outcome.num_scored and self.settings.log_every > 1:
+        is_logged = self.settings.dry_run or self.settings.log_every == 1  # in its own line
+        if step == 0 and done == micro_batches and outcome.num_scored and not is_logged:
             self.print_line(
                 f"update 1    loss {outcome.loss / outcome.num_scored:.4f} after {seconds:.1f} s; {steps:,} updates at this speed: "
-                f"{duration(seconds * steps)}. Every {self.settings.log_every} updates are logged"
+                f"{duration(seconds * steps)}. The next line comes after update {self.settings.log_every}"
             )

@@ -7,6 +7,7 @@ from typing import Any
 from ..errors import UserError
 
 MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
+FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
 MOST_UPDATES = 10_000  # of a run whose length is not given
 WARMUP_STEPS = 100
 
@@ -41,6 +42,10 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
     windows, labels = training.size, sum(source.labels for source in training.sources)
     states, activations, logits = memory(model, settings)
+    seen = positions * T / total  # tokens for each parameter
+    hint = (
+        f"hint        {seen:.2g} tokens for each parameter: a smaller model would take less time and hardly learn less"
+    )
     return "\n".join(
         (
             *corpora.report,
@@ -50,6 +55,7 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
             f"run         {settings.steps:,} updates = {positions:,} windows = "
             f"{positions / windows:.2f} epochs of {windows:,} windows ({labels:,} tokens)",
             *_repetition(training, positions),
+            *([hint] if trained == total and seen < FEW_TOKENS else []),
             f"memory      about {(states + activations + logits) / 2**20:,.0f} MiB a device: {states / 2**20:,.0f} weights, "
             f"gradients and optimizer, {activations / 2**20:,.0f} activations, {logits / 2**20:,.0f} logits",
             f"tracking    {tracking}",

@@ -7,11 +7,14 @@ import sys
 
 import launch
 import pytest
+import small_artifacts
 import yaml
 
 import train_module
 import train_shared
+from forge_common.artifacts import artifact
 from forge_common.command_line import OTHER_NAMES, groups, unknown_flags
+from forge_common.errors import UserError
 from forge_common.files.places import missing_artifact, missing_source, published
 from forge_common.settings import read_settings, to_json
 from forge_common.settings_checks import problems
@@ -132,6 +135,18 @@ def test_the_output_directory_of_a_run_stands_for_what_it_published(tmp_path):
         assert published(run, kind) == run
         (run / kind / file).touch()
         assert published(run, kind) == published(run / kind, kind) == run / kind
+
+
+def test_trunks_and_modules_are_read_from_the_output_directories_of_their_runs(root):
+    (root / "run").mkdir()
+    (root / "one").rename(root / "run" / "module")
+    trunk, _, metadata, module = artifact.read_model(str(root), root / "run")
+    direct = artifact.read_model(str(root / "trunk"), root / "run" / "module")
+    assert small_artifacts.same(trunk.state_dict(), direct[0].state_dict()) and (metadata, module) == direct[2:]
+    with pytest.raises(UserError, match=r"runn/x is not a module's folder; did you mean .*/run\?"):
+        artifact.read_module_metadata(root / "runn" / "x")
+    with pytest.raises(UserError):
+        artifact.read_trunk(str(root / "assembled"))
 
 
 def test_help_has_the_groups_of_the_source():

@@ -67,8 +67,8 @@ def test_the_first_micro_batch_and_the_first_update_say_how_long_it_takes(clock)
         pace.advance(0, done, 4, DONE if done == 4 else PENDING, mark=0.0)
         pace.advance(1, done, 4, DONE if done == 4 else PENDING, mark=0.0)
     first, update = lines
-    assert "micro-batch of 4: 3.0 s; so an update takes about 12s, 100 updates 20m00s" in first
-    assert "loss 5.0000 after 12.0 s; 100 updates at this speed: 20m00s. Every 10 updates are logged" in update
+    assert "micro-batch 1 of 4 took 3.0 s: an update takes about 12s, 100 updates 20m00s" in first
+    assert "loss 5.0000 after 12.0 s; 100 updates at this speed: 20m00s. The next line comes after update 10" in update
 
 
 @pytest.mark.parametrize(("changes", "step"), [({"log_every": 1}, 0), ({}, 7)], ids=["each is logged", "resumed"])
