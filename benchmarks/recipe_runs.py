@@ -41,7 +41,7 @@ class Settings:
     workers: int = 2
     """Training runs at once, of one thread each."""
     smoke: bool = False
-    """Every step with two domains of a group, one rate and a few updates, into OUTPUT_DIR-smoke: two minutes on two idle cores."""
+    """Every step with two domains of a group, one rate and a few updates, into OUTPUT_DIR-smoke: ten minutes of processor time."""
     vocabulary: int = 2048
     sequence_length: int = 256
     batch_size: int = 16

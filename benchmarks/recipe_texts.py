@@ -163,12 +163,3 @@ def _lines(path: Path) -> int:
     """The number of its lines, each read as JSON."""
     lines: Iterable[str] = path.read_text(encoding="utf-8").splitlines()
     return sum(1 for line in lines if json.loads(line))
-
-
-def sizes(folder: Path, domain: str) -> dict[str, tuple[int, int]]:
-    """Documents and characters of each part of a domain in `folder`."""
-    found = {}
-    for path in sorted(folder.glob(f"{domain}.*.jsonl")):
-        texts = [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
-        found[path.name.split(".")[1]] = (len(texts), sum(map(len, texts)))
-    return found
