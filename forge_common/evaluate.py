@@ -204,7 +204,7 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
     import torch
 
     from .artifacts.checks import check_finite
-    from .loss import is_scored
+    from .labels import is_scored
     from .routing.mixture import Mixture
 
     nats: dict[Any, float] = {}

@@ -3,12 +3,11 @@
 B batch, T time, D width, V vocabulary, L layers, E experts, R = B * T rows
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-CONTEXT = -101  # a token t that is read but not scored is CONTEXT - t in a window; -100 may be padding
 CHUNK_ROWS = 512  # rows of logits in memory at a time, at most
 CHUNK_LOGITS = 1 << 24  # logits in memory at a time, at most: fewer rows from a vocabulary of 32,768 on
 
@@ -16,11 +15,6 @@ CHUNK_LOGITS = 1 << 24  # logits in memory at a time, at most: fewer rows from a
 def chunk_rows(vocab_size: int) -> int:
     """Rows of logits in memory at a time, for any batch."""
     return max(1, min(CHUNK_ROWS, CHUNK_LOGITS // vocab_size))
-
-
-def is_scored(labels: Any, ignore_index: int) -> Any:
-    """Which labels (an array or tensor of the tokens of windows) are scored: no padding, and no context."""
-    return (labels >= 0) & (labels != ignore_index)
 
 
 class Sums(NamedTuple):

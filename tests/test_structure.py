@@ -15,10 +15,10 @@ PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
 MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package its files may import
     "files": {"errors"},
-    "model": {"errors", "loss", "files"},
-    "data": {"errors", "files", "loss"},
+    "model": {"errors", "labels", "loss", "files"},
+    "data": {"errors", "files", "labels"},
     "run": {"errors", "settings", "files"},
-    "routing": {"errors", "loss", "files", "model"},
+    "routing": {"errors", "labels", "loss", "files", "model"},
     "artifacts": {"errors", "files", "model", "data", "routing"},
     "evaluation": {"errors", "files", "data"},
 }

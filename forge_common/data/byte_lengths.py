@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 
-from ..loss import CONTEXT, is_scored
+from ..labels import CONTEXT, is_scored
 from .tokenizer import Tokenizer
 from .windows import Tokens
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import numpy as np
 
-from ..loss import is_scored
+from ..labels import is_scored
 from .byte_lengths import ByteLengths
 from .order import permute
 from .windows import Windows
@@ -35,8 +35,8 @@ class HeldOut:
 
     @classmethod
     def first(cls, source: str, windows: Windows, labels: int, byte_lengths: ByteLengths) -> "HeldOut":
-        """The first windows, as many as `labels` tokens fill."""
-        chosen = range(min(len(windows), -(-labels // windows.sequence_length)))  # of conversations fewer
+        """The first windows, as many as `labels` tokens fill (of conversations, fewer of these are scored)."""
+        chosen = range(min(len(windows), -(-labels // windows.sequence_length)))
         return cls(source, windows, chosen, sum(map(windows.scored, chosen)), byte_lengths)
 
     @classmethod

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import UserError
-from ..loss import CONTEXT
+from ..labels import CONTEXT
 
 CHUNK = 1 << 20  # documents whose windows are counted at once
 

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ..loss import CONTEXT, Sums, chunk_rows, head_cross_entropy, is_scored, nats_per_token
+from ..labels import CONTEXT, is_scored
+from ..loss import Sums, chunk_rows, head_cross_entropy, nats_per_token
 from .attention import Attention, Cache, document_mask, rotary
 from .config import ModelConfig
 from .feed_forward import FeedForward, SparseFeedForward

@@ -1,4 +1,4 @@
 """How several modules work together: the mixture, the routers, and the statistics that routers use.
 
-May import: errors, loss, files, model.
+May import: errors, labels, loss, files, model.
 """

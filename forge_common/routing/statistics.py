@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 
-from ..loss import CONTEXT
+from ..labels import CONTEXT
 from ..model.config import ModelConfig
 from ..model.trunk import Decoder, even_load
 

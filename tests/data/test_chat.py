@@ -22,7 +22,7 @@ from forge_common.data.store import prepare
 from forge_common.data.tokenizer import byte_tokenizer, load_tokenizer
 from forge_common.data.windows import Windows
 from forge_common.errors import UserError
-from forge_common.loss import CONTEXT, is_scored
+from forge_common.labels import CONTEXT, is_scored
 from forge_common.model.config import ModelConfig
 from forge_common.model.trunk import Trunk
 from forge_common.routing import statistics

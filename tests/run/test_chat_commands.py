@@ -9,10 +9,10 @@ import chats
 import launch
 import pytest
 import torch
-from small_artifacts import refused
+from small_artifacts import assembling, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from forge_common import generate
+from forge_common import assemble, generate, merge
 from forge_common.artifacts.artifact import read_trunk
 from forge_common.artifacts.assembled import read_assembled
 from forge_common.generate import sample
@@ -151,6 +151,15 @@ def test_prompts_from_a_file_and_the_flag_at_fault(parts, tmp_path, capsys):
         assert message.startswith(f"--{name.replace('_', '-')} is {value}. ") and message.count("--") == 1
     assert "nothing to continue" in refused(printed)
     assert "--system" in refused(printed, prompt="x", system="y")
+
+
+def test_assemble_and_merge_keep_a_template_in_a_file_of_its_own(root):
+    (root / "trunk" / "chat_template.jinja").write_text(chats.CHATML)
+    assemble.main(assembling(root))
+    merge.main(merge.Settings(str(root / "trunk"), root / "one", root / "merged"))
+    for folder in (root / "new" / "assembled" / "trunk", root / "merged"):
+        chat = read_trunk(str(folder))[1].chat
+        assert chat is not None and chat.source == chats.CHATML
 
 
 def test_a_model_without_a_template_cannot_chat(valid_artifacts):
