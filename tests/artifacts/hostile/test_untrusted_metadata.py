@@ -124,6 +124,8 @@ FIELDS = {
             [1.0],
             [[1]],
         ],
+        "alpha": ["5", -1, True, 1e30, [1]],
+        "targets": ["q_proj", ["norm"], [5], [["q_proj"]]],
         "width": [2**20, 2**21, -1, "5", 5.0, 6, True, 10**30],
         "digest": [5, None, "x" * 64, ["0" * 64]],
         "trunk_digest": [5, None, "0" * 64],
