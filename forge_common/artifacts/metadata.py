@@ -160,3 +160,14 @@ def module_arguments(metadata: dict[str, Any]) -> dict[str, Any]:
         "width": metadata.get("width") or 0,
         "rank": metadata.get("rank") or 0,
     }
+
+
+def merged_metadata(trunk: dict[str, Any], module: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a trunk with a module merged into it, which is a trunk."""
+    return {
+        "merged_from": {"trunk": trunk["digest"], "module": module["digest"], "name": module["name"]},
+        "kind": "trunk",
+        "val_fraction": smallest_held_out_share([trunk, module]),
+        "texts_before": [text._asdict() for part in (trunk, module) for text in training_texts(part)],
+        "licence": module.get("licence"),
+    }
