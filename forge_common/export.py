@@ -72,16 +72,25 @@ def _check(settings: Settings) -> None:
     assembled = is_assembled(settings.model)
     wanted = {"--peft": settings.peft, "--name": settings.name} if settings.format == "module" else {}
     wanted |= {"--module": settings.module} if settings.format == "peft" and not assembled else {}
-    foreign: dict[str, Any] = {} if assembled else {"--without": settings.without, "--top-k": settings.top_k is not None}
+    foreign: dict[str, Any] = (
+        {} if assembled else {"--without": settings.without, "--top-k": settings.top_k is not None}
+    )
     if settings.format != "module":
-        foreign |= {"--peft": settings.peft, "--name": settings.name, "--licence": settings.licence, "--data": settings.data}
+        foreign |= {
+            "--peft": settings.peft,
+            "--name": settings.name,
+            "--licence": settings.licence,
+            "--data": settings.data,
+        }
     if assembled or settings.format == "module":
         foreign |= {"--module": settings.module}
     missing = [flag for flag, value in wanted.items() if not value]
     surplus = [flag for flag, value in foreign.items() if value]
     if missing or surplus:
         what = f"--as {settings.format} of {'an assembled model' if assembled else 'a trunk'}"
-        parts = [f"needs {', '.join(missing)}"] * bool(missing) + [f"has no use for {', '.join(surplus)}"] * bool(surplus)
+        parts = [f"needs {', '.join(missing)}"] * bool(missing) + [f"has no use for {', '.join(surplus)}"] * bool(
+            surplus
+        )
         raise UserError(f"{what} {' and '.join(parts)}. --help says what belongs to what.")
     if assembled and settings.format != "transformers":
         raise UserError(
@@ -122,9 +131,10 @@ def _assembled(settings: Settings) -> None:
         assembled_model.write(temp_dir, model, tokenizer, described)
         return assembled_model.prove(temp_dir, model, tokenizer)
 
-    facts = {name: metadata[name] for name in ("router", "digests", "licences") if name in metadata}
-    facts |= {"modules": model.names[1:], "top_k": model.top_k}
-    _publish(settings, "assembled model for Transformers", facts, write)
+    digests = {name: metadata["digests"][name] for name in model.names}
+    licences = {name: licence for name, licence in metadata.get("licences", {}).items() if name in model.names}
+    facts = {"router": metadata["router"], "top_k": model.top_k, "digests": digests, "licences": licences}
+    _publish(settings, "assembled model", facts, write)
 
 
 def _merged(settings: Settings) -> None:

@@ -25,7 +25,14 @@ from . import proof
 
 CODE = ("configuration_forge.py", "layers_forge.py", "modeling_forge.py", "router_forge.py")
 NUMBERS = ("temperature", "switch", "unknown", "repeats", "own")  # of the router's tuning
-FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
 FIELDS += ("head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "qkv_bias", "qk_norm")
 FIELDS += ("cross_document_attention", "pad_token_id", "eos_token_id", "bos_token_id")
 NAMES = (  # of a module's parameters in a candidate -> in modeling_forge.py; {} is the number of the candidate
@@ -62,7 +69,8 @@ def write(folder: Path, model: Mixture, tokenizer: Tokenizer, described: dict[st
     tensors["router.unigram_codes"] = torch.from_numpy(model.router.unigram_codes)
     tensors["router.bigram_codes"] = torch.from_numpy(model.router.bigram_codes)
     stored = {
-        name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous() for name, tensor in tensors.items()
+        name: (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        for name, tensor in tensors.items()
     }
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     write_json(folder / "config.json", _config(model, modules))
@@ -100,7 +108,9 @@ def prove(folder: Path, model: Mixture, tokenizer: Tokenizer) -> float:
             lambda ids: next(batch)[None, longest - ids.shape[1] :],
         )
         largest = max(proof.difference(expected, way) for way in ways)
-    shutil.rmtree(Path(inspect.getfile(type(exported))).parents[1])  # Transformers' copy of the code, under the temporary name
+    shutil.rmtree(
+        Path(inspect.getfile(type(exported))).parents[1]
+    )  # Transformers' copy of the code, under the temporary name
     return largest
 
 

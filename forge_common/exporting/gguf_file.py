@@ -40,7 +40,9 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
     gguf = proof.library("gguf", "--as gguf")
     config = trunk.config
     if config.num_local_experts:
-        raise UserError("a mixture of experts is not written as GGUF here. Export it as transformers, and convert that with llama.cpp.")
+        raise UserError(
+            "a mixture of experts is not written as GGUF here. Export it as transformers, and convert that with llama.cpp."
+        )
     split = _split(tokenizer)
     writer = gguf.GGUFWriter(folder / FILE, config.model_type)
     writer.add_name(name)
@@ -77,12 +79,15 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
 def prove(folder: Path, expected: list[proof.Expected], trunk: Trunk, tokenizer: Tokenizer, split: str) -> float:
     """The largest difference of a logit between `expected` and the file in Transformers, which reads GGUF by code of its own.
 
-    Its tokenizer is compared too, where Transformers knows the rule by which it splits text. Of Llama 3's scaling of positions it reads
-    nothing, so that the configuration is given then.
+    Its tokenizer is compared too, where Transformers knows the rule by which it splits text. Transformers reads neither Llama 3's scaling
+    of positions nor the width of the heads of a Qwen3, so that the configuration is given then.
     """
     transformers = proof.library("transformers", "the proof of an export")
-    given = {"config": transformers.AutoConfig.for_model(**trunk.config.to_hf())} if trunk.config.rope_scaling else {}
-    exported = proof.load(folder, gguf_file=FILE, **given)
+    config = trunk.config
+    how: dict[str, Any] = {"gguf_file": FILE}
+    if config.rope_scaling or config.head_dim * config.num_attention_heads != config.hidden_size or config.qk_norm:
+        how["config"] = transformers.AutoConfig.for_model(**config.to_hf())
+    exported = proof.load(folder, **how)
     if split in READ_BY_TRANSFORMERS:
         read = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
         for text in proof.texts().values():

@@ -26,7 +26,9 @@ PLAIN = {  # fields of adapter_config.json -> the values with which the adapter 
     "bias": ("none", None),
     **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"), (False, None)),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
-    **dict.fromkeys(("modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices"), (None, [])),
+    **dict.fromkeys(
+        ("modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices"), (None, [])
+    ),
 }
 COPIES = re.compile(r"base_model\.model\.(?:model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 TARGET = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.mlp\.(\w+)|lm_head)\.lora_([AB])\.weight")
@@ -100,18 +102,22 @@ def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
         layers |= {int(match[2])} if match[2] else set()
     head = "head_change.lora_A" in factors
     if not layers:
-        raise UserError(f"{folder} changes no feed-forward. Train the adapter with target_modules {', '.join(MATRICES)}.")
-    config_of_trunk = trunk.config
+        raise UserError(
+            f"{folder} changes no feed-forward. Train the adapter with target_modules {', '.join(MATRICES)}."
+        )
     sizes = {
-        "gate_proj": (config_of_trunk.intermediate_size, config_of_trunk.hidden_size),
-        "up_proj": (config_of_trunk.intermediate_size, config_of_trunk.hidden_size),
-        "down_proj": (config_of_trunk.hidden_size, config_of_trunk.intermediate_size),
+        "gate_proj": (trunk.config.intermediate_size, trunk.config.hidden_size),
+        "up_proj": (trunk.config.intermediate_size, trunk.config.hidden_size),
+        "down_proj": (trunk.config.hidden_size, trunk.config.intermediate_size),
     }
     for layer in layers:
         for name, (outputs, inputs) in sizes.items():
             target = f"model.layers.{layer}.mlp.{name}"
             if f"{target}.lora_A" not in factors:
-                factors |= {f"{target}.lora_A": torch.zeros(rank, inputs), f"{target}.lora_B": torch.zeros(outputs, rank)}
+                factors |= {
+                    f"{target}.lora_A": torch.zeros(rank, inputs),
+                    f"{target}.lora_B": torch.zeros(outputs, rank),
+                }
     arguments = {"kind": "lora+head" if head else "lora", "layers": sorted(layers), "rank": rank}
     put_in(trunk, factors, **arguments)
     return factors, arguments

@@ -101,7 +101,7 @@ def load(folder: Path, **how: Any) -> Any:
         model, report = transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, output_loading_info=True, **how
         )
-    except Exception as reason:  # noqa: BLE001 (Transformers raises many types)
+    except Exception as reason:
         raise UserError(
             f"nothing was written: Transformers cannot load what was exported ({type(reason).__name__}: {reason}). "
             "Check the versions of the packages (requirements.txt)."
