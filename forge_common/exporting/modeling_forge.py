@@ -93,7 +93,7 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **unused: Any,
+        **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """input_ids [B, T], attention_mask [B, P + T] -> log probabilities [B, T, V] (of the tokens of logits_to_keep)."""
         self.router.prepare()

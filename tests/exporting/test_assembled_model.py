@@ -139,7 +139,10 @@ def test_the_command_writes_a_folder_with_the_difference_on_its_card(artifacts, 
     assert "largest_logit_difference" in (folder / "README.md").read_text()
     loaded = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
     assert [module["name"] for module in loaded.config.modules] == ["one"]
-    assert AutoTokenizer.from_pretrained(folder)("ab")["input_ids"] == byte_tokenizer().encode_batch(["ab"])[0]
+    assert (
+        AutoTokenizer.from_pretrained(folder, trust_remote_code=True)("ab")["input_ids"]
+        == byte_tokenizer().encode_batch(["ab"])[0]
+    )
     assert "forge_common" not in "".join(path.read_text() for path in folder.glob("*.py")).replace(
         "forge_common.export", ""
     )
