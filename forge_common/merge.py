@@ -23,7 +23,7 @@ class Settings:
 def main(settings: Settings) -> int:
     from .artifacts.artifact import read_model, write_trunk
     from .artifacts.checks import check_trial
-    from .artifacts.metadata import smallest_held_out_share, training_texts
+    from .artifacts.metadata import merged_metadata
     from .model.modules import fold
 
     if settings.output_dir.exists():
@@ -32,13 +32,7 @@ def main(settings: Settings) -> int:
     assert module is not None
     fold(trunk)
     check_trial(trunk, settings.module)
-    metadata = {
-        "merged_from": {"trunk": trunk_metadata["digest"], "module": module["digest"], "name": module["name"]},
-        "kind": "trunk",
-        "val_fraction": smallest_held_out_share([trunk_metadata, module]),
-        "texts_before": [text._asdict() for part in (trunk_metadata, module) for text in training_texts(part)],
-        "licence": module.get("licence"),
-    }
+    metadata = merged_metadata(trunk_metadata, module)
     digest = write_trunk(settings.output_dir, trunk.state_dict(), trunk.config, tokenizer, metadata)
     print(f"published   {settings.output_dir} (digest {digest[:12]})")
     return 0

@@ -21,6 +21,7 @@ MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package i
     "routing": {"errors", "labels", "loss", "files", "model"},
     "artifacts": {"errors", "files", "model", "data", "routing"},
     "evaluation": {"errors", "files", "data"},
+    "exporting": {"errors", "files", "model", "data", "routing", "artifacts"},
 }
 TOP_LEVEL = {"errors", "settings", "files", "run"}  # what a file of the package's top level may import
 SETTINGS = {
@@ -135,6 +136,7 @@ def test_the_tour_in_contributing_shows_the_loop_as_it_is():
         *SCRIPTS,
         "-m forge_common.assemble",
         "-m forge_common.evaluate",
+        "-m forge_common.export",
         "-m forge_common.generate",
         "-m forge_common.merge",
         "-m forge_common.plan",

@@ -174,3 +174,14 @@ def module_arguments(metadata: dict[str, Any]) -> dict[str, Any]:
         "alpha": metadata.get("alpha") or rank,  # modules of earlier versions have neither alpha nor targets
         "targets": metadata.get("targets") or MATRICES,
     }
+
+
+def merged_metadata(trunk: dict[str, Any], module: dict[str, Any]) -> dict[str, Any]:
+    """The metadata of a trunk with a module merged into it, which is a trunk."""
+    return {
+        "merged_from": {"trunk": trunk["digest"], "module": module["digest"], "name": module["name"]},
+        "kind": "trunk",
+        "val_fraction": smallest_held_out_share([trunk, module]),
+        "texts_before": [text._asdict() for part in (trunk, module) for text in training_texts(part)],
+        "licence": module.get("licence"),
+    }

@@ -1,0 +1,220 @@
+"""Exports a trunk, a trunk with a module or an assembled model to what other programs load, and makes a module of a PEFT adapter.
+
+    python -m forge_common.export --model runs/all --as transformers --output-dir exported/all
+    python -m forge_common.export --model runs/trunk/trunk --module runs/code/module --as gguf --output-dir exported/code
+    python -m forge_common.export --model runs/trunk/trunk --module runs/code/module --as peft --output-dir exported/adapter
+    python -m forge_common.export --model ORG/NAME --peft ADAPTER --name code --as module --output-dir runs/code/module
+
+The result is loaded again by Transformers (with PEFT, or from GGUF) and compared with the model here on real text. It has its name only
+if no logit differs by more than 1e-4 (docs/EXPORT.md).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from .errors import UserError
+from .files.untrusted import PLAIN, is_plain
+from .settings import ReadingSettings, read_settings, run_main
+
+
+@dataclass(frozen=True)
+class Settings(ReadingSettings):
+    model: str
+    """Trunk (folder or hub id) or assembled model."""
+    format: Annotated[Literal["transformers", "gguf", "peft", "module"], tyro.conf.arg(name="as")]
+    """transformers: a folder for from_pretrained. gguf: one file. peft: a LoRA adapter of a module. module: a module of --peft."""
+    output_dir: Path
+    """New folder."""
+    module: Path | None = None
+    """Folder of a module of this trunk, which is merged into it (or becomes the adapter)."""
+
+    # -- an assembled model --
+    without: tuple[str, ...] = ()
+    """Names of modules of an assembled model to leave out."""
+    top_k: int | None = None
+    """Candidates (the trunk and the modules) that serve a token; 0: all. None: as the model was assembled."""
+
+    # -- a module of a PEFT adapter --
+    peft: Path | None = None
+    """Folder of a LoRA adapter of this trunk."""
+    name: str | None = None
+    """Name of the module."""
+    licence: str | None = None
+    """Licence of the module."""
+    data: tuple[str, ...] = ()
+    """Sources of text of the adapter's domain, to count its tokens for the router; without them it is not chosen by itself."""
+
+
+def main(settings: Settings) -> int:
+    from .artifacts.assembled import is_assembled
+
+    _check(settings)
+    if settings.format == "module":
+        _module(settings)
+    elif is_assembled(settings.model):
+        _assembled(settings)
+    elif settings.format == "peft":
+        _adapter(settings)
+    else:
+        _merged(settings)
+    print(f"exported    {settings.output_dir}")
+    return 0
+
+
+def _check(settings: Settings) -> None:
+    """Refuses flags that contradict each other, before anything is loaded."""
+    from .artifacts.assembled import is_assembled
+
+    assembled = is_assembled(settings.model)
+    wanted = {"--peft": settings.peft, "--name": settings.name} if settings.format == "module" else {}
+    wanted |= {"--module": settings.module} if settings.format == "peft" and not assembled else {}
+    foreign: dict[str, Any] = (
+        {} if assembled else {"--without": settings.without, "--top-k": settings.top_k is not None}
+    )
+    if settings.format != "module":
+        foreign |= {
+            "--peft": settings.peft,
+            "--name": settings.name,
+            "--licence": settings.licence,
+            "--data": settings.data,
+        }
+    if assembled or settings.format == "module":
+        foreign |= {"--module": settings.module}
+    missing = [flag for flag, value in wanted.items() if not value]
+    surplus = [flag for flag, value in foreign.items() if value]
+    if missing or surplus:
+        what = f"--as {settings.format} of {'an assembled model' if assembled else 'a trunk'}"
+        parts = [f"needs {', '.join(missing)}"] * bool(missing) + [f"has no use for {', '.join(surplus)}"] * bool(
+            surplus
+        )
+        raise UserError(f"{what} {' and '.join(parts)}. --help says what belongs to what.")
+    if assembled and settings.format != "transformers":
+        raise UserError(
+            f"{settings.model} is an assembled model, and --as {settings.format} cannot express its router, which reads counts of the "
+            "tokens so far. Use --as transformers, or give the trunk with --model and one module with --module."
+        )
+    if settings.name is not None and not is_plain(settings.name):
+        raise UserError(f"--name {settings.name!r} must be {PLAIN[0]}.")
+    if settings.output_dir.exists():
+        raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
+
+
+def _publish(settings: Settings, title: str, facts: dict[str, Any], write: Callable[[Path], float]) -> None:
+    """Publishes what `write` writes to a folder; it returns the largest difference of a logit, which must be small and is on the card."""
+    from .artifacts.card import model_card
+    from .exporting import proof
+    from .files.atomic import publish
+    from .files.untrusted import read_bounded
+
+    def write_proven(temp_dir: Path) -> None:
+        largest = write(temp_dir)
+        proof.check(f"--as {settings.format}", largest)
+        described = facts | {"exported_as": settings.format, "largest_logit_difference": largest}
+        (temp_dir / "README.md").write_text(model_card(title, described), encoding="utf-8")
+
+    publish(settings.output_dir, write_proven, lambda temp_dir: read_bounded(temp_dir / "README.md"))
+
+
+def _assembled(settings: Settings) -> None:
+    from .artifacts.artifact import read_module_metadata
+    from .artifacts.assembled import read_assembled
+    from .exporting import assembled_model
+
+    model, tokenizer, metadata = read_assembled(settings.model, without=settings.without, top_k=settings.top_k)
+    described = {name: read_module_metadata(Path(settings.model) / "modules" / name) for name in model.names[1:]}
+
+    def write(temp_dir: Path) -> float:
+        assembled_model.write(temp_dir, model, tokenizer, described)
+        return assembled_model.prove(temp_dir, model, tokenizer)
+
+    digests = {name: metadata["digests"][name] for name in model.names}
+    licences = {name: licence for name, licence in metadata.get("licences", {}).items() if name in model.names}
+    facts = {"router": metadata["router"], "top_k": model.top_k, "digests": digests, "licences": licences}
+    _publish(settings, "assembled model", facts, write)
+
+
+def _merged(settings: Settings) -> None:
+    """A trunk, or a trunk with one module, as an ordinary checkpoint or as GGUF."""
+    import torch
+
+    from .artifacts.artifact import local_folder, read_model, read_statistics, write_trunk
+    from .artifacts.checks import check_trial
+    from .artifacts.metadata import merged_metadata
+    from .exporting import gguf_file, proof
+    from .model.modules import fold
+
+    trunk, tokenizer, trunk_metadata, module = read_model(settings.model, settings.module)
+    expected = proof.expect(trunk, tokenizer, spliced=False)
+    if module is not None:
+        fold(trunk)
+        check_trial(trunk, settings.module)
+    facts = merged_metadata(trunk_metadata, module) if module else trunk_metadata
+    folder = local_folder(settings.model)
+
+    def write_transformers(temp_dir: Path) -> float:
+        statistics = None if module else read_statistics(folder, trunk_metadata, trunk.config)
+        write_trunk(temp_dir, trunk.state_dict(), trunk.config, tokenizer, facts, statistics)
+        exported = proof.load(temp_dir)
+        with torch.no_grad():
+            return proof.difference(expected, lambda ids: exported(ids).logits)
+
+    def write_gguf(temp_dir: Path) -> float:
+        name = module["name"] if module else folder.name
+        split = gguf_file.write(temp_dir, name, trunk, tokenizer, gguf_file.chat_template_of(folder))
+        return gguf_file.prove(temp_dir, expected, trunk, tokenizer, split)
+
+    write = write_gguf if settings.format == "gguf" else write_transformers
+    _publish(settings, f"trunk with {module['name']}" if module else "trunk", facts, write)
+
+
+def _adapter(settings: Settings) -> None:
+    from .artifacts.artifact import local_folder, read_model, read_module
+    from .exporting import peft_adapter
+
+    assert settings.module is not None
+    model, tokenizer, trunk_metadata, _ = read_model(settings.model, settings.module)
+    tensors, metadata = read_module(settings.module, trunk_metadata)
+
+    def write(temp_dir: Path) -> float:
+        peft_adapter.write(temp_dir, settings.model, tensors, metadata)
+        return peft_adapter.prove(temp_dir, local_folder(settings.model), model, tokenizer)
+
+    _publish(settings, f"adapter {metadata['name']}", metadata | {"base_model": settings.model}, write)
+
+
+def _module(settings: Settings) -> None:
+    """A module of a PEFT adapter. Its loss is not known, and its tokens are counted only with --data."""
+    import torch
+
+    from .artifacts.artifact import local_folder, read_trunk, write_module
+    from .artifacts.texts import trunk_statistics
+    from .exporting import peft_adapter, proof
+    from .routing.statistics import BIGRAM_BUCKETS
+
+    assert settings.peft is not None
+    trunk, tokenizer, trunk_metadata = read_trunk(settings.model)
+    config = trunk.config
+    tensors, arguments = peft_adapter.read(settings.peft, trunk)
+    proof.check(
+        "the module of the adapter", peft_adapter.prove(settings.peft, local_folder(settings.model), trunk, tokenizer)
+    )
+    sizes = {"unigrams": config.vocab_size, "bigrams": BIGRAM_BUCKETS}
+    statistics = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
+    if settings.data:
+        statistics = trunk_statistics(settings.data, settings, tokenizer, config.vocab_size)
+    metadata = arguments | {
+        "name": settings.name,
+        "licence": settings.licence,
+        "sources": list(settings.data),
+        "trunk_digest": trunk_metadata["digest"],
+        "tokenizer_digest": trunk_metadata["tokenizer_digest"],
+    }
+    write_module(settings.output_dir, tensors, metadata, statistics, config)
+
+
+if __name__ == "__main__":
+    run_main(main, read_settings(Settings, __doc__))

@@ -1,0 +1,129 @@
+"""PEFT's LoRA adapters: writes a module of kind lora as one, and makes a module of one.
+
+D width, V vocabulary, R rank
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from ..data.tokenizer import Tokenizer
+from ..errors import UserError
+from ..files.atomic import read_json, write_json
+from ..files.tensors import Tensors, read_tensors
+from ..files.untrusted import checked, integer, number, quoted
+from ..model.modules import MATRICES, put_in
+from ..model.trunk import Trunk
+from . import proof
+
+PREFIX = "base_model.model."
+FIELDS = {"r": integer(1, 1 << 20), "lora_alpha": number(1e-9, 1e9)}
+PLAIN = {  # fields of adapter_config.json -> the values with which the adapter is W + alpha / r * B A
+    "peft_type": ("LORA",),
+    "bias": ("none", None),
+    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"), (False, None)),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
+    **dict.fromkeys(
+        ("modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices"), (None, [])
+    ),
+}
+COPIES = re.compile(r"base_model\.model\.(?:model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
+TARGET = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.mlp\.(\w+)|lm_head)\.lora_([AB])\.weight")
+
+
+def write(folder: Path, base: str, tensors: Tensors, metadata: dict[str, Any]) -> None:
+    """Writes the tensors of a module (names of modules.py) as an adapter of the trunk `base`. UserError for another kind than lora."""
+    if metadata["kind"].partition("+")[0] != "lora":
+        raise UserError(
+            f"a module of kind {metadata['kind']} is no LoRA adapter. Export the trunk with the module merged into it: --as transformers."
+        )
+    renamed = {}
+    for name, tensor in tensors.items():
+        target, _, factor = name.replace("head_change.", "lm_head.").rpartition(".")
+        renamed[f"{PREFIX}{target}.{factor}.weight"] = tensor.float().contiguous()
+    targets = sorted({name.removeprefix(PREFIX).rpartition(".lora_")[0] for name in renamed})
+    rank = len(next(tensor for name, tensor in tensors.items() if name.endswith("lora_A")))
+    save_file(renamed, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": rank,
+        "lora_alpha": metadata.get("alpha") or rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": targets,
+        "inference_mode": True,
+    }
+    write_json(folder / "adapter_config.json", config)
+
+
+def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> float:
+    """The largest difference of a logit between PEFT, with the adapter on the trunk in Transformers, and `model`, the trunk with the module."""
+    peft = proof.library("peft", "an adapter")
+    expected = proof.expect(model, tokenizer, spliced=False)
+    adapted = peft.PeftModel.from_pretrained(proof.load(trunk_dir), str(folder)).eval()
+    with torch.no_grad():
+        return proof.difference(expected, lambda ids: adapted(input_ids=ids).logits)
+
+
+def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
+    """The tensors of an adapter as those of a module of `trunk`, and its kind, layers and rank; puts them into `trunk`.
+
+    alpha / r is multiplied into B, and matrices that the adapter leaves as they are get a change of 0. UserError for what no kind of
+    module expresses.
+    """
+    file = folder / "adapter_config.json"
+    config = checked(read_json(file), file, FIELDS, FIELDS)
+    for name, values in PLAIN.items():
+        if config.get(name) not in values:
+            raise UserError(
+                f"{file}: {name} is {quoted(config.get(name))}. A module is a plain LoRA: one rank, no biases, no other trained "
+                "tensors. Train the adapter without it, or merge it into the trunk with PEFT (merge_and_unload)."
+            )
+    rank = config["r"]
+    scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
+    factors: Tensors = {}
+    layers: set[int] = set()
+    for name, tensor in read_tensors(folder / "adapter_model.safetensors").items():
+        if COPIES.fullmatch(name) and _is_copy(name, tensor, trunk):
+            continue
+        match = TARGET.fullmatch(name)
+        if not match or match[3] not in (None, *MATRICES):
+            raise UserError(
+                f"{folder}: {quoted(name)} is not in a module of kind lora, which changes {', '.join(MATRICES)} and lm_head. Train the "
+                "adapter with these target_modules."
+            )
+        target = match[1].replace("lm_head", "head_change")
+        factors[f"{target}.lora_{match[4]}"] = tensor.float() * (scale if match[4] == "B" else 1)
+        layers |= {int(match[2])} if match[2] else set()
+    head = "head_change.lora_A" in factors
+    if not layers:
+        raise UserError(
+            f"{folder} changes no feed-forward. Train the adapter with target_modules {', '.join(MATRICES)}."
+        )
+    sizes = {
+        "gate_proj": (trunk.config.intermediate_size, trunk.config.hidden_size),
+        "up_proj": (trunk.config.intermediate_size, trunk.config.hidden_size),
+        "down_proj": (trunk.config.hidden_size, trunk.config.intermediate_size),
+    }
+    for layer in layers:
+        for name, (outputs, inputs) in sizes.items():
+            target = f"model.layers.{layer}.mlp.{name}"
+            if f"{target}.lora_A" not in factors:
+                factors |= {
+                    f"{target}.lora_A": torch.zeros(rank, inputs),
+                    f"{target}.lora_B": torch.zeros(outputs, rank),
+                }
+    arguments = {"kind": "lora+head" if head else "lora", "layers": sorted(layers), "rank": rank}
+    put_in(trunk, factors, **arguments)
+    return factors, arguments
+
+
+def _is_copy(name: str, tensor: torch.Tensor, trunk: Trunk) -> bool:
+    """Whether a tensor that PEFT saved with the adapter is the trunk's embedding or head."""
+    weight = trunk.model.embed_tokens.weight if "embed_tokens" in name else trunk.head
+    return tensor.shape == weight.shape and torch.equal(tensor.to(weight.dtype), weight)

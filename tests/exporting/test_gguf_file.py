@@ -1,0 +1,85 @@
+"""GGUF files, read back by Transformers and by the gguf package. They need that package."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import small_artifacts
+import torch
+
+from forge_common import export
+from forge_common.artifacts import artifact
+from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
+from forge_common.exporting import gguf_file, proof
+from forge_common.model.modules import plug_in
+from forge_common.model.trunk import Trunk
+
+SMALL = dataclasses.replace(
+    small_artifacts.CONFIG, vocab_size=300, hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=4
+)
+PLAIN = dataclasses.replace(SMALL, rope_scaling=None, initializer_range=0.3)
+CONFIGS = {
+    "llama": PLAIN,
+    "llama3": dataclasses.replace(SMALL, initializer_range=0.3, tie_word_embeddings=False),
+    "qwen2": dataclasses.replace(PLAIN, qkv_bias=True, tie_word_embeddings=False),
+    "qwen3": dataclasses.replace(PLAIN, qk_norm=True, head_dim=8),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_tokenizer(proof.texts().values(), 300)
+
+
+def trunk(folder: Path, config, tokenizer: Tokenizer) -> Path:
+    torch.manual_seed(0)
+    artifact.write_trunk(folder, Trunk(config).state_dict(), config, tokenizer, {})
+    return folder
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_a_trunk_as_gguf_gives_the_same_logits_and_tokens(tmp_path, tokenizer, family):
+    gguf = pytest.importorskip("gguf")
+    folder = trunk(tmp_path / "trunk", CONFIGS[family], tokenizer)
+    export.main(export.Settings(str(folder), "gguf", tmp_path / "out"))
+    reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
+    assert fields["tokenizer.ggml.tokens"][2:6] == [tokenizer.backend.id_to_token(number) for number in range(2, 6)]
+    assert ("rope_freqs.weight" in [tensor.name for tensor in reader.tensors]) == (family == "llama3")
+
+
+def test_a_merged_module_as_gguf(tmp_path, tokenizer):
+    pytest.importorskip("gguf")
+    folder = trunk(tmp_path / "trunk", PLAIN, tokenizer)
+    _, _, metadata = artifact.read_trunk(str(folder))
+    plain = Trunk(PLAIN)
+    names = plug_in(plain, "narrow+head", [1], width=5)
+    tensors = {name: torch.randn_like(plain.state_dict()[name]) * 0.3 for name in names}
+    described = {"name": "one", "kind": "narrow+head", "layers": [1], "width": 5, "trunk_digest": metadata["digest"]}
+    described["tokenizer_digest"] = metadata["tokenizer_digest"]
+    counts = {name: codes for name, codes in small_artifacts.counts(1, moments=False).items() if name == "bigrams"}
+    counts["unigrams"] = torch.zeros(300, dtype=torch.uint8)
+    artifact.write_module(tmp_path / "one", tensors, described, counts, PLAIN)
+    export.main(export.Settings(str(folder), "gguf", tmp_path / "out", tmp_path / "one"))
+    assert (tmp_path / "out" / "model.gguf").stat().st_size > 4 * 300 * 16
+
+
+def test_a_matrix_that_is_written_wrong_is_refused_and_leaves_nothing(tmp_path, tokenizer, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    folder = trunk(tmp_path / "trunk", PLAIN, tokenizer)
+    add = gguf.GGUFWriter.add_tensor
+
+    def wrong(writer, name, tensor):
+        add(writer, name, tensor[::-1].copy() if name == "blk.0.attn_q.weight" else tensor)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", wrong)
+    message = small_artifacts.refused(export.main, export.Settings(str(folder), "gguf", tmp_path / "out"))
+    assert "nothing was written" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["trunk"]
+
+
+def test_a_tokenizer_that_the_format_cannot_name_is_refused(tokenizer):
+    assert "no merges" in small_artifacts.refused(gguf_file._split, byte_tokenizer())
+    assert gguf_file._split(tokenizer) == "gpt-2"
