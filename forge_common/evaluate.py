@@ -156,9 +156,13 @@ def seconds_per_token(model: "LanguageModel", columns: "dict[str, Column]", sett
 
     pieces = max(columns.values(), key=lambda column: len(column.pieces)).pieces
     few = Column(pieces[len(pieces) // 2 :][:TIMED_WINDOWS], None)
-    start = time.perf_counter()
-    tokens = score(model, few, settings, device)["tokens"]
-    return (time.perf_counter() - start) / tokens
+    times = []
+    tokens = 0
+    for _ in range(2):  # the first pass reads the weights and starts threads
+        start = time.perf_counter()
+        tokens = score(model, few, settings, device)["tokens"]
+        times.append(time.perf_counter() - start)
+    return min(times) / tokens
 
 
 def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenizer]]":

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..files.atomic import is_full, write_text
 from .folder import check_still_there
 from .hardware import compute_dtype, peak_flops, peak_memory_mb, process_peak_mb
@@ -93,6 +94,8 @@ class RunLog:
             from tqdm import tqdm
 
             self._bar = tqdm(total=last, initial=progress.global_step, unit="update", dynamic_ncols=True)
+        if self.writes and settings.log_artifact and tracker not in ("wandb", "trackio"):
+            raise UserError("--log-artifact needs a tracker that stores artifacts. Pass --tracker wandb or trackio.")
         if self.writes and tracker:
             self.tracker = Tracker(
                 accelerator, tracker, settings, run_id=progress.run_id, folder=self.folder, print_line=self.print_line
@@ -217,6 +220,8 @@ class RunLog:
             "val/tokens": result.tokens,
             "val/perplexity": result.perplexity,
             "val/bits_per_byte": result.bits_per_byte,
+            "val/best_loss": progress.best_val_loss,
+            "val/best_step": progress.best_step,
         }
         if len(result.losses) > 1:
             values |= {f"val/loss/{source}": loss for source, loss in result.losses.items()}
@@ -252,7 +257,8 @@ class RunLog:
         if self._bar is not None:
             self._bar.close()
         if self.tracker:
-            self.tracker.finish(exit_code)
+            published = [self.folder / kind for kind in ("trunk", "module") if (self.folder / kind).is_dir()]
+            self.tracker.finish(exit_code, published[0] if published and not exit_code else None)
         self.accelerator.trackers = []  # finished or disabled
 
 
