@@ -119,8 +119,7 @@ def main(settings: Settings) -> int:
                 rows.append({"model": label, "domain": domain, **score(model, column, settings, device, progress.add)})
             progress.end(rows[-1])
     progress.close()
-    print("\n" + table(rows, details=settings.details))
-    print(removals(rows), end="")
+    print("\n" + table(rows, details=settings.details) + "\n\n" + removals(rows), end="")
     if settings.json:
         texts = {name: {"text": choice.text, "share": choice.share} for name, choice in choices.items()}
         write_json(settings.json, {"rows": rows, "texts": texts})
