@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
 from ..files.atomic import is_full, write_text
 from .folder import check_still_there
 from .hardware import compute_dtype, peak_flops, peak_memory_mb, process_peak_mb
@@ -94,8 +93,6 @@ class RunLog:
             from tqdm import tqdm
 
             self._bar = tqdm(total=last, initial=progress.global_step, unit="update", dynamic_ncols=True)
-        if self.writes and settings.log_artifact and tracker not in ("wandb", "trackio"):
-            raise UserError("--log-artifact needs a tracker that stores artifacts. Pass --tracker wandb or trackio.")
         if self.writes and tracker:
             self.tracker = Tracker(
                 accelerator, tracker, settings, run_id=progress.run_id, folder=self.folder, print_line=self.print_line

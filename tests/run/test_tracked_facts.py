@@ -74,11 +74,6 @@ def test_wandb_has_settings_versions_commit_and_the_artifact(shared, tmp_path):
     assert "model.safetensors" in {entry.path for entry in stored.manifest.contents}
 
 
-def test_an_artifact_needs_a_tracker_that_stores_it(shared, tmp_path):
-    printed = shared(tmp_path / "run", "--steps", 2, "--log-artifact", fails=True)
-    assert "--log-artifact needs a tracker" in printed and "Traceback" not in printed
-
-
 @pytest.mark.soak
 @pytest.mark.skipif(not OPTIONAL.is_dir(), reason=f"trackio and tensorboard are not in {OPTIONAL} (docs/TRACKING.md)")
 @pytest.mark.parametrize("tracker", ["tensorboard", "trackio"])
