@@ -9,7 +9,7 @@ import sys
 import termios
 
 import pytest
-from small_artifacts import assembling, refused
+from small_artifacts import assembling, edit, refused
 
 from forge_common import assemble, evaluate
 from forge_common.data.windows import Tokens
@@ -69,6 +69,7 @@ def test_it_says_first_what_is_scored_and_opens_each_corpus_once(root, tmp_path,
     """Without a terminal also a line for each text of each model; the JSON has what the table leaves out."""
     source = tmp_path / "text.jsonl"
     source.write_text("".join(json.dumps({"text": f"document {i}"}) + "\n" for i in range(9)))
+    edit(root / "trunk" / "forge.json", sources=[str(source)], data={str(source): "0" * 64}, val_fraction=0.5)
     assemble.main(assembling(root))
     settings = evaluate.Settings(
         str(root / "new" / "assembled"),
@@ -92,8 +93,8 @@ def test_it_says_first_what_is_scored_and_opens_each_corpus_once(root, tmp_path,
         sys.setprofile(None)
     lines = capsys.readouterr().out.splitlines()
     assert opened == 2, "the training part and the held-out part"
-    assert re.fullmatch(r"evaluate    5 models on 1 texts, 90 tokens each: about \d+s on cpu", lines[0])
-    assert lines[1].startswith("scoring     a: 90 tokens of 9 documents, all of them")
+    assert re.fullmatch(r"evaluate    5 models on 1 texts, \d\d tokens each: about \d+s on cpu", lines[0])
+    assert re.match(r"scoring     a: \d\d tokens of [1-8] documents, held out by trunk", lines[1])
     models = ["trunk", "module:one", "module:two", "assembled", "without:one"]
     assert [re.sub(r": \d.*", "", line) for line in lines[2:7]] == [f"scored      {model} on a" for model in models]
     rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
