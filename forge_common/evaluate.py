@@ -6,27 +6,29 @@ than the context, so that a loss does not depend on other documents and has a st
 trunk or a module was trained on, according to their metadata, the documents that they held out are scored; of others, all.
 """
 
+import difflib
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from .errors import UserError
+from .evaluation.table import CREDITS, removals, table
 from .files.atomic import write_json, write_text
 from .files.untrusted import naming
 from .settings import ReadingSettings, read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .data.tokenizer import Tokenizer
-    from .evaluation.columns import Column
+    from .evaluation.columns import Choice, Column
     from .model.protocol import LanguageModel
     from .model.trunk import Trunk
     from .routing.mixture import Mixture
 
 
-CREDITS = ("layer_gates", "head_weights")  # keys of a row of an assembled model
+TIMED_WINDOWS = 8  # that are scored first, to estimate the time
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class Settings(ReadingSettings):
     """Windows that are scored at once."""
 
     # -- results --
+    details: bool = False
+    """Print standard errors and bits per byte too, and the credits of the rows without a module."""
     json: Path | None = None
     """File to write the rows to."""
     svg: Path | None = None
@@ -68,10 +72,13 @@ class Settings(ReadingSettings):
 
 
 def main(settings: Settings) -> int:
+    check_places(settings)
     import torch
 
     from .evaluation.chart import draw
-    from .evaluation.columns import read_columns
+    from .evaluation.columns import open_columns
+    from .evaluation.progress import Progress
+    from .run.log import duration
 
     sources = {}
     for text in settings.data:
@@ -85,29 +92,76 @@ def main(settings: Settings) -> int:
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = metadata_of_parts(settings)
+    work = work_of_rows(settings, len(parts))
     rows = []
     columns: dict[str, Column] = {}
     choices: dict[str, Choice] = {}
-    for label, model, tokenizer in models(settings):
-        if not columns:
-            choices = {name: choose(source, parts, tokenizer, settings) for name, source in sources.items()}
-            shares = {name: choice.share for name, choice in choices.items()}
-            columns = read_columns(sources, tokenizer, model.config, settings, shares)
-            for name, choice in choices.items():
-                documents = len({piece.document for piece in columns[name].pieces})
-                print(f"scoring     {name}: {documents:,} documents, {choice.reason}")
+    progress = Progress()
+    for (label, model, tokenizer), weight in zip(models(settings), work, strict=True):
         model.to(device).eval()
+        if not columns:
+            columns, choices = open_columns(sources, parts, model, tokenizer, settings)
+            tokens = sum(piece.scored for column in columns.values() for piece in column.pieces)
+            with naming(label):
+                seconds = seconds_per_token(model, columns, settings, device) / weight * sum(work) * tokens
+            print(
+                f"evaluate    {len(work)} models on {len(columns)} texts, {tokens:,} tokens each: about "
+                f"{duration(seconds)} on {device.type}"
+            )
+            for name, choice in choices.items():
+                pieces = columns[name].pieces
+                documents, labels = len({piece.document for piece in pieces}), sum(piece.scored for piece in pieces)
+                print(f"scoring     {name}: {labels:,} tokens of {documents:,} documents, {choice.reason}", flush=True)
+            progress.start(sum(work) * tokens)
         for domain, column in columns.items():
+            progress.begin(f"{label} on {domain}", weight)
             with naming(f"{label} on {domain}"):
-                rows.append({"model": label, "domain": domain, **score(model, column, settings, device)})
-    print(table(rows))
-    print(removals(rows), end="")
+                rows.append({"model": label, "domain": domain, **score(model, column, settings, device, progress.add)})
+            progress.end(rows[-1])
+    progress.close()
+    print("\n" + table(rows, details=settings.details) + "\n\n" + removals(rows), end="")
     if settings.json:
         texts = {name: {"text": choice.text, "share": choice.share} for name, choice in choices.items()}
         write_json(settings.json, {"rows": rows, "texts": texts})
     if settings.svg:
         write_text(settings.svg, draw(rows))
     return 0
+
+
+def check_places(settings: Settings) -> None:
+    """UserError for a model or module that is not there, before torch is imported; not for what may be a hub id."""
+    for flag, place in (("--model", Path(settings.model)), *(("--module", folder) for folder in settings.module)):
+        may_be_hub_id = flag == "--model" and len(place.parts) == 2 and not place.parent.is_dir()
+        if not place.exists() and not may_be_hub_id:
+            names = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
+            near = difflib.get_close_matches(place.name, names, 1)
+            hint = f" Did you mean {place.with_name(near[0])}?" if near else ""
+            raise UserError(f"{flag} {place}: no such folder.{hint}")
+
+
+def work_of_rows(settings: Settings, parts: int) -> list[float]:
+    """The work for a token in each row of the table, that of the trunk being 1. parts: the trunk and the modules."""
+    from .artifacts.assembled import is_assembled
+
+    if not is_assembled(settings.model):
+        return [1.0] * (1 + len(settings.module))
+    alone = [1.0] * parts if settings.parts else []
+    return [*alone, float(parts), *[parts - 1.0] * len(settings.without)]
+
+
+def seconds_per_token(model: "LanguageModel", columns: "dict[str, Column]", settings: Settings, device: Any) -> float:
+    """The time of scoring a token, measured on a few windows of middle length of the text with the most."""
+    from .evaluation.columns import Column
+
+    pieces = max(columns.values(), key=lambda column: len(column.pieces)).pieces
+    few = Column(pieces[len(pieces) // 2 :][:TIMED_WINDOWS], None)
+    times = []
+    tokens = 0
+    for _ in range(2):  # the first pass reads the weights and starts threads
+        start = time.perf_counter()
+        tokens = score(model, few, settings, device)["tokens"]
+        times.append(time.perf_counter() - start)
+    return min(times) / tokens
 
 
 def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenizer]]":
@@ -135,16 +189,6 @@ def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenize
         yield f"without:{name}", read_assembled(settings.model, without=(name,), top_k=settings.top_k)[0], tokenizer
 
 
-class Choice(NamedTuple):
-    """Which documents of a source are scored, and why."""
-
-    share: float
-    """Share of the documents, by the hash of their content."""
-    text: Literal["held out", "trained on", "other", "chosen"]
-    """held out: no part was trained on these documents. other: no part says that it was trained on the text. chosen: --val-fraction."""
-    reason: str
-
-
 def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
     """The metadata of the trunk and of each module by name; {} of a plain Transformers checkpoint."""
     from .artifacts.artifact import local_folder, read_module_metadata
@@ -163,43 +207,17 @@ def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
     return {"trunk": trunk} | {f"module {module['name']}": module for module in modules}
 
 
-def choose(source: str, parts: dict[str, dict[str, Any]], tokenizer: "Tokenizer", settings: Settings) -> Choice:
-    """The documents of a source to score: --val-fraction; else, of a text that parts were trained on, what all of them held out.
-
-    A text that parts were trained on has the name of one of their sources, or the digest of its training documents. All of it
-    is scored where one of them held out nothing, as is any other text.
-    """
-    from .artifacts.metadata import training_texts
-    from .data.sources import parse
-    from .evaluation.columns import divided
-
-    if settings.val_fraction is not None:
-        return Choice(
-            settings.val_fraction, "chosen", f"the first {settings.val_fraction:.2%} by hash (--val-fraction)"
-        )
-    spec = parse(source)[0]
-    corpus = cache(lambda fraction: divided(source, tokenizer, settings, fraction))
-    shares: dict[str, float] = {}
-    for name, metadata in parts.items():
-        for text in training_texts(metadata):
-            if text.is_called(spec) or (text.digest and text.digest == corpus(text.val_fraction).train.digest):
-                shares[name] = min(text.val_fraction, shares.get(name, 1.0))
-    if not shares:
-        silent = [name for name, metadata in parts.items() if not training_texts(metadata)]
-        unknown = f"; what {', '.join(silent)} was trained on is not known" if silent else ""
-        return Choice(1.0, "other", f"all of them: no part states that it was trained on this text{unknown}")
-    share = min(shares.values())
-    names = ", ".join(name for name in shares if shares[name] == share)
-    if not share or not corpus(share).validation.documents:
-        return Choice(1.0, "trained on", f"all of them: TRAINED ON by {names}, which held out nothing of this text")
-    return Choice(share, "held out", f"held out by {', '.join(shares)}: the first {share:.2%} by hash")
-
-
-def score(model: "LanguageModel", column: "Column", settings: Settings, device: Any) -> dict[str, Any]:
+def score(
+    model: "LanguageModel",
+    column: "Column",
+    settings: Settings,
+    device: Any,
+    report: Callable[[int], None] = lambda tokens: None,
+) -> dict[str, Any]:
     """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte.
 
     Of an assembled model also the credits of its candidates: the means over the tokens of the layers' gates and of the heads'
-    weights. UserError for a loss that is not finite.
+    weights. UserError for a loss that is not finite. `report` is called with the number of tokens of each batch.
     """
     import torch
 
@@ -219,6 +237,7 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
         for piece, value in zip(batch, sums, strict=True):
             nats[piece.document] = nats.get(piece.document, 0.0) + check_finite(value, "a window")
             counts[piece.document] = counts.get(piece.document, 0) + piece.scored
+        report(sum(piece.scored for piece in batch))
         if isinstance(model, Mixture):
             assert model.gates is not None and model.weights is not None
             scored = is_scored(tokens[:, 1:], model.config.ignore_index)
@@ -240,50 +259,6 @@ def score(model: "LanguageModel", column: "Column", settings: Settings, device: 
         for name, means in zip(CREDITS, (credits / num_scored).tolist(), strict=True):
             result[name] = dict(zip(model.names, means, strict=True))
     return result
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-    """Nats per token ± standard error, with perplexity and bits per byte below. Rows are models, columns are domains."""
-    domains = list(dict.fromkeys(row["domain"] for row in rows))
-    models = list(dict.fromkeys(row["model"] for row in rows))
-    at = {(row["model"], row["domain"]): row for row in rows}
-    width = max(len(model) for model in models)
-    lines = [" " * width + "".join(f"{domain:>30}" for domain in domains)]
-    for model in models:
-        cells, below = [], []
-        for domain in domains:
-            row = at[model, domain]
-            cells.append(f"{row['loss']:.4f}" + (f" ± {row['stderr']:.4f}" if row["stderr"] is not None else ""))
-            bits = f", {row['bits_per_byte']:.3f} bits/byte" if row["bits_per_byte"] is not None else ""
-            below.append(f"ppl {row['perplexity']:,.1f}{bits}")
-        lines.append(f"{model:<{width}}" + "".join(f"{cell:>30}" for cell in cells))
-        lines.append(" " * width + "".join(f"{cell:>30}" for cell in below))
-    for model in models:
-        if CREDITS[0] not in at[model, domains[0]]:
-            continue
-        lines.append(f"\ncredits in {model}: gates of the layers / weights of the heads, means over the tokens")
-        for name in at[model, domains[0]][CREDITS[0]]:
-            cells = [" / ".join(f"{at[model, domain][key][name]:.1%}" for key in CREDITS) for domain in domains]
-            lines.append(f"{name:<{width}}" + "".join(f"{cell:>30}" for cell in cells))
-    tokens = ", ".join(f"{domain} {at[models[0], domain]['tokens']:,}" for domain in domains)
-    return "\n".join([*lines, f"nats per token ± standard error over documents; tokens scored: {tokens}"])
-
-
-def removals(rows: list[dict[str, Any]]) -> str:
-    """A line for each module left out: the loss of the domain of its name, and how much the other losses change."""
-    losses = {(row["model"], row["domain"]): row["loss"] for row in rows}
-    lines = []
-    for model in dict.fromkeys(row["model"] for row in rows if row["model"].startswith("without:")):
-        name = model.removeprefix("without:")
-        domains = [row["domain"] for row in rows if row["model"] == model and row["domain"] != "spliced"]
-        line = f"left out    {name}: "
-        if name in domains:
-            line += f"{name} {losses['assembled', name]:.4f} -> {losses[model, name]:.4f}"
-            line += f", trunk {losses['trunk', name]:.4f}; " if ("trunk", name) in losses else "; "
-        changes = {domain: losses[model, domain] - losses["assembled", domain] for domain in domains if domain != name}
-        line += "others " + ", ".join(f"{domain} {change:+.4f}" for domain, change in changes.items())
-        lines.append(line + "\n")
-    return "".join(lines)
 
 
 if __name__ == "__main__":

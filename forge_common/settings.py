@@ -83,7 +83,9 @@ class RunSettings(ReadingSettings):
     project: str = "forge"
     """Project in the tracker."""
     run_name: str | None = None
-    """Name of the run in the tracker. None: the tracker chooses one."""
+    """Name of the run in the tracker. None: the name of --output-dir and the run's id."""
+    log_artifact: bool = False
+    """Store what is published in the tracker, W&B or trackio; the end of the run waits for it."""
 
     # -- validation and checkpoints --
     val_every: int = 250

@@ -71,6 +71,10 @@ def problems(settings: Any) -> list[str]:
             f"--module-dtype {value('module_dtype')} under DeepSpeed needs --mixed_precision bf16: in another precision the "
             "published losses would be those of weights before they are rounded"
         )
+    if value("log_artifact") and value("tracker") not in ("wandb", "trackio"):
+        faults.append(
+            f"--log-artifact with --tracker {value('tracker')}; it needs --tracker wandb or --tracker trackio"
+        )
     if value("schedule") not in SCHEDULES:
         faults.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
     faults += module_problems(value)

@@ -20,7 +20,7 @@ MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package i
     "run": {"errors", "settings", "files"},
     "routing": {"errors", "labels", "loss", "files", "model"},
     "artifacts": {"errors", "files", "model", "data", "routing"},
-    "evaluation": {"errors", "files", "data"},
+    "evaluation": {"errors", "files", "data", "artifacts"},
     "exporting": {"errors", "files", "model", "data", "routing", "artifacts"},
 }
 TOP_LEVEL = {"errors", "settings", "files", "run"}  # what a file of the package's top level may import

@@ -1,12 +1,15 @@
 """A W&B server on this machine: the requests that the real client needs to start a run online, and ways to fail them."""
 
 import gzip
+import itertools
 import json
 import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import yaml
 
 KEY = "0123456789" * 4  # has the form of a key, and is not one
 VIEWER = {"id": "user", "entity": "someone", "username": "someone", "flags": "{}", "teams": {"edges": []}}
@@ -29,6 +32,8 @@ class Server(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.steps: set[int] = set()  # of the rows that arrived
         self.exit_code: int | None = None  # of the run, once the client reports its end
+        self.sweep: dict = {}  # the sweep file, once `wandb sweep` has sent it
+        self.points: Iterator[dict] = iter(())  # of its grid, one for each run
         self.over = threading.Event()
 
     @property
@@ -83,6 +88,10 @@ class _Request(BaseHTTPRequestHandler):
             return {}
         request = json.loads(body)
         variables = request.get("variables", {})
+        if "weep" in request["query"] or "gent" in request["query"]:
+            answer = self.of_sweep(request["query"], variables)
+            if answer:
+                return {"data": answer}
         if "upsertBucket" in request["query"]:
             run = {"id": "bucket", "name": variables["name"], "displayName": variables["name"], "historyLineCount": 0}
             return {"data": {"upsertBucket": {"bucket": run | TEXTS | {"project": PROJECT}, "inserted": True}}}
@@ -90,6 +99,28 @@ class _Request(BaseHTTPRequestHandler):
             files = [{"name": name, "uploadUrl": f"{self.server.url}/upload"} for name in variables["files"]]
             return {"data": {"createRunFiles": {"runID": "bucket", "uploadHeaders": [], "files": files}}}
         return {"data": {"viewer": VIEWER}}
+
+    def of_sweep(self, query: str, variables: dict) -> dict:
+        """Answers `wandb sweep` and `wandb agent`: a run for each point of the grid, one after the other; {} for other requests."""
+        server = self.server
+        if "mutation UpsertSweep" in query:
+            server.sweep = yaml.safe_load(variables["config"])
+            names = server.sweep["parameters"]
+            values = itertools.product(*(parameter["values"] for parameter in names.values()))
+            server.points = ({name: {"value": v} for name, v in zip(names, point, strict=True)} for point in values)
+            return {"upsertSweep": {"sweep": {"name": "sweep", "project": PROJECT}, "configValidationWarnings": []}}
+        if "query SweepWithRuns" in query:
+            return {"project": {"sweep": {"config": yaml.dump(server.sweep), "runs": {"edges": []}}}}
+        if "mutation CreateAgent" in query:
+            return {"createAgent": {"agent": {"id": "agent"}}}
+        if "mutation Heartbeat" not in query:
+            return {}
+        commands = []
+        if not json.loads(variables["runState"]):
+            arguments = next(server.points, None)
+            run = {"type": "run", "run_id": f"run{len(server.requests)}", "program": server.sweep["program"]}
+            commands = [run | {"args": arguments} if arguments else {"type": "exit"}]
+        return {"agentHeartbeat": {"agent": {"id": "agent"}, "commands": json.dumps(commands)}}
 
     def take(self, sent: dict) -> None:
         """Records the rows of a file stream's request; the first request may change the mode."""

@@ -5,11 +5,12 @@ T tokens, H tokens of history
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any
+from functools import cache, partial
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ..artifacts.metadata import training_texts
 from ..data.byte_lengths import ByteLengths
 from ..data.readers.document import reading_of
 from ..data.sources import parse
@@ -43,16 +44,74 @@ class Column:
     """Bytes of the text that is scored; None where the tokenizer does not tell."""
 
 
+class Choice(NamedTuple):
+    """Which documents of a source are scored, and why."""
+
+    share: float
+    """Share of the documents, by the hash of their content."""
+    text: Literal["held out", "trained on", "other", "chosen"]
+    """held out: no part was trained on these documents. other: no part says that it was trained on the text. chosen: --val-fraction."""
+    reason: str
+
+
+def open_columns(
+    sources: dict[str, str],
+    parts: dict[str, dict[str, Any]],
+    model: Any,
+    tokenizer: Any,
+    settings: Any,
+) -> tuple[dict[str, Column], dict[str, Choice]]:
+    """What is scored of each source, and why: `choose` says it. No corpus is opened twice with the same share.
+
+    parts: the metadata of the trunk and of each module, by name.
+    """
+    opened = cache(lambda source, share: divided(source, tokenizer, settings, share))
+    choices = {name: choose(source, parts, opened, settings) for name, source in sources.items()}
+    shares = {name: choice.share for name, choice in choices.items()}
+    return read_columns(sources, tokenizer, model.config, settings, shares, opened), choices
+
+
+def choose(
+    source: str, parts: dict[str, dict[str, Any]], opened: Callable[[str, float], Corpus], settings: Any
+) -> Choice:
+    """The documents of a source to score: --val-fraction; else, of a text that parts were trained on, what all of them held out.
+
+    A text that parts were trained on has the name of one of their sources, or the digest of its training documents. All of it
+    is scored where one of them held out nothing, as is any other text. opened: a source, divided by a share.
+    """
+    if settings.val_fraction is not None:
+        return Choice(
+            settings.val_fraction, "chosen", f"the first {settings.val_fraction:.2%} by hash (--val-fraction)"
+        )
+    spec = parse(source)[0]
+    shares: dict[str, float] = {}
+    for name, metadata in parts.items():
+        for text in training_texts(metadata):
+            if text.is_called(spec) or (text.digest and text.digest == opened(source, text.val_fraction).train.digest):
+                shares[name] = min(text.val_fraction, shares.get(name, 1.0))
+    if not shares:
+        silent = [name for name, metadata in parts.items() if not training_texts(metadata)]
+        unknown = f"; what {', '.join(silent)} was trained on is not known" if silent else ""
+        return Choice(1.0, "other", f"all of them: no part states that it was trained on this text{unknown}")
+    share = min(shares.values())
+    names = ", ".join(name for name in shares if shares[name] == share)
+    if not share or not opened(source, share).validation.documents:
+        return Choice(1.0, "trained on", f"all of them: TRAINED ON by {names}, which held out nothing of this text")
+    return Choice(share, "held out", f"held out by {', '.join(shares)}: the first {share:.2%} by hash")
+
+
 def read_columns(
     sources: dict[str, str],
     tokenizer: Any,
     config: Any,
     settings: Any,
     shares: dict[str, float] | None = None,
+    opened: Callable[[str, float], Corpus] | None = None,
 ) -> dict[str, Column]:
     """The column of each named source, and `spliced` with --spliced.
 
     config: of the model. shares: of the documents of a named source that are scored; all of one that is not in it.
+    opened: a source, divided by its share, as `divided` returns it.
     """
     share_of = dict.fromkeys(sources, 1.0) | (shares or {})
     length = settings.sequence_length or min(config.max_position_embeddings, 2048)
@@ -60,16 +119,18 @@ def read_columns(
     columns = {}
     stores = {}
     for name, source in sources.items():
-        stores[name] = held_out(source, tokenizer, settings, share_of[name])
+        stores[name] = held_out(source, tokenizer, settings, share_of[name], opened)
         columns[name] = _documents(source, stores[name], length, config, settings, share_of[name], byte_lengths)
     if settings.spliced:
         columns["spliced"] = spliced(list(stores.values()), length, settings.spliced)[0]
     return columns
 
 
-def held_out(source: str, tokenizer: Any, settings: Any, fraction: float) -> list[Any]:
+def held_out(
+    source: str, tokenizer: Any, settings: Any, fraction: float, opened: Callable[[str, float], Corpus] | None = None
+) -> list[Any]:
     """The stores whose documents are scored."""
-    corpus = divided(source, tokenizer, settings, fraction)
+    corpus = opened(source, fraction) if opened else divided(source, tokenizer, settings, fraction)
     return [corpus.validation] if fraction < 1 else [corpus.validation, corpus.train]
 
 

@@ -206,6 +206,8 @@ class RunLog:
             "val/tokens": result.tokens,
             "val/perplexity": result.perplexity,
             "val/bits_per_byte": result.bits_per_byte,
+            "val/best_loss": progress.best_val_loss,
+            "val/best_step": progress.best_step,
         }
         if len(result.losses) > 1:
             values |= {f"val/loss/{source}": loss for source, loss in result.losses.items()}
@@ -252,7 +254,8 @@ class RunLog:
         if self.pace.bar is not None:
             self.pace.bar.close()
         if self.tracker:
-            self.tracker.finish(exit_code)
+            published = [self.folder / kind for kind in ("trunk", "module") if (self.folder / kind).is_dir()]
+            self.tracker.finish(exit_code, published[0] if published and not exit_code else None)
         self.accelerator.trackers = []  # finished or disabled
 
 

@@ -3,42 +3,29 @@
 The training thread never calls a tracker. It puts rows into a queue, and waits for the thread once, at the end.
 """
 
-import http.client
 import importlib.util
-import netrc
 import os
 import queue
-import re
-import ssl
 import sys
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files.atomic import read_json
+from .provenance import provenance
+from .wandb_client import end_wandb, kill_wandb, unreachable, wandb_account, without_password
 
 LIMIT = 10.0  # seconds that a tracker may delay the end of a run, in total
 WAIT = 7.0  # of LIMIT, to process the rows in the queue
 UPLOAD = 5.0  # of WAIT, for W&B to send the rest; `wandb sync` sends the rest that is on disk
 UNWIND = 1.0  # of LIMIT, for the thread of a disabled tracker to return
 LEAVING = LIMIT - WAIT - UNWIND  # for hooks at the process's exit
+STORE = 600.0  # seconds to store the artifact of --log-artifact, instead of WAIT and UPLOAD
 STUCK = 60.0  # seconds after which a call that does not return disables the tracker; training does not wait for it
-PROBE = 3.0  # seconds for W&B's server to answer
-
-
-def wandb_account() -> bool:
-    """Whether a W&B key is configured, in the environment or in ~/.netrc."""
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return "api.wandb.ai" in netrc.netrc(os.environ.get("NETRC")).hosts
-    except (OSError, netrc.NetrcParseError):
-        return False
 
 
 def choose_tracker(tracker: str) -> tuple[str | None, str]:
@@ -57,28 +44,6 @@ def choose_tracker(tracker: str) -> tuple[str | None, str]:
         os.environ["WANDB_MODE"] = "offline"
         return tracker, "metrics.jsonl and W&B offline (no account is configured; `wandb sync` sends it later)"
     return tracker, f"metrics.jsonl and {tracker}"
-
-
-def without_password(text: str) -> str:
-    """A text without the users and passwords of the URLs in it, also of one that an error message shortened by "..."."""
-    return re.sub(r"//[^\s'\"]*(@|(?=\.\.\.))", "//", text)
-
-
-def unreachable(url: str) -> str | None:
-    """The reason why no server answers at `url` within PROBE seconds, or None where one does.
-
-    A refused key, an unknown page or a certificate that Python does not trust counts as an answer, since W&B's client has
-    its own key and certificates. 5xx counts as none.
-    """
-    try:
-        urllib.request.urlopen(without_password(url), timeout=PROBE).close()
-    except urllib.error.HTTPError as answer:
-        return f"HTTP {answer.code}" if answer.code >= 500 else None
-    except urllib.error.URLError as error:
-        return None if isinstance(error.reason, ssl.SSLError) else str(error.reason)
-    except (OSError, http.client.HTTPException) as error:
-        return str(error) or type(error).__name__
-    return None
 
 
 class Tracker:
@@ -105,7 +70,9 @@ class Tracker:
         self._print_line = print_line
         self._project = settings.project
         self._run_id = run_id
-        self._run_name = settings.run_name
+        self._run_name = settings.run_name or f"{folder.resolve().name}-{run_id}"
+        self._stores = settings.log_artifact
+        self._artifact: Path | None = None  # known once the run has published it
         self._config = {k: v if isinstance(v, (int, float, str, bool)) else str(v) for k, v in vars(settings).items()}
         self._rows: queue.SimpleQueue[tuple[dict[str, Any], int] | None] = queue.SimpleQueue()
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -132,17 +99,22 @@ class Tracker:
             self._rows.put((values, step))
         self._print_messages()
 
-    def finish(self, exit_code: int) -> None:
-        """Waits for the rows in the queue and ends the tracker. `exit_code`: that of the process."""
+    def finish(self, exit_code: int, published: Path | None = None) -> None:
+        """Waits for the rows in the queue and ends the tracker, with --log-artifact after it has stored the folder `published`.
+
+        `exit_code`: that of the process.
+        """
+        self._artifact = published if self._stores else None
         self._exit_code = exit_code
         self._wait()
 
     def _wait(self) -> None:
         self._rows.put(None)
         if not self._disabled.is_set():
-            self._thread.join(WAIT)
+            limit = STORE if self._artifact else WAIT
+            self._thread.join(limit)
             if self._thread.is_alive():
-                self._disable(f"was not finished {WAIT:.0f} s after the run")
+                self._disable(f"was not finished {limit:.0f} s after the run")
         self._thread.join(UNWIND)
         self._print_messages()
 
@@ -179,7 +151,7 @@ class Tracker:
         self._disabled.set()
         self._report(f"tracker {self._name} {why}. It is disabled; metrics.jsonl has every row.")
         if self._name == "wandb":
-            _kill_wandb()
+            kill_wandb()
 
     def _serve(self) -> None:
         """The thread: starts the tracker, logs the rows, ends it."""
@@ -187,11 +159,13 @@ class Tracker:
             self._call(self._start)
             while (row := self._rows.get()) is not None:
                 self._call(self._accelerator.log, *row)
+            if self._artifact:
+                self._call(self._store, self._artifact)
             self._call(self._end)
         except (Exception, SystemExit) as reason:  # noqa: BLE001 (no error of a tracker may end the run)
             self._disable(f"failed ({reason})")
             if self._name == "wandb":
-                _end_wandb()
+                end_wandb()
 
     def _call(self, function: Callable[..., None], *arguments: Any) -> None:
         self._called = time.monotonic()
@@ -199,8 +173,16 @@ class Tracker:
         self._called = None
 
     def _start(self) -> None:
-        if self._name != "wandb":
-            self._accelerator.init_trackers(self._project, config=self._config)
+        self._config |= provenance(self._accelerator)
+        if self._name == "tensorboard":
+            self._accelerator.init_trackers(f"tensorboard/{self._run_name}")
+            writer = self._accelerator.get_tracker("tensorboard", unwrap=True)
+            writer.add_hparams(self._config, {}, run_name=".")  # otherwise they are a run of their own
+            return
+        if self._name == "trackio":
+            os.environ.setdefault("TRACKIO_DIR", str((self._folder / "trackio").resolve()))
+            options = {"name": self._run_name, "resume": "allow"}
+            self._accelerator.init_trackers(self._project, config=self._config, init_kwargs={"trackio": options})
             return
         import wandb
 
@@ -217,7 +199,7 @@ class Tracker:
             except Exception as error:  # noqa: BLE001 (as in _serve)
                 reason = str(error)
                 self._accelerator.trackers.clear()
-                _end_wandb()  # otherwise it refuses the run's id as one in use
+                end_wandb()  # otherwise it refuses the run's id as one in use
         self._start_wandb(mode="offline")
         self._report(
             f"tracker wandb: {configured.base_url} cannot be used ({reason}). The run is recorded offline; "
@@ -232,12 +214,30 @@ class Tracker:
             raise RuntimeError("disabled")
         # console: prints would wait for W&B.
         wandb_settings = wandb.Settings(
-            init_timeout=LIMIT, finish_timeout=UPLOAD, finish_timeout_raises=True, silent=True, console="off"
+            init_timeout=LIMIT,
+            finish_timeout=STORE if self._stores else UPLOAD,
+            finish_timeout_raises=True,
+            silent=True,
+            console="off",
         )
         options = {"id": self._run_id, "resume": "allow", "dir": str(self._folder), "name": self._run_name}
         options |= {"mode": mode, "settings": wandb_settings}
         self._accelerator.init_trackers(self._project, config=self._config, init_kwargs={"wandb": options})
         self._local_folder = self._accelerator.get_tracker("wandb", unwrap=True).settings.sync_dir
+
+    def _store(self, folder: Path) -> None:
+        """Stores the published folder, trunk or module, as an artifact of its name, with its digest."""
+        import importlib
+
+        metadata = read_json(folder / ("forge.json" if folder.name == "trunk" else "module.json"))
+        client = importlib.import_module(self._name)  # wandb or trackio: the same functions
+        known = {key: value for key, value in metadata.items() if isinstance(value, (str, int, float))}
+        artifact = client.Artifact(f"{self._run_name}-{folder.name}", type=folder.name, metadata=known)
+        artifact.add_dir(str(folder))
+        client.log_artifact(artifact)
+        self._report(
+            f"artifact    {artifact.name}: {folder} (digest {metadata['digest'][:12]}), stored by {self._name}"
+        )
 
     def _end(self) -> None:
         if self._name == "wandb":
@@ -247,7 +247,7 @@ class Tracker:
                 wandb.finish(exit_code=1 if self._exit_code is None else self._exit_code)
                 wandb.teardown()
             except TimeoutError:
-                _end_wandb()  # it stores rows in blocks of 32 KiB: the last ones may not be on disk
+                end_wandb()  # it stores rows in blocks of 32 KiB: the last ones may not be on disk
                 self._report(
                     f"tracker wandb: the server did not accept everything within {UPLOAD:.0f} s. "
                     f"`wandb sync --no-skip-online {self._local_folder}` sends what it had stored on disk; its last rows may be "
@@ -256,22 +256,3 @@ class Tracker:
             return
         for tracker in self._accelerator.trackers:
             tracker.finish()
-
-
-def _end_wandb() -> None:
-    """Ends W&B's processes, and removes its exit hooks, which would wait for them."""
-    import wandb
-
-    _kill_wandb()
-    with suppress(Exception, SystemExit):  # it fails for lack of its processes, after it has removed its hooks
-        wandb.teardown()
-
-
-def _kill_wandb() -> None:
-    """Kills W&B's processes, also suspended ones; they would keep this process's output open."""
-    import psutil  # a dependency of accelerate
-
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended
-            if child.name().startswith("wandb-"):
-                child.kill()

@@ -275,7 +275,8 @@ def test_parts_that_do_not_match_are_refused(made, trunk, domain, cache, shared,
             "--model", trunk, "--module", tampered(folder, tmp_path / str(number), change), *common, fails=True
         )
         assert expected in printed and "Traceback" not in printed
-    printed = evaluate("--model", trunk, "--module", tmp_path / "nothing.pt", *common, fails=True)
+    (tmp_path / "weights.pt").write_bytes(b"pickled")
+    printed = evaluate("--model", trunk, "--module", tmp_path / "weights.pt", *common, fails=True)
     assert "Pickles are not opened" in printed
 
 

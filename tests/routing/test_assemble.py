@@ -298,7 +298,7 @@ def test_evaluate_prints_all_rows_and_the_effect_of_leaving_one_out(
     models = ["trunk", "module:code", "module:cpp", "module:low", "assembled", "without:cpp"]
     assert list(dict.fromkeys(model for model, _ in rows_by_key)) == models
     assert list(dict.fromkeys(domain for _, domain in rows_by_key)) == ["cpp", "code", "spliced"]
-    assert f"left out    cpp: cpp {rows_by_key['assembled', 'cpp']['loss']:.4f} -> " in printed
+    assert f"left out    cpp: cpp {rows_by_key['assembled', 'cpp']['loss']:.3f} -> " in printed
     assert rows_by_key["assembled", "cpp"]["loss"] < rows_by_key["trunk", "cpp"]["loss"]  # it was trained on C++
     for place in ("cpp", "code", "spliced"):
         for credits in ("layer_gates", "head_weights"):
@@ -310,7 +310,7 @@ def test_evaluate_prints_all_rows_and_the_effect_of_leaving_one_out(
         assert credits not in rows_by_key["trunk", "cpp"]
     row = rows_by_key["assembled", "cpp"]
     assert row["layer_gates"] != row["head_weights"]
-    assert f"{row['layer_gates']['cpp']:.1%} / {row['head_weights']['cpp']:.1%}" in printed
+    assert f"{row['layer_gates']['cpp']:.0%} / {row['head_weights']['cpp']:.0%}" in printed
     call(
         "evaluate",
         "--model",

@@ -91,6 +91,7 @@ def test_for_an_unknown_flag_the_nearest_is_named(shared, tmp_path):
         (("--sequence-length", 20_000), "fewer than one update"),
         (("--resume", "require"), "--resume require"),
         (("--tracker", "trackio"), "pip install trackio"),
+        (("--log-artifact",), "needs --tracker wandb"),
         (("--document-separator", ""), "document_separator"),
     ],
 )

@@ -1,0 +1,82 @@
+"""The commands of README.md and docs/QUICKSTART.md: each is accepted as it stands; `make soak` runs them, in order."""
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import launch
+import pytest
+
+FILES = ("README.md", "docs/QUICKSTART.md")
+PROGRAM = re.compile(r"(?:accelerate launch|python) (?:-m )?(train_\w+\.py|forge_common\.\w+) (.*)")
+
+
+def commands(file: str) -> list[str]:
+    """The lines of a file's code blocks that are typed: those that name a program."""
+    blocks = re.findall(r"^```\n(.*?)^```", (launch.ROOT / file).read_text(), re.M | re.S)
+    lines = [line.partition("    # ")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line.startswith(("make ", "export ", "accelerate ", "python "))]
+
+
+def settings_of(program: str) -> type:
+    """The settings that a script or a command reads."""
+    if program.endswith(".py"):
+        sys.path.insert(0, str(launch.ROOT))
+        program = program.removesuffix(".py")
+    return __import__(program, fromlist=["Settings"]).Settings
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_each_command_is_accepted(file):
+    """The targets of make exist, the programs know the flags, and what a later command reads an earlier one has written."""
+    import tyro
+
+    targets = re.findall(r"^(\w+):", (launch.ROOT / "Makefile").read_text(), re.M)
+    written = set()
+    for line in commands(file):
+        if line.startswith("make "):
+            assert line.split()[1] in targets, line
+        elif not line.startswith("export "):
+            program, arguments = PROGRAM.fullmatch(line).groups()
+            words = shlex.split(arguments)
+            settings = tyro.cli(settings_of(program), args=words, config=(tyro.conf.AvoidSubcommands,))
+            read = [
+                word
+                for word in words
+                if word.startswith("runs/") and word != str(getattr(settings, "output_dir", None))
+            ]
+            for path in read:
+                assert Path(path).parent in written or Path(path) in written, f"{line}: {path} is not written before"
+            written |= {getattr(settings, "output_dir", Path())}
+    assert len(written) > 1
+
+
+@pytest.mark.soak
+def test_the_commands_run_as_they_stand(tmp_path):
+    """Those of QUICKSTART.md, of which README.md has the first ones, in one shell, in a copy of the repository that has .venv."""
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=launch.ROOT, capture_output=True, text=True, check=True)
+    for name in files.stdout.split("\0")[:-1]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(launch.ROOT / name, tmp_path / name)
+    (tmp_path / ".venv").symlink_to((launch.ROOT / ".venv").resolve())
+    os.utime(tmp_path / "requirements.txt", (0, 0))  # older than .venv, so that `make setup` installs nothing
+    (tmp_path / "home").mkdir()
+    lines = commands("docs/QUICKSTART.md")
+    assert set(commands("README.md")) - {"make demo", "make test"} <= set(lines)
+    script = "\n".join(["set -e", *lines])
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE_", "WANDB_"))}
+    environment |= {"HOME": str(tmp_path / "home"), "PYTHONPATH": ""}
+    done = subprocess.run(
+        ["bash", "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert (tmp_path / "runs/cpp/merged/model.safetensors").is_file()
