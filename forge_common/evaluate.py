@@ -63,6 +63,8 @@ class Settings(ReadingSettings):
     # -- results --
     json: Path | None = None
     """File to write the rows to."""
+    report: Path | None = None
+    """HTML file to show them in: losses, which candidate serves which domain, texts token by token."""
     svg: Path | None = None
     """File to draw the rows to."""
 
@@ -72,6 +74,8 @@ def main(settings: Settings) -> int:
 
     from .evaluation.chart import draw
     from .evaluation.columns import read_columns
+    from .evaluation.tokens import read_along
+    from .reporting.model_page import model_page
 
     sources = {}
     for text in settings.data:
@@ -88,6 +92,7 @@ def main(settings: Settings) -> int:
     rows = []
     columns: dict[str, Column] = {}
     choices: dict[str, Choice] = {}
+    tokens: dict[str, Any] = {}
     for label, model, tokenizer in models(settings):
         if not columns:
             choices = {name: choose(source, parts, tokenizer, settings) for name, source in sources.items()}
@@ -100,11 +105,15 @@ def main(settings: Settings) -> int:
         for domain, column in columns.items():
             with naming(f"{label} on {domain}"):
                 rows.append({"model": label, "domain": domain, **score(model, column, settings, device)})
+            if settings.report and label == "assembled":
+                tokens[domain] = read_along(model, tokenizer, column, device)
     print(table(rows))
     print(removals(rows), end="")
     if settings.json:
         texts = {name: {"text": choice.text, "share": choice.share} for name, choice in choices.items()}
-        write_json(settings.json, {"rows": rows, "texts": texts})
+        write_json(settings.json, {"rows": rows, "texts": texts, "tokens": tokens})
+    if settings.report:
+        write_text(settings.report, model_page(settings.model, rows, tokens))
     if settings.svg:
         write_text(settings.svg, draw(rows))
     return 0

@@ -85,6 +85,8 @@ class RunSettings(ReadingSettings):
     """Project in the tracker."""
     run_name: str | None = None
     """Name of the run in the tracker. None: the tracker chooses one."""
+    sample_prompt: tuple[str, ...] = ()
+    """Texts that each validation continues by up to 48 tokens, the likeliest each time: printed, logged, shown in report.html."""
 
     # -- validation and checkpoints --
     val_every: int = 250
@@ -217,6 +219,11 @@ def problems(settings: Any) -> list[str]:
         faults.append(f"--wsd-decay-share is {value('wsd_decay_share')}; it must lie in (0, 1]")
     if not 0 <= value("val_fraction") < 1:
         faults.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
+    if value("sample_prompt") and not value("val_fraction") and not value("val_data"):
+        faults.append(
+            "--sample-prompt is used at each validation, and --val-fraction 0 without --val-data has none; raise it, or leave "
+            "out --sample-prompt"
+        )
     if value("warmup_steps") > value("steps"):
         faults.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
     at_once = max(value("micro_batch_size"), 1) * processes()

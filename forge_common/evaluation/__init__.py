@@ -1,4 +1,4 @@
-"""What `evaluate` scores and draws: columns of documents, the chart.
+"""What `evaluate` scores and draws: columns of documents, texts token by token, the chart.
 
 May import: errors, files, data.
 """

@@ -15,7 +15,7 @@ from .agreement import check_agreement
 # Settings that a resumed run may change: they affect neither the updates nor the order of the data.
 FREE = {"output_dir", "resume", "accept_change", "micro_batch_size", "log_every", "save_every", "val_every", "keep"}
 FREE |= {"tracker", "project", "run_name", "cache_dir", "dry_run", "patience", "max_bad_updates", "hang_timeout"}
-FREE |= {"on_full_disk", "activation_checkpointing", "deterministic"}
+FREE |= {"on_full_disk", "activation_checkpointing", "deterministic", "sample_prompt"}
 # Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
 ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
 ACCEPTABLE |= {"beta1", "beta2", "eps", "wsd_decay_share", "module_dtype"}
