@@ -16,7 +16,7 @@ def read_along(model: Any, tokenizer: Any, column: Any, device: torch.device) ->
     {"names": of the candidates, "start": text of the first token, which nothing predicts, "tokens": of the others [{"text",
     "loss": nats, "weights" of the heads and "gates" of the layers by candidate, "likeliest": [(text, probability)]}]}.
     """
-    ids = _document(column)
+    ids = _document(column, model.config.eos_token_id)
     cache: list = []
     tokens = []
     for before, token in pairwise(ids):
@@ -37,11 +37,12 @@ def read_along(model: Any, tokenizer: Any, column: Any, device: torch.device) ->
     return {"names": list(model.names), "start": tokenizer.decode(ids[:1]), "tokens": tokens}
 
 
-def _document(column: Any) -> list[int]:
-    """The first TOKENS + 1 ids of the shortest document with as many, else of the longest; its first window."""
-    for piece in column.pieces:  # the shortest first
-        if piece.scored >= TOKENS and (piece.before() < 0).all():
-            break
-    else:
-        piece = column.pieces[-1]
+def _document(column: Any, eos_token_id: int) -> list[int]:
+    """The first TOKENS + 1 ids of the shortest document whose first window has as many, else of the longest first window."""
+    long_enough = [piece for piece in column.pieces if piece.scored >= TOKENS]
+    shorter_ones = [
+        piece for piece in reversed(column.pieces) if piece.scored < TOKENS
+    ]  # they are sorted by their size
+    begins = (-1, eos_token_id)  # the id before a window where no text of its document is before it
+    piece = next(piece for piece in (*long_enough, *shorter_ones) if piece.before()[-1] in begins)
     return piece.tokens()[: min(piece.scored, TOKENS) + 1].tolist()
