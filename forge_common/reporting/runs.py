@@ -45,10 +45,10 @@ class Run:
         return min(validations, key=lambda row: row["val/loss"], default=None)
 
     def numbers(self) -> dict[str, str]:
-        """What a run has come to: name -> text."""
+        """What a run has come to: name -> text, "" where it is not known."""
         loss = self.last("train/loss")
         best = self.best() or {}
-        texts = {
+        return {
             "update": f"{self.step:,}" + (f" of {self.steps:,}" if self.steps else ""),
             "training loss": "" if loss is None else f"{loss:.4f}",
             "best validation loss": f"{best['val/loss']:.4f} (update {best['step']:,})" if best else "",
@@ -61,7 +61,6 @@ class Run:
             "peak memory": _number(self.last("memory/peak_mb"), ",.0f", " MiB"),
             "updates not applied (NaN)": _number(self.last("train/bad_updates") or None, ","),
         }
-        return {name: text for name, text in texts.items() if text}
 
 
 def _number(value: float | None, form: str, unit: str = "") -> str:
@@ -102,7 +101,10 @@ def read_run(folder: Path) -> Run:
 
 def run_page(run: Run, *, running: bool = False) -> str:
     """The page of one run. running: it still trains."""
-    parts = [section("Summary", cards(run.numbers()), _written()), section("Curves", curves())]
+    parts = [
+        section("Summary", cards({name: text for name, text in run.numbers().items() if text}), _written()),
+        section("Curves", curves()),
+    ]
     samples = _samples(run)
     if samples:
         parts.append(section("Samples", *samples))
@@ -119,8 +121,8 @@ def runs_page(runs: Sequence[Run]) -> str:
     top = Path(os.path.commonpath([run.folder.absolute().parent for run in runs]))
     names = [str(run.folder.absolute().relative_to(top)) for run in runs]
     numbers = [run.numbers() for run in runs]
-    columns = list(dict.fromkeys(name for each in numbers for name in each))
-    results = [[name, *(each.get(column, "") for column in columns)] for name, each in zip(names, numbers, strict=True)]
+    columns = [column for column in numbers[0] if any(each[column] for each in numbers)]
+    results = [[name, *(each[column] for column in columns)] for name, each in zip(names, numbers, strict=True)]
     keys = dict.fromkeys(key for run in runs for key in run.settings if key not in OPERATING)
     values = {key: [_shown(run.settings.get(key)) for run in runs] for key in keys}
     differing = [(key, *texts) for key, texts in values.items() if len(set(texts)) > 1]
