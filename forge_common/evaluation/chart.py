@@ -5,6 +5,9 @@ from typing import Any
 
 COLOURS = ("#888888", "#4477aa", "#66ccee", "#228833", "#ccbb44", "#aa3377", "#bbbbbb", "#994455", "#ee6677")
 LEFT, RIGHT, LINE, TOP = 120, 620, 46, 40
+CHARACTER = 7.5  # its width at most, on average
+STYLE = "text { fill: #1c1e21 } .grid { stroke: #dddddd } "
+STYLE += "@media (prefers-color-scheme: dark) { text { fill: #e6e8eb } .grid { stroke: #373d44 } }"
 
 
 def draw(rows: list[dict[str, Any]], title: str = "nats per token on held-out documents, lower is better") -> str:
@@ -23,7 +26,7 @@ def draw(rows: list[dict[str, Any]], title: str = "nats per token on held-out do
     parts = [f'<text x="{LEFT}" y="18" font-size="14">{escape(title)}</text>']
     for number in range(round((high - low) / step) + 1):
         loss = low + number * step
-        parts.append(f'<line x1="{x(loss):.1f}" x2="{x(loss):.1f}" y1="{TOP - 8}" y2="{bottom}" stroke="#dddddd"/>')
+        parts.append(f'<line x1="{x(loss):.1f}" x2="{x(loss):.1f}" y1="{TOP - 8}" y2="{bottom}" class="grid"/>')
         parts.append(f'<text x="{x(loss):.1f}" y="{bottom + 16}" text-anchor="middle">{loss:.2f}</text>')
     for line, domain in enumerate(domains):
         y = TOP + LINE * line
@@ -46,5 +49,6 @@ def draw(rows: list[dict[str, Any]], title: str = "nats per token on held-out do
         parts.append(f'<circle cx="{RIGHT + 26}" cy="{y}" r="4" fill="{colour}"/>')
         parts.append(f'<text x="{RIGHT + 36}" y="{y + 4}">{escape(model)}</text>')
     height = max(bottom + 26, TOP + 16 * len(models))
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{RIGHT + 200}" height="{height}" '
-    return head + 'font-family="sans-serif" font-size="12">\n' + "\n".join(parts) + "\n</svg>\n"
+    width = RIGHT + 44 + CHARACTER * max(map(len, models))
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height}" font-family="sans-serif" font-size="12">'
+    return "\n".join((head, f"<style>{STYLE}</style>", *parts, "</svg>\n"))

@@ -21,7 +21,7 @@
   // All charts have the same updates, but for one that is zoomed.
   const updates = (plot, low, high) => {
     const x = plot.data[0];
-    return low === x[0] && high === x[x.length - 1] ? [0, newest * 1.015 + 0.1] : [low, high];
+    return x.length === 1 || (low === x[0] && high === x[x.length - 1]) ? [0, newest * 1.015 + 0.1] : [low, high];
   };
   // The value under the cursor, or the last one before it: curves have points at different updates.
   const before = (plot, _, index, at) => {
@@ -68,7 +68,7 @@
             stroke: colour(`--c${one.colour % 8}`),
             dash: one.colour < 8 ? undefined : [8, 4],
             width: 1.75,
-            points: { show: one.x.length <= 12 || undefined, size: 6, fill: colour(`--c${one.colour % 8}`) },
+            points: { show: one.x.length <= 3 || undefined, size: 6, fill: colour(`--c${one.colour % 8}`) },
             value: before,
           })),
         ],
