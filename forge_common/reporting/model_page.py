@@ -40,9 +40,8 @@ def _losses(rows: Sequence[dict[str, Any]]) -> list[str]:
         [f"<td>{escape(domain)}</td>", *(cell(model, domain) for model in models if (model, domain) in at)]
         for domain in domains
     ]
-    note = (
-        "<p>Nats per token on held-out documents, ± standard error; blue is lower and orange higher than the trunk.</p>"
-    )
+    colours = "; blue is lower and orange higher than the trunk" if gains else ""
+    note = f"<p>Nats per token, ± standard error over documents{colours}.</p>"
     return [note, table_of_cells(["domain", *models], cells, kind="heat")]
 
 
