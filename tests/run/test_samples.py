@@ -61,14 +61,21 @@ def test_fsdp2_continues_as_one_process_does(sampled, shared, tmp_path):
 
 
 def test_no_random_number_is_drawn_and_the_mode_stays():
+    """A prompt longer than the context is continued from its end, as without a cache."""
     torch.manual_seed(0)
     config = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     trunk = Trunk(ModelConfig(vocab_size=257, max_position_embeddings=32, num_key_value_heads=1, **config))
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode_batch(["x"])[0][:1] * 16  # half of the context
+    while len(ids) < 32:
+        ids.append(int(trunk.next_logits(torch.tensor([ids])).argmax()))
+    new = ids[16:]
+    expected = tokenizer.decode(new[: new.index(tokenizer.eos_token_id)] if tokenizer.eos_token_id in new else new)
     before = torch.get_rng_state()
     for training in (True, False):
         trunk.train(training)
-        (sample,) = continuations(ACCELERATOR, trunk, byte_tokenizer(), ["x" * 99])
-        assert trunk.training == training and len(sample["continuation"]) <= 16
+        (sample,) = continuations(ACCELERATOR, trunk, tokenizer, ["x" * 99])
+        assert trunk.training == training and sample["continuation"] == expected
     assert torch.equal(torch.get_rng_state(), before)
 
 
