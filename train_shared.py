@@ -78,7 +78,7 @@ def main(settings: Settings) -> int:
     from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch
     from forge_common.run.log import Interval, RunLog
-    from forge_common.run.plan import plan, resolved
+    from forge_common.run.plan import plan, resolved, show
     from forge_common.run.progress import PENDING, begin, due, update_outcome
     from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
@@ -115,7 +115,7 @@ def main(settings: Settings) -> int:
     trunk.activation_checkpointing = settings.activation_checkpointing
     choose_kernels(trunk, settings, accelerator)
     optimizer = optimizers.make(trunk, settings, accelerator)
-    accelerator.print(plan(trunk, settings, corpora, accumulation, processes, tracker_report))
+    show(accelerator, settings, plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata)  # refuses machines that differ
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
     writer = checkpoint_writer.Writer(accelerator, model, settings)
@@ -127,7 +127,7 @@ def main(settings: Settings) -> int:
     # ---- Train ----
     # This chapter is the same text in train_shared.py and train_module.py; a test compares them.
     last = min(settings.steps, 6) if settings.dry_run else settings.steps
-    log = RunLog(accelerator, settings, progress, last, tracker, trunk)
+    log = RunLog(accelerator, settings, progress, last, tracker, trunk, tokenizer)
     interval = Interval(accelerator, progress.interval)
     expert_load = even_load(trunk.config, device)  # f of the balance loss; later the previous update's
     if progress.expert_counts:

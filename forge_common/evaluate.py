@@ -67,6 +67,8 @@ class Settings(ReadingSettings):
     """Print standard errors and bits per byte too, and the credits of the rows without a module."""
     json: Path | None = None
     """File to write the rows to."""
+    report: Path | None = None
+    """HTML file to show them in: losses, which candidate serves which domain, texts token by token."""
     svg: Path | None = None
     """File to draw the rows to."""
 
@@ -78,6 +80,8 @@ def main(settings: Settings) -> int:
     from .evaluation.chart import draw
     from .evaluation.columns import open_columns
     from .evaluation.progress import Progress
+    from .evaluation.tokens import read_along
+    from .reporting.model_page import model_page
     from .run.log import duration
 
     sources = {}
@@ -96,6 +100,7 @@ def main(settings: Settings) -> int:
     rows = []
     columns: dict[str, Column] = {}
     choices: dict[str, Choice] = {}
+    tokens: dict[str, Any] = {}
     progress = Progress()
     for (label, model, tokenizer), weight in zip(models(settings), work, strict=True):
         model.to(device).eval()
@@ -118,11 +123,15 @@ def main(settings: Settings) -> int:
             with naming(f"{label} on {domain}"):
                 rows.append({"model": label, "domain": domain, **score(model, column, settings, device, progress.add)})
             progress.end(rows[-1])
+            if settings.report and label == "assembled":
+                tokens[domain] = read_along(model, tokenizer, column, device)
     progress.close()
     print("\n" + table(rows, details=settings.details) + "\n\n" + removals(rows), end="")
     if settings.json:
         texts = {name: {"text": choice.text, "share": choice.share} for name, choice in choices.items()}
-        write_json(settings.json, {"rows": rows, "texts": texts})
+        write_json(settings.json, {"rows": rows, "texts": texts, "tokens": tokens})
+    if settings.report:
+        write_text(settings.report, model_page(settings.model, rows, tokens))
     if settings.svg:
         write_text(settings.svg, draw(rows))
     return 0

@@ -86,6 +86,8 @@ class RunSettings(ReadingSettings):
     """Name of the run in the tracker. None: the name of --output-dir and the run's id."""
     log_artifact: bool = False
     """Store what is published in the tracker, W&B or trackio; the end of the run waits for it."""
+    sample_prompt: tuple[str, ...] = ()
+    """Texts that each validation continues by up to 48 tokens, the likeliest each time: printed, logged, shown in report.html."""
 
     # -- validation and checkpoints --
     val_every: int = 250

@@ -50,6 +50,11 @@ def problems(settings: Any) -> list[str]:
         faults.append(f"--wsd-decay-share is {value('wsd_decay_share')}; it must lie in (0, 1]")
     if value("val_fraction") is not None and not 0 <= value("val_fraction") < 1:
         faults.append(f"--val-fraction is {value('val_fraction')}; it must lie in [0, 1)")
+    if value("sample_prompt") and value("val_fraction") == 0 and not value("val_data"):
+        faults.append(
+            "--sample-prompt is used at each validation, and --val-fraction 0 without --val-data has none; raise it, or leave "
+            "out --sample-prompt"
+        )
     if value("steps") and (value("warmup_steps") or 0) > value("steps"):
         faults.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
     if value("steps") and value("epochs") is not None:

@@ -17,7 +17,8 @@ MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package i
     "files": {"errors"},
     "model": {"errors", "labels", "loss", "files"},
     "data": {"errors", "files", "labels"},
-    "run": {"errors", "settings", "files"},
+    "run": {"errors", "settings", "files", "reporting"},
+    "reporting": {"errors", "files"},
     "routing": {"errors", "labels", "loss", "files", "model"},
     "artifacts": {"errors", "files", "model", "data", "routing"},
     "evaluation": {"errors", "files", "data", "artifacts"},
@@ -140,6 +141,7 @@ def test_the_tour_in_contributing_shows_the_loop_as_it_is():
         "-m forge_common.generate",
         "-m forge_common.merge",
         "-m forge_common.plan",
+        "-m forge_common.report",
     ],
 )
 def test_help_imports_nothing_heavy(script):

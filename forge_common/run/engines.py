@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -45,7 +46,10 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
-    return accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
+    prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
+    if accelerator.is_fsdp2:  # gathers the parameters for it as it does for `forward`
+        register_fsdp_forward_method(model, "next_logits")
+    return prepared
 
 
 def held(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,10 @@ def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
     sums that `forward` returns, expert_load and the reduced gradients to 16 bits.
     """
     if accelerator.state.deepspeed_plugin:
+        if settings.sample_prompt:
+            raise UserError(
+                "--sample-prompt was never run under DeepSpeed. Leave it out, or use accelerate_configs/fsdp2.yaml."
+            )
         zero.configure(accelerator, settings)
     if accelerator.is_fsdp2:  # reduce each micro-batch's gradient: accelerate would keep the whole one on each device
         accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True

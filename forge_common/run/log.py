@@ -11,15 +11,18 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..files.atomic import is_full, write_text
+from ..reporting.runs import LiveReport
 from .folder import check_still_there
 from .hardware import compute_dtype, peak_flops, peak_memory_mb, process_peak_mb
 from .pace import Pace, duration
+from .samples import continuations
 from .trackers import Tracker
 
 WARM_UP = 2  # updates of a dry run that are not timed: they allocate memory, and torch.compile compiles in them
@@ -63,9 +66,16 @@ class RunLog:
     """The log of one run. Only the main process writes, and nothing is written in a dry run."""
 
     def __init__(
-        self, accelerator: Any, settings: Any, progress: Any, last: int, tracker: str | None = None, trunk: Any = None
+        self,
+        accelerator: Any,
+        settings: Any,
+        progress: Any,
+        last: int,
+        tracker: str | None = None,
+        trunk: Any = None,
+        tokenizer: Any = None,
     ):
-        """last: the update that the run ends with. tracker: as accelerate names it. trunk: the model, for MFU."""
+        """last: the update that the run ends with. tracker: as accelerate names it. trunk: the model, for MFU and samples."""
         self.accelerator = accelerator
         self.folder: Path = settings.output_dir
         self.file = self.folder / "metrics.jsonl"
@@ -74,6 +84,7 @@ class RunLog:
         self.main = accelerator.is_main_process
         self.writes = self.main and not settings.dry_run
         self.tracker: Tracker | None = None
+        self.sample = partial(continuations, accelerator, trunk, tokenizer, settings.sample_prompt) if trunk else list
         self.flops_per_token = trunk.flops_per_token(settings.sequence_length) if trunk else 0
         self.dtype = compute_dtype(accelerator.mixed_precision, settings.dtype) if trunk else torch.float32
         self.peak_flops = peak_flops(accelerator.device, self.dtype) if trunk else math.inf
@@ -81,6 +92,7 @@ class RunLog:
         self._mark = self._start = time.perf_counter()
         self._lap_step = progress.global_step
         self._untimed_tokens = progress.tokens
+        self._report = LiveReport(self.folder, last, self.print_line)
         if self.writes:
             _drop_rows_after(self.file, progress.global_step, progress.validation_due)
         self.pace = Pace(accelerator, settings, last, progress.global_step, self.print_line)
@@ -125,6 +137,7 @@ class RunLog:
         flat = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
         self._unwritten.append(json.dumps({"step": step, **flat}) + "\n")
         self._write()
+        self._report.refresh()
         if self.tracker:
             self.tracker.log({k: v for k, v in flat.items() if v is not None}, step=step)
 
@@ -198,9 +211,14 @@ class RunLog:
         return reached / self.peak_flops
 
     def validation(self, result: Any, progress: Any) -> None:
-        """Writes a row and a console line for a `Validation`; nothing for None, an interrupted one."""
+        """Writes a row and a console line for a `Validation`, with a continuation of each --sample-prompt. A collective.
+
+        Nothing for None, an interrupted one.
+        """
         if result is None:
             return
+        with self.clock_paused():
+            samples = self.sample()
         values = {
             "val/loss": result.loss,
             "val/tokens": result.tokens,
@@ -211,12 +229,16 @@ class RunLog:
         }
         if len(result.losses) > 1:
             values |= {f"val/loss/{source}": loss for source, loss in result.losses.items()}
+        if samples:
+            values["val/samples"] = samples
         self.row(progress.global_step, values)
         self.print_line(
             f"step {progress.global_step}/{self.steps}  validation {result.loss:.4f} nats  perplexity "
             f"{result.perplexity:,.2f}  {result.bits_per_byte:.4f} bits/byte  {result.tokens:,} tokens"
             + ("  (best)" if progress.best_step == progress.global_step else "")
         )
+        for sample in samples:
+            self.print_line(f"sample      {sample['prompt']!r} -> {sample['continuation']!r}")
         if progress.patience_is_over(self.patience):
             self.print_line(f"stopping early: no improvement in {self.patience} validations")
 
@@ -250,7 +272,9 @@ class RunLog:
         )
 
     def close(self, exit_code: int) -> None:
-        """Ends the progress bar and the tracker. `exit_code`: that of the process."""
+        """Ends the progress bar, the report and the tracker. `exit_code`: that of the process."""
+        if self.writes:
+            self._report.refresh(last=True)
         if self.pace.bar is not None:
             self.pace.bar.close()
         if self.tracker:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..errors import UserError
+from ..files.atomic import write_text
 
 MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
 FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
@@ -61,6 +62,13 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
             f"tracking    {tracking}",
         )
     )
+
+
+def show(accelerator: Any, settings: Any, text: str) -> None:
+    """Prints a plan on the main process, and keeps it in plan.txt for the report, unless the run is a dry one."""
+    accelerator.print(text)
+    if accelerator.is_main_process and not settings.dry_run:
+        write_text(settings.output_dir / "plan.txt", text + "\n")
 
 
 def memory(model: Any, settings: Any) -> tuple[int, int, int]:

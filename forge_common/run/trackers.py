@@ -158,7 +158,7 @@ class Tracker:
         try:
             self._call(self._start)
             while (row := self._rows.get()) is not None:
-                self._call(self._accelerator.log, *row)
+                self._call(self._log, *row)
             if self._artifact:
                 self._call(self._store, self._artifact)
             self._call(self._end)
@@ -224,6 +224,17 @@ class Tracker:
         options |= {"mode": mode, "settings": wandb_settings}
         self._accelerator.init_trackers(self._project, config=self._config, init_kwargs={"wandb": options})
         self._local_folder = self._accelerator.get_tracker("wandb", unwrap=True).settings.sync_dir
+
+    def _log(self, values: dict[str, Any], step: int) -> None:
+        """A row of metrics.jsonl: numbers, and the samples of a validation, which are a table in W&B and texts elsewhere."""
+        samples = values.pop("val/samples", [])
+        if samples and self._name == "wandb":
+            rows = [[step, *sample.values()] for sample in samples]
+            wandb_tracker = self._accelerator.get_tracker("wandb")
+            wandb_tracker.log_table("val/samples", columns=["step", *samples[0]], data=rows, step=step)
+        elif samples:
+            values |= {f"val/sample_{i}": "".join(sample.values()) for i, sample in enumerate(samples)}
+        self._accelerator.log(values, step)
 
     def _store(self, folder: Path) -> None:
         """Stores the published folder, trunk or module, as an artifact of its name, with its digest."""

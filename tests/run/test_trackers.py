@@ -259,7 +259,7 @@ def test_a_server_that_answers_but_does_not_start_a_run(start):
 
 
 def test_wandb_without_an_account_is_offline_and_one_run(shared, tmp_path, altered):
-    """The real W&B client records offline, and a resumed run continues under the same id."""
+    """The real W&B client records offline, and a resumed run continues under the same id; samples are a table."""
     folder = tmp_path / "run"
     half = altered("train_shared.py", edits.CHECK_STOP, edits.interrupted_at(3))
     home = tmp_path / "home"
@@ -268,7 +268,12 @@ def test_wandb_without_an_account_is_offline_and_one_run(shared, tmp_path, alter
     printed = shared(folder, *more, script=half, HOME=str(home))
     assert "offline" in printed
     run_id = json.loads((folder / "checkpoints" / "step-00000003" / "progress.json").read_text())["run_id"]
-    shared(folder, *more, HOME=str(home))
+    shared(folder, *more, "--sample-prompt", "def ", HOME=str(home))
+    [table] = folder.glob("wandb/offline-run-*/files/media/table/val/samples_*.table.json")
+    [row] = launch.rows(folder, "val/samples")
+    [sample] = row["val/samples"]
+    samples = {"columns": ["step", "prompt", "continuation"], "data": [[6, "def ", sample["continuation"]]]}
+    assert json.loads(table.read_text()).items() >= samples.items()
     recorded = sorted(path.name for path in (folder / "wandb").glob("offline-run-*"))
     assert len(recorded) == 2 and all(name.endswith(f"-{run_id}") for name in recorded)
     assert [row["step"] for row in launch.rows(folder)] == [1, 2, 3, 4, 5, 6]
