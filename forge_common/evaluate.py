@@ -6,7 +6,6 @@ than the context, so that a loss does not depend on other documents and has a st
 trunk or a module was trained on, according to their metadata, the documents that they held out are scored; of others, all.
 """
 
-import difflib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .errors import UserError
 from .evaluation.table import CREDITS, removals, table
 from .files.atomic import write_json, write_text
+from .files.places import missing_artifact
 from .files.untrusted import naming
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -100,7 +100,7 @@ def main(settings: Settings) -> int:
     rows = []
     columns: dict[str, Column] = {}
     choices: dict[str, Choice] = {}
-    tokens: dict[str, Any] = {}
+    texts_read: dict[str, Any] = {}  # token by token, for --report
     progress = Progress()
     for (label, model, tokenizer), weight in zip(models(settings), work, strict=True):
         model.to(device).eval()
@@ -124,14 +124,14 @@ def main(settings: Settings) -> int:
                 rows.append({"model": label, "domain": domain, **score(model, column, settings, device, progress.add)})
             progress.end(rows[-1])
             if settings.report and label == "assembled":
-                tokens[domain] = read_along(model, tokenizer, column, device)
+                texts_read[domain] = read_along(model, tokenizer, column, device)
     progress.close()
     print("\n" + table(rows, details=settings.details) + "\n\n" + removals(rows), end="")
     if settings.json:
         texts = {name: {"text": choice.text, "share": choice.share} for name, choice in choices.items()}
-        write_json(settings.json, {"rows": rows, "texts": texts, "tokens": tokens})
+        write_json(settings.json, {"rows": rows, "texts": texts, "tokens": texts_read})
     if settings.report:
-        write_text(settings.report, model_page(settings.model, rows, tokens))
+        write_text(settings.report, model_page(settings.model, rows, texts_read))
     if settings.svg:
         write_text(settings.svg, draw(rows))
     return 0
@@ -139,13 +139,10 @@ def main(settings: Settings) -> int:
 
 def check_places(settings: Settings) -> None:
     """UserError for a model or module that is not there, before torch is imported; not for what may be a hub id."""
-    for flag, place in (("--model", Path(settings.model)), *(("--module", folder) for folder in settings.module)):
-        may_be_hub_id = flag == "--model" and len(place.parts) == 2 and not place.parent.is_dir()
-        if not place.exists() and not may_be_hub_id:
-            names = [entry.name for entry in place.parent.iterdir()] if place.parent.is_dir() else []
-            near = difflib.get_close_matches(place.name, names, 1)
-            hint = f" Did you mean {place.with_name(near[0])}?" if near else ""
-            raise UserError(f"{flag} {place}: no such folder.{hint}")
+    for flag, place in (("--model", settings.model), *(("--module", str(folder)) for folder in settings.module)):
+        problem = missing_artifact(place)
+        if problem:
+            raise UserError(f"{flag} {problem}. Name the folder of a published model.")
 
 
 def work_of_rows(settings: Settings, parts: int) -> list[float]:

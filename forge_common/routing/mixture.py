@@ -206,7 +206,7 @@ class Mixture(nn.Module):
                 y += gate.to(y.dtype) * function(normed)[0].flatten(0, 1)
             else:
                 part = function(flat[rows][None])[0][0]
-                y.index_add_(0, rows, part if self.top_k == 1 else gate.to(y.dtype) * part)
+                y.index_add_(0, rows, part.to(y.dtype) if self.top_k == 1 else gate.to(y.dtype) * part)
         return y.view_as(normed), None
 
     def _served(self, gates: torch.Tensor, changed_by: tuple[int, ...]):

@@ -196,7 +196,8 @@ def assembled(router, top_k):
     """Two modules on a trunk, as artifacts.assembled makes it."""
     trunk = make()
     modules = {}
-    for seed, kind in enumerate(["expert", "expert"] if router == "learned" else ["ffn+head", "lora"]):
+    first = "ffn+head" if router == "ridge" else "attention+ffn+head"
+    for seed, kind in enumerate(["expert", "expert"] if router == "learned" else [first, "lora"]):
         plain = make(module=kind)
         names = [name for name, parameter in plain.named_parameters() if parameter.requires_grad]
         tensors = {name: plain.state_dict()[name] + 0.01 * (1 + seed) for name in names}
