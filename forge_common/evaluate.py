@@ -142,7 +142,7 @@ def check_places(settings: Settings) -> None:
     for flag, place in (("--model", settings.model), *(("--module", str(folder)) for folder in settings.module)):
         problem = missing_artifact(place)
         if problem:
-            raise UserError(f"{flag} {problem}. Name the folder of a published model.")
+            raise UserError(f"{flag} {problem}")
 
 
 def work_of_rows(settings: Settings, parts: int) -> list[float]:
