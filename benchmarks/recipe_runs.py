@@ -142,7 +142,15 @@ class Runs:
         """A module on the frozen trunk, named after its domain."""
         steps = steps or self.settings.module_steps
         fixed = ("--trunk", trunk, "--name", domains[0], "--steps", steps, "--warmup-steps", steps // 10)
-        fixed += ("--lr", lr or self.settings.module_lr, "--val-fraction", 0, "--general-tokens", 0)
+        fixed += (
+            "--lr",
+            lr or self.settings.module_lr,
+            "--val-fraction",
+            0,
+            "--general-tokens",
+            0,
+            "--statistics-moments",
+        )
         return self._run("train_module.py", name, "module", *fixed, "--data", *self.even(domains), *flags)
 
     def modules(self, name: str, trunk: Path, *flags: object) -> list[Path]:

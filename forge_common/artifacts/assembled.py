@@ -147,7 +147,7 @@ def check_router(router: str, part: Part, place: Any) -> None:
     if router == "ridge" and part.statistics and not {"first", "second"} <= part.statistics.keys():
         raise UserError(
             f"{place}: statistics.safetensors holds no moments, and --router ridge needs them. "
-            "Train the module again with this version, or assemble with --router context."
+            "Train the module again with --statistics-moments, or assemble with --router context."
         )
     if router == "learned" and part.metadata["kind"] != "expert":
         raise UserError(
