@@ -22,7 +22,9 @@ from .tuning import Tuning
 
 SMOOTHING = 1000.0  # weight, in tokens, of the mean of all candidates' unigrams in a candidate's own
 BACKOFF = 200.0  # weight, in pairs, of the smoothed probabilities in the pair's
-COLLISIONS = 0.3  # more of it for each counted pair after a token beyond the token's own count, since pairs share buckets
+COLLISIONS = (
+    0.3  # more of it for each counted pair after a token beyond the token's own count, since pairs share buckets
+)
 SHARED = 0.5  # of the back-off: the mean of all candidates' pairs; the rest is the candidate's unigrams
 DOCUMENT = 100.0  # weight, in tokens, of the mean of all candidates in the document's own counts
 NEAR_COPY = 64  # power of the similarity of two modules' unigrams: 0.98 counts as 0.27 of a copy, 0.9 as 0.001
