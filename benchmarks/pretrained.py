@@ -11,6 +11,7 @@ import sys
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import tyro
@@ -48,7 +49,7 @@ def convert(gguf: Path, folder: Path) -> None:
     """Writes the model of a GGUF file to `folder`. Its weights are dequantized to float32, what training needs."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     del model.config.quantization_config  # of the file; with it Transformers would refuse to read float32
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
