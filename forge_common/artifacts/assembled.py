@@ -144,15 +144,15 @@ def check_router(router: str, part: Part, place: Any) -> None:
             f"{place} has no statistics.safetensors, and --router {router} needs it. "
             "Train the module again with this version, or assemble with --router uniform."
         )
-    if router == "ridge" and part.statistics and not {"first", "second"} <= part.statistics.keys():
-        raise UserError(
-            f"{place}: statistics.safetensors holds no moments, and --router ridge needs them. "
-            "Train the module again with this version, or assemble with --router context."
-        )
     if router == "ridge" and changes_attention(part.metadata):
         raise UserError(
             f"{place} changes the attention, and --router ridge finds a layer's gates after its attention. Assemble with --router "
             "context, or merge the module into its trunk (forge_common.merge)."
+        )
+    if router == "ridge" and part.statistics and not {"first", "second"} <= part.statistics.keys():
+        raise UserError(
+            f"{place}: statistics.safetensors holds no moments, and --router ridge needs them. "
+            "Train the module again with --statistics-moments, or assemble with --router context."
         )
     if router == "learned" and part.metadata["kind"] != "expert":
         raise UserError(

@@ -70,15 +70,17 @@ def publish_module(
     losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
     """
     assert config.eos_token_id is not None  # read_trunk takes it from the tokenizer
-    # Before anything else, since it refuses a trunk that has changed.
-    replaced = replaced_tensors(settings.trunk, config, module_names, trunk_metadata)
+    # Before anything else, since it refuses a trunk that has changed. Only the moments need what the module has replaced.
+    replaced_names = module_names if settings.statistics_moments else []
+    replaced = replaced_tensors(settings.trunk, config, replaced_names, trunk_metadata)
     sample = list(statistics.sample(corpora.training.shares(), settings.statistics_tokens))
     counts, sample_size = statistics.count(
         sample, config.vocab_size, config.eos_token_id, settings.statistics_min_documents
     )
     module = {name: tensors[name] for name in module_names}
-    trunk = {name: tensor for name, tensor in tensors.items() if name not in module} | replaced
-    moments = statistics.moments(config, trunk, sample, settings.sequence_length, device)
+    if settings.statistics_moments:
+        trunk = {name: tensor for name, tensor in tensors.items() if name not in module} | replaced
+        counts |= statistics.moments(config, trunk, sample, settings.sequence_length, device)
     metadata = {
         "kind": settings.kind,
         "name": settings.name,
@@ -96,7 +98,7 @@ def publish_module(
     }
     path = settings.output_dir / "module"
     dtype = settings.module_dtype or settings.dtype
-    return path, write_module(path, module, metadata, counts | moments, config, dtype)
+    return path, write_module(path, module, metadata, counts, config, dtype)
 
 
 def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[str, Any]:

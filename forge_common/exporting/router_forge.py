@@ -17,6 +17,7 @@ from .configuration_forge import ForgeConfig
 BIGRAM_BUCKETS = 1 << 17
 SMOOTHING = 1000.0  # weight, in tokens, of the mean of all candidates' unigrams in a candidate's own
 BACKOFF = 200.0  # weight, in pairs, of the smoothed probabilities in the pair's
+COLLISIONS = 0.3  # more of it for each pair after a token beyond the token's own count, since pairs share buckets
 SHARED = 0.5  # of the back-off: the mean of all candidates' pairs; the rest is the candidate's unigrams
 DOCUMENT = 100.0  # weight, in tokens, of the mean of all candidates in the document's own counts
 
@@ -92,10 +93,12 @@ class ForgeRouter(nn.Module):
     def pair_p(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
         """p_e(token | previous), both [B, T], from the counts: [E, B, T]."""
         pairs = self.pairs(previous, token)
-        total = self.sums_of_pairs(previous) + BACKOFF
-        back = BACKOFF * self.unigram_p[:, token]
+        after = self.sums_of_pairs(previous)
+        weight = BACKOFF + COLLISIONS * np.maximum(after - self.count_of[self.unigrams[:, previous]], 0)
+        total = after + weight
+        back = weight * self.unigram_p[:, token]
         shared = self.mean((pairs + back) / total)
-        return (pairs + BACKOFF * SHARED * shared + (1 - SHARED) * back) / total
+        return (pairs + weight * SHARED * shared + (1 - SHARED) * back) / total
 
     def pairs(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Upper bound of the count of a pair: of its bucket, and of either token: [E, B, T]."""

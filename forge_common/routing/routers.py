@@ -22,6 +22,9 @@ from .tuning import Tuning
 
 SMOOTHING = 1000.0  # weight, in tokens, of the mean of all candidates' unigrams in a candidate's own
 BACKOFF = 200.0  # weight, in pairs, of the smoothed probabilities in the pair's
+COLLISIONS = (
+    0.3  # more of it for each counted pair after a token beyond the token's own count, since pairs share buckets
+)
 SHARED = 0.5  # of the back-off: the mean of all candidates' pairs; the rest is the candidate's unigrams
 DOCUMENT = 100.0  # weight, in tokens, of the mean of all candidates in the document's own counts
 NEAR_COPY = 64  # power of the similarity of two modules' unigrams: 0.98 counts as 0.27 of a copy, 0.9 as 0.001
@@ -97,10 +100,12 @@ class ContextRouter:
         token = np.maximum(token, 0)
         unigram = self.unigram_p[:, token]
         pairs = self.pairs(before, token)
-        total = self._pairs_after(before) + BACKOFF
-        back = BACKOFF * unigram
+        after = self._pairs_after(before)
+        weight = BACKOFF + COLLISIONS * np.maximum(after - self.count_of[self.unigram_codes[:, before]], 0)
+        total = after + weight
+        back = weight * unigram
         shared = self._mean((pairs + back) / total)
-        bigram = (pairs + BACKOFF * SHARED * shared + (1 - SHARED) * back) / total
+        bigram = (pairs + weight * SHARED * shared + (1 - SHARED) * back) / total
         return np.where(previous >= 0, bigram, unigram)
 
     def pairs(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:

@@ -119,6 +119,8 @@ class Writer:
             save.beside &= self._copy is not None or save.needed < psutil.virtual_memory().available / 2
             if save.beside:
                 present = self._copy = in_host_memory(present, self._copy)
+            else:
+                self._copy = None  # after a required one, the last of most runs, no copy is needed
             save.state = present
 
     def _start(self, save: Save) -> None:

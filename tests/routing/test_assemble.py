@@ -45,7 +45,8 @@ def module_dirs(module, text, domain, tmp_path_factory):
     for name, kind in {**KINDS, "expert_cpp": "expert", "expert_code": "expert"}.items():
         source = domain if "cpp" in name else text
         flags = ("--name", name, "--data", source, "--kind", kind, *LORA, "--width", 12, "--steps", 12)
-        module(folder / name, *flags, "--lr", 0.02)
+        moments = ("--statistics-moments",) if kind == "expert" else ()
+        module(folder / name, *flags, "--lr", 0.02, *moments)
         dirs[name] = folder / name / "module"
     return dirs
 
@@ -386,6 +387,7 @@ def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared
     for name in ("cpp", "low"):
         assert "changes the attention" in refused(module_dirs[name], router="ridge")
     assert "no such module" in refused(module_dirs["cpp"], without=("law",))
+    assert "again with --statistics-moments" in refused(module_dirs["code"], router="ridge")
     assert "Choose one of context, learned, ridge, uniform" in refused(module_dirs["cpp"], router="magic")
     assert "--top-k" in refused(module_dirs["cpp"], top_k=-1)
     assert "--calibrate-tokens" in refused(module_dirs["cpp"], calibrate=("x",), calibrate_tokens=0)

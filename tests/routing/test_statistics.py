@@ -208,3 +208,16 @@ def test_a_pair_counts_no_more_than_its_rarer_token():
     assert not found.pairs(np.full_like(token, 20), token).any()
     alone, unseen = (found.pair_p(np.full_like(token, last), token) for last in (-1, 20))
     np.testing.assert_allclose(unseen, alone, rtol=1e-5)
+
+
+def test_pairs_that_share_buckets_weigh_less():
+    """With all buckets full, as in a large vocabulary, the counts of pairs say nothing: the token's own probability must show."""
+    unigrams = np.full(VOCABULARY, 5_000)
+    unigrams[30:] = 50
+    full = {"unigrams": unigrams, "bigrams": np.full(statistics.BIGRAM_BUCKETS, 10_000)}
+    own = {name: torch.from_numpy(statistics.encode(counts)) for name, counts in full.items()}
+    found = ContextRouter([own], torch.ones(1), EOS, Tuning())
+    token = np.arange(VOCABULARY)[None]
+    alone, after = (found.pair_p(np.full_like(token, last), token)[0, 0] for last in (-1, 40))
+    assert after.sum() == pytest.approx(1, abs=1e-5)
+    assert after[10] > 0.2 * alone[10]  # 0.12 if all pairs had their full weight

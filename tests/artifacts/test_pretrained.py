@@ -1,0 +1,103 @@
+"""A GGUF file becomes a trunk. `make test` installs the package gguf into .pretrained."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import launch
+import pytest
+import torch
+
+from forge_common.artifacts.artifact import read_trunk
+from forge_common.data.tokenizer import train_tokenizer
+from forge_common.model.config import ModelConfig
+from forge_common.model.trunk import Trunk
+
+PACKAGES = launch.ROOT / ".pretrained"
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}<eos>{% endfor %}"
+CONFIG = ModelConfig(
+    vocab_size=259,
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=64,
+    rope_theta=5000.0,
+)
+TOKENIZER = train_tokenizer(["th " * 9], CONFIG.vocab_size)  # bytes and one merge
+NAMES = {  # of a layer: ours -> GGUF's
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+}
+
+pytestmark = pytest.mark.skipif(not (PACKAGES / "gguf").is_dir(), reason="gguf is not installed: make test")
+
+
+def write_gguf(path, trunk):
+    """`trunk` and TOKENIZER, as llama.cpp's converter writes a Llama."""
+    sys.path.append(str(PACKAGES))  # at the end: everything else is that of .venv
+    from gguf import GGUFWriter, TokenType
+
+    writer = GGUFWriter(path, "llama")
+    writer.add_block_count(CONFIG.num_hidden_layers)
+    writer.add_context_length(CONFIG.max_position_embeddings)
+    writer.add_embedding_length(CONFIG.hidden_size)
+    writer.add_feed_forward_length(CONFIG.intermediate_size)
+    writer.add_head_count(CONFIG.num_attention_heads)
+    writer.add_head_count_kv(CONFIG.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(CONFIG.rms_norm_eps)
+    writer.add_rope_freq_base(CONFIG.rope_theta)
+    writer.add_vocab_size(CONFIG.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    tokens = [TOKENIZER.backend.id_to_token(id) for id in range(CONFIG.vocab_size)]
+    tokens[1] = "<|endoftext|>"  # which Transformers would add
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL] * 2 + [TokenType.NORMAL] * 257)
+    writer.add_token_merges([" ".join(pair) for pair in json.loads(TOKENIZER.backend.to_str())["model"]["merges"]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(1)
+    writer.add_chat_template(TEMPLATE)
+    for name, tensor in trunk.state_dict().items():
+        found = re.fullmatch(r"model\.layers\.(\d+)\.(.*)\.weight", name)
+        new = f"blk.{found[1]}.{NAMES[found[2]]}" if found else name.split(".")[1].replace("embed_tokens", "token_embd")
+        if new.endswith(("attn_q", "attn_k")):  # rotary positions of neighbours, there, not of halves
+            heads = CONFIG.num_attention_heads if new.endswith("q") else CONFIG.num_key_value_heads
+            halves = tensor.view(heads, 2, -1, CONFIG.hidden_size)
+            tensor = halves.transpose(1, 2).reshape(tensor.shape)
+        writer.add_tensor(f"{'output_norm' if new == 'norm' else new}.weight", tensor.numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_gguf_file_becomes_a_trunk(tmp_path):
+    """Weights, sizes and chat template are those of the file."""
+    torch.manual_seed(0)
+    trunk = Trunk(CONFIG)
+    write_gguf(tmp_path / "model.gguf", trunk)
+    flags = ("--gguf", tmp_path / "model.gguf", "--output-dir", tmp_path)
+    environment = launch.environment(PYTHONPATH=os.pathsep.join((str(launch.ROOT), str(PACKAGES))))
+    line = [sys.executable, str(launch.ROOT / "benchmarks" / "pretrained.py"), *map(str, flags)]
+    done = subprocess.run(line, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"trunk       {tmp_path}/trunk: {sum(p.numel() for p in trunk.parameters()):,} parameters" in done.stdout
+    read, tokenizer, _ = read_trunk(str(tmp_path / "trunk"))
+    assert (read.config.rope_theta, read.config.max_position_embeddings) == (5000.0, 64)
+    actual = read.state_dict()
+    assert actual.keys() == trunk.state_dict().keys()
+    assert all(torch.equal(actual[name], tensor) for name, tensor in trunk.state_dict().items())
+    assert tokenizer.eos_token_id == 1
+    text = "this größe"
+    assert tokenizer.encode_batch([text]) == TOKENIZER.encode_batch([text])
+    assert (tmp_path / "trunk" / "chat_template.jinja").read_text() == TEMPLATE
