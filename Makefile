@@ -58,7 +58,7 @@ pretrained: $(READY) .pretrained/.ready
 	$(BIN)/python -m forge_common.evaluate --model $(PRETRAINED)/assembled --max-tokens $(SCORED) --cache-dir $(PRETRAINED)/cache \
 		--data cpp=local:cpp perl=local:perl docs=local:docs --json $(PRETRAINED)/losses.json --svg $(PRETRAINED)/losses.svg
 
-# The package that reads GGUF files, in a folder of its own: .venv stays as requirements.txt has it.
+# The packages for GGUF files and LoRA adapters, in a folder of their own: .venv stays as requirements.txt has it.
 .pretrained/.ready: requirements-pretrained.txt $(READY)
 	rm -rf .pretrained
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target .pretrained \
@@ -67,7 +67,7 @@ pretrained: $(READY) .pretrained/.ready
 
 # Three files at a time on two cores: many tests wait for processes.
 test: $(READY) .pretrained/.ready
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 PYTHONPATH=.pretrained $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # FSDP2, DeepSpeed and DDP on CPUs: the short tests again, and those with four processes, two machines, elastic torchrun and kills
 # (docs/ENGINES.md); and a device that refuses to mix with the CPU.
