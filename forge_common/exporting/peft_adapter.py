@@ -15,7 +15,8 @@ from ..errors import UserError
 from ..files.atomic import read_json, write_json
 from ..files.tensors import Tensors, read_tensors
 from ..files.untrusted import checked, integer, number, quoted
-from ..model.modules import MATRICES, put_in
+from ..model.config import MATRICES, TARGETS
+from ..model.modules import put_in
 from ..model.trunk import Trunk
 from . import proof
 
@@ -31,7 +32,7 @@ PLAIN = {  # fields of adapter_config.json -> the values with which the adapter 
     ),
 }
 COPIES = re.compile(r"base_model\.model\.(?:model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
-TARGET = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.mlp\.(\w+)|lm_head)\.lora_([AB])\.weight")
+TARGET = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.(?:mlp|self_attn)\.(\w+)|lm_head)\.lora_([AB])\.weight")
 
 
 def write(folder: Path, base: str, tensors: Tensors, metadata: dict[str, Any]) -> None:
@@ -71,9 +72,9 @@ def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> 
 
 
 def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of an adapter as those of a module of `trunk`, and its kind, layers and rank; puts them into `trunk`.
+    """The tensors of an adapter as those of a module of `trunk`, and the arguments of plug_in for it; puts them into `trunk`.
 
-    alpha / r is multiplied into B, and matrices that the adapter leaves as they are get a change of 0. UserError for what no kind of
+    alpha / r is multiplied into B, and a matrix that the adapter changes in other layers only gets a change of 0. UserError for what no kind of
     module expresses.
     """
     file = folder / "adapter_config.json"
@@ -88,37 +89,35 @@ def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
     scale = config["lora_alpha"] / (rank**0.5 if config.get("use_rslora") else rank)
     factors: Tensors = {}
     layers: set[int] = set()
+    changed: set[str] = set()
     for name, tensor in read_tensors(folder / "adapter_model.safetensors").items():
         if COPIES.fullmatch(name) and _is_copy(name, tensor, trunk):
             continue
         match = TARGET.fullmatch(name)
-        if not match or match[3] not in (None, *MATRICES):
+        if not match or match[3] not in (None, *TARGETS):
             raise UserError(
-                f"{folder}: {quoted(name)} is not in a module of kind lora, which changes {', '.join(MATRICES)} and lm_head. Train the "
+                f"{folder}: {quoted(name)} is not in a module of kind lora, which changes {', '.join(TARGETS)} and lm_head. Train the "
                 "adapter with these target_modules."
             )
         target = match[1].replace("lm_head", "head_change")
         factors[f"{target}.lora_{match[4]}"] = tensor.float() * (scale if match[4] == "B" else 1)
-        layers |= {int(match[2])} if match[2] else set()
+        if match[2]:
+            layers.add(int(match[2]))
+            changed.add(match[3])
     head = "head_change.lora_A" in factors
     if not layers:
-        raise UserError(
-            f"{folder} changes no feed-forward. Train the adapter with target_modules {', '.join(MATRICES)}."
-        )
-    sizes = {
-        "gate_proj": (trunk.config.intermediate_size, trunk.config.hidden_size),
-        "up_proj": (trunk.config.intermediate_size, trunk.config.hidden_size),
-        "down_proj": (trunk.config.hidden_size, trunk.config.intermediate_size),
-    }
+        raise UserError(f"{folder} changes no layer. Train the adapter with target_modules among {', '.join(TARGETS)}.")
+    targets = [name for name in TARGETS if name in changed]
+    weights = dict(trunk.named_parameters())
     for layer in layers:
-        for name, (outputs, inputs) in sizes.items():
-            target = f"model.layers.{layer}.mlp.{name}"
-            if f"{target}.lora_A" not in factors:
-                factors |= {
-                    f"{target}.lora_A": torch.zeros(rank, inputs),
-                    f"{target}.lora_B": torch.zeros(outputs, rank),
-                }
+        for name in targets:
+            target = f"model.layers.{layer}.{'mlp' if name in MATRICES else 'self_attn'}.{name}"
+            weight = weights.get(f"{target}.weight")
+            if weight is not None and f"{target}.lora_A" not in factors:
+                factors[f"{target}.lora_A"] = torch.zeros(rank, weight.shape[1])
+                factors[f"{target}.lora_B"] = torch.zeros(weight.shape[0], rank)
     arguments = {"kind": "lora+head" if head else "lora", "layers": sorted(layers), "rank": rank}
+    arguments |= {"alpha": rank, "targets": targets}
     put_in(trunk, factors, **arguments)
     return factors, arguments
 

@@ -50,9 +50,10 @@ def test_a_module_becomes_an_adapter_and_a_module_again(artifacts, tmp_path, nam
         assert torch.equal(tensor.float(), after[key]), key
 
 
-def test_an_adapter_that_peft_made_becomes_a_module_that_assembles(artifacts, tmp_path):
+@pytest.mark.parametrize("targets", [["up_proj", "lm_head"], ["q_proj", "v_proj"]])
+def test_an_adapter_that_peft_made_becomes_a_module_that_assembles(artifacts, tmp_path, targets):
     peft = pytest.importorskip("peft")
-    how: dict[str, Any] = {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": ["up_proj", "lm_head"]}
+    how: dict[str, Any] = {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": targets}
     torch.manual_seed(0)
     adapted = peft.get_peft_model(proof.load(artifacts / "trunk"), peft.LoraConfig(**how))
     for name, parameter in adapted.named_parameters():
@@ -78,8 +79,8 @@ def test_an_adapter_that_peft_made_becomes_a_module_that_assembles(artifacts, tm
 @pytest.mark.parametrize(
     ("changes", "name", "message"),
     [
-        ({}, UP.replace("mlp.up_proj", "self_attn.q_proj"), "self_attn.q_proj"),
-        ({}, "base_model.model.lm_head", "no feed-forward"),
+        ({}, UP.replace("mlp.up_proj", "self_attn.q_norm"), "self_attn.q_norm"),
+        ({}, "base_model.model.lm_head", "no layer"),
         ({"use_dora": True}, UP, "use_dora"),
         ({"bias": "all"}, UP, "bias"),
         ({"rank_pattern": {"up_proj": 3}}, UP, "rank_pattern"),
