@@ -12,13 +12,15 @@ import launch
 import pytest
 
 FILES = ("README.md", "docs/QUICKSTART.md")
-PROGRAM = re.compile(r"(?:accelerate launch|python) (?:-m )?(train_\w+\.py|forge_common\.\w+) (.*)")
+PROGRAM = re.compile(
+    r"(?:accelerate launch (?:--config_file \S+ )?|python )(?:-m )?(train_\w+\.py|forge_common\.\w+) (.*)"
+)
 
 
 def commands(file: str) -> list[str]:
     """The lines of a file's code blocks that are typed: those that name a program."""
     blocks = re.findall(r"^```\n(.*?)^```", (launch.ROOT / file).read_text(), re.M | re.S)
-    lines = [line.partition("    # ")[0].strip() for block in blocks for line in block.splitlines()]
+    lines = [line.partition("    # ")[0].strip() for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [line for line in lines if line.startswith(("make ", "export ", "accelerate ", "python "))]
 
 

@@ -37,7 +37,7 @@ def missing_artifact(place: str) -> str | None:
     path = Path(place).expanduser()
     if path.exists() or may_be_hub_id(place):
         return None
-    return f"{place} is not a folder{nearest(place)}"
+    return f"{place} is not there{nearest(place)}"
 
 
 def may_be_hub_id(place: str) -> bool:

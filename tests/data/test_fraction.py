@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+from small_artifacts import CONFIG
 
 import train_shared
 from forge_common.data.corpora import open_corpora
@@ -59,7 +60,7 @@ def test_copies_count_once_and_are_never_in_both_parts(tmp_path):
 def test_the_documents_of_all_sources_count_together(tmp_path):
     one, other = corpus(tmp_path, numbered(30)), corpus(tmp_path, [f"other {i}" for i in range(70)])
     both = dataclasses.replace(one, data=one.data + other.data, sequence_length=8, batch_size=16)
-    corpora = open_corpora(both, byte_tokenizer(), -100, lambda line: None)
+    corpora = open_corpora(both, byte_tokenizer(), CONFIG, lambda line: None)
     assert sum(part.tokens.documents for part in corpora.held_out) == 10 and corpora.fraction == fraction_for(both)
 
 

@@ -119,8 +119,8 @@ def test_a_terminal_gets_a_bar(monkeypatch, capsys):
 
 def test_what_is_not_there_is_named_with_the_nearest_name(root):
     settings = evaluate.Settings(str(root / "trunc"), ("a=b",))
-    assert refused(evaluate.main, settings) == f"--model {root}/trunc is not a folder; did you mean {root}/trunk?"
+    assert refused(evaluate.main, settings) == f"--model {root}/trunc is not there; did you mean {root}/trunk?"
     settings = evaluate.Settings("missing", ("a=b",))
-    assert refused(evaluate.main, settings) == "--model missing is not a folder"
+    assert refused(evaluate.main, settings) == "--model missing is not there"
     settings = evaluate.Settings(str(root / "trunk"), ("a=b",), module=(root / "one", root / "twos"))
-    assert refused(evaluate.main, settings) == f"--module {root}/twos is not a folder; did you mean {root}/two?"
+    assert refused(evaluate.main, settings) == f"--module {root}/twos is not there; did you mean {root}/two?"

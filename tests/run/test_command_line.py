@@ -124,7 +124,7 @@ def test_the_nearest_path_is_named(monkeypatch, tmp_path):
     assert missing_source("elsewhere.txt") == "elsewhere.txt: no such file or folder"
     for present in ("laws", "laws@2", "laws/*.txt", "hf:org/name", "local:docs", "https://host/x", "s3://bucket/x"):
         assert missing_source(present) is None
-    assert missing_artifact("runs/trnk") == "runs/trnk is not a folder; did you mean runs/trunk?"
+    assert missing_artifact("runs/trnk") == "runs/trnk is not there; did you mean runs/trunk?"
     assert missing_artifact("run/trunk") is missing_artifact("runs/trunk") is None, "it may be on the hub"
 
 

@@ -55,7 +55,7 @@ def test_a_run_leaves_its_curves_plan_settings_and_samples(run):
             rows = launch.rows(folder, key)
             assert series[name]["x"] == [row["step"] for row in rows]
             assert series[name]["y"] == pytest.approx([row[key] for row in rows], rel=1e-5)
-    plan = printed[: printed.index("tracking")]
+    plan = printed[printed.index("data  ") : printed.index("tracking")]
     assert plan.count("\n") > 5 and plan in found.text
     assert "warmup_steps" in found.text and "6 of 6" in found.text and "b" not in found.tags
     for row in launch.rows(folder, "val/samples"):

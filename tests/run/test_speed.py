@@ -32,6 +32,7 @@ CONFIG = ModelConfig(
 
 def settings(folder, **changes):
     fixed = {"output_dir": folder, "dry_run": False, "patience": 0, "sequence_length": 32, "dtype": "float32"}
+    fixed |= {"sample_prompt": (), "log_every": 10, "steps": 6}
     return types.SimpleNamespace(**fixed | changes)
 
 
