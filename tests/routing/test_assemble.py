@@ -128,9 +128,10 @@ def reference_p(router, previous: int, seen: list[int]) -> np.ndarray:
     shares = router.prior[:-1].double().numpy() / router.prior[:-1].double().numpy().sum()
     mean = shares @ ((unigrams + 1) / (totals + len(vocabulary)))
     unigram = (unigrams + 1000 * mean) / (totals + 1000)
-    after = pairs.sum(1, keepdims=True) + 200
-    shared = shares @ ((pairs + 200 * unigram) / after)
-    p = (pairs + 100 * shared + 100 * unigram) / after
+    counted = pairs.sum(1, keepdims=True)
+    back_off = 200 + 0.3 * np.maximum(counted - unigrams[:, [previous]], 0)
+    shared = shares @ ((pairs + back_off * unigram) / (counted + back_off))
+    p = (pairs + back_off * (shared + unigram) / 2) / (counted + back_off)
     p = np.concatenate((p, shares[None] @ p))
     times = np.bincount(seen, minlength=len(vocabulary)) if seen else np.zeros(len(vocabulary))
     document = (times + 100 * p[-1]) / (len(seen) + 100)
