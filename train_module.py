@@ -70,8 +70,9 @@ def main(settings: Settings) -> int:
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch
+    from forge_common.run.length import resolved
     from forge_common.run.log import Interval, RunLog
-    from forge_common.run.plan import plan, resolved, show
+    from forge_common.run.plan import plan, show
     from forge_common.run.progress import PENDING, begin, due, update_outcome
     from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
@@ -101,7 +102,6 @@ def main(settings: Settings) -> int:
         layers = chosen_layers(settings.layers, trunk.config.num_hidden_layers)
         corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
         general = general_sample(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
-    settings = resolved(settings, corpora, accelerator.print)
     domains = {"own": corpora.held_out, "general": general}
     config = trunk.config  # of the trunk alone
     module_names = plug_in(trunk, settings.kind, layers, **settings.sizes)
@@ -109,6 +109,7 @@ def main(settings: Settings) -> int:
     frozen_before = artifact.digest({name: engines.held(accelerator, trunk.get_parameter(name)) for name in frozen})
     trunk.activation_checkpointing = settings.activation_checkpointing
     choose_kernels(trunk, settings, accelerator)
+    settings = resolved(settings, corpora, trunk, accelerator)
     optimizer = optimizers.make(trunk, settings, accelerator)
     show(accelerator, settings, plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata, general)  # refuses machines that differ

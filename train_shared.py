@@ -25,8 +25,8 @@ class Settings(UpdateSettings, RunSettings):
     # -- model --
     trunk_from: str | None = None
     """Transformers checkpoint to continue from (folder or hub id), with its sizes and tokenizer: no other flag of them."""
-    preset: str = "small"
-    """Sizes: tiny, small, base or large, about 1 M, 25 M, 110 M or 350 M parameters."""
+    preset: str = "auto"
+    """Sizes: tiny, small, base or large, about 1 M, 25 M, 110 M or 350 M parameters. auto: what the run's tokens and --budget teach."""
     hidden_size: int | None = None
     """Width of the residual stream; None: the preset's."""
     intermediate_size: int | None = None
@@ -77,8 +77,9 @@ def main(settings: Settings) -> int:
     from forge_common.run.folder import claim, prepare, release
     from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch
+    from forge_common.run.length import resolved, sized
     from forge_common.run.log import Interval, RunLog
-    from forge_common.run.plan import plan, resolved, show
+    from forge_common.run.plan import plan, show
     from forge_common.run.progress import PENDING, begin, due, update_outcome
     from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
@@ -102,18 +103,22 @@ def main(settings: Settings) -> int:
     # ---- Data, model, optimizer ----
     set_seed(settings.seed)
     with accelerator.local_main_process_first():
-        trunk_metadata = {}
+        trunk, trunk_metadata = None, {}
         if settings.trunk_from:
             trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk_from, settings.eos_token)
+            config = trunk.config
+            check_context(settings, config)
         else:
             tokenizer = tokenizer_for(settings, accelerator.print)
-            trunk = Trunk(model_config(settings, tokenizer))
-        check_context(settings, trunk.config)
-        corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
-    settings = resolved(settings, corpora, accelerator.print)
+            config = model_config(settings, tokenizer)
+        corpora = open_corpora(settings, tokenizer, config, accelerator.print)
+    if trunk is None:
+        settings = sized(settings, corpora, tokenizer, accelerator)
+        trunk = Trunk(model_config(settings, tokenizer))
     trunk = trunk.to(getattr(torch, settings.dtype))
     trunk.activation_checkpointing = settings.activation_checkpointing
     choose_kernels(trunk, settings, accelerator)
+    settings = resolved(settings, corpora, trunk, accelerator)
     optimizer = optimizers.make(trunk, settings, accelerator)
     show(accelerator, settings, plan(trunk, settings, corpora, accumulation, processes, tracker_report))
     fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata)  # refuses machines that differ

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 FLAG = re.compile(r"--(no-)?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
-LENGTH = {"steps", "epochs"}  # of which a run has one
+LENGTH = {"steps", "epochs", "budget"}  # of which a run has one
 IN_ANY_COMMAND = ("help", "help_verbose")
 EPILOG = """--config FILE.yaml reads settings from a file, such as the settings.json of a run: flags go before the file, the file before the
 defaults. --print-config prints all settings as such a file."""
 # What other trainers call a setting -> its name here, or what there is instead.
 OTHER_NAMES = {
-    "learning_rate": "lr", "max_lr": "lr", "num_epochs": "epochs", "num_train_epochs": "epochs", "max_epochs": "epochs",
+    "learning_rate": "lr", "max_lr": "lr", "max_time": "budget", "num_epochs": "epochs", "num_train_epochs": "epochs", "max_epochs": "epochs",
     "max_steps": "steps", "max_iters": "steps", "num_steps": "steps", "train_steps": "steps", "total_steps": "steps",
     "train_batch_size": "batch_size", "global_batch_size": "batch_size", "device_batch_size": "micro_batch_size",
     "per_device_train_batch_size": "micro_batch_size", "block_size": "sequence_length", "seq_len": "sequence_length",

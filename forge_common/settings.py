@@ -122,9 +122,11 @@ class UpdateSettings:
 
     # -- updates --
     steps: int = 0
-    """Optimizer updates; 0: those of --epochs."""
+    """Optimizer updates; 0: those of --epochs or --budget."""
     epochs: float | None = None
     """Passes over the text, in place of --steps. None: 4, but at most 10,000 updates."""
+    budget: str | None = None
+    """Time that the run may take, such as 30m, 8h or 2d, in place of --steps: a micro-batch is timed. At most 4 passes over the text."""
     batch_size: int = 64
     """Windows in an update, over all processes."""
     micro_batch_size: int = 16

@@ -11,8 +11,9 @@ from typing import Any
 from .command_line import expanded, given_settings
 from .files.places import missing_artifact, missing_file, missing_source
 from .files.untrusted import LINE, PLAIN
-from .model.config import PRESETS
+from .model.config import AUTO, PRESETS
 from .model.module_settings import module_problems
+from .run.pace import seconds_of
 from .schedule import SCHEDULES
 from .settings import MODEL_SETTINGS, processes
 
@@ -57,10 +58,11 @@ def problems(settings: Any) -> list[str]:
         )
     if value("steps") and (value("warmup_steps") or 0) > value("steps"):
         faults.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
-    if value("steps") and value("epochs") is not None:
-        faults.append(
-            f"--steps {value('steps')} and --epochs {value('epochs'):g} both say how long to train; leave one out"
-        )
+    lengths = [name for name in ("steps", "epochs", "budget") if value(name)]
+    if len(lengths) > 1:
+        faults.append(f"--{' and --'.join(lengths)} say how long to train; leave only one")
+    if value("budget") is not None and not seconds_of(value("budget")):
+        faults.append(f"--budget {value('budget')} is no time; write 90s, 30m, 8h or 2d")
     at_once = max(value("micro_batch_size"), 1) * processes()
     if value("batch_size") % at_once:
         faults.append(
@@ -114,9 +116,10 @@ def _shape_problems(settings: Any) -> list[str]:
         return [shaped] if given else []
     if value("preset") is None:
         return []
-    if value("preset") not in PRESETS:
-        return [f"--preset {value('preset')} is not one of {', '.join(PRESETS)}"]
-    size = {name: value(name) or preset for name, preset in PRESETS[value("preset")].items()}
+    named = "small" if value("preset") == AUTO else value("preset")
+    if named not in PRESETS:
+        return [f"--preset {named} is not one of {AUTO}, {', '.join(PRESETS)}"]
+    size = {name: value(name) or preset for name, preset in PRESETS[named].items()}
     faults = [
         f"--{name.replace('_', '-')} is {number}; it must be positive" for name, number in size.items() if number < 1
     ]

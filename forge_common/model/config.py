@@ -24,6 +24,7 @@ KINDS = (
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a feed-forward
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MATRICES)  # that kind lora can change
 
+AUTO = "auto"  # a preset that follows from the text, --budget and the machine (forge_common/run/length.py)
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": dict(zip(_SIZES, (128, 384, 4, 4, 2), strict=True)),  # about 1 M parameters with a vocabulary of 4k
@@ -188,9 +189,13 @@ def _consistent(config: ModelConfig, where: str) -> ModelConfig:
     return config
 
 
+def _preset(name: str) -> dict[str, int]:
+    return PRESETS["small" if name == AUTO else name]
+
+
 def model_config(settings: Any, tokenizer: Any) -> ModelConfig:
     """The sizes of the settings, else of the preset, with the tokenizer's vocabulary and special ids."""
-    sizes: dict[str, Any] = {name: getattr(settings, name) or size for name, size in PRESETS[settings.preset].items()}
+    sizes: dict[str, Any] = {name: getattr(settings, name) or size for name, size in _preset(settings.preset).items()}
     return ModelConfig(
         vocab_size=tokenizer.vocab_size,
         pad_token_id=tokenizer.pad_token_id,

@@ -1,37 +1,11 @@
 """The plan of a run, made and printed before it starts: data, sizes, updates, epochs, memory."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
-from ..errors import UserError
 from ..files.atomic import write_text
+from .length import MANY_PASSES
 
-MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
 FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
-MOST_UPDATES = 10_000  # of a run whose length is not given
-WARMUP_STEPS = 100
-
-
-def resolved(settings: Any, corpora: Any, print_line: Callable[[str], None]) -> Any:
-    """The settings with numbers for --steps, --warmup-steps and --val-fraction. They follow from the text: a resume has the same.
-
-    UserError where the warm-up is longer than the run.
-    """
-    steps = settings.steps
-    if not steps:
-        steps = max(1, int((settings.epochs or MANY_PASSES) * corpora.training.size / settings.batch_size))
-    if not settings.steps and settings.epochs is None:
-        steps = min(steps, MOST_UPDATES)
-        print_line(
-            f"length      {steps:,} updates: {MANY_PASSES} passes over the text, since more teach little, but at most "
-            f"{MOST_UPDATES:,}. --epochs or --steps change it"
-        )
-    warmup = min(WARMUP_STEPS, steps // 10) if settings.warmup_steps is None else settings.warmup_steps
-    if warmup > steps:
-        raise UserError(f"--warmup-steps {warmup} exceeds the {steps} updates of the run. Lower it, or train longer.")
-    fraction = corpora.fraction if not settings.val_data else settings.val_fraction or 0.01
-    return dataclasses.replace(settings, steps=steps, epochs=None, warmup_steps=warmup, val_fraction=fraction)
 
 
 def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: int, tracking: str) -> str:

@@ -7,13 +7,18 @@ import types
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 import train_shared
+from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
-from forge_common.run.pace import Pace
-from forge_common.run.plan import resolved
+from forge_common.model.config import ModelConfig
+from forge_common.model.trunk import Trunk
+from forge_common.run.length import resolved, sized
+from forge_common.run.pace import Pace, seconds_of
 from forge_common.run.progress import PENDING, UpdateOutcome
 
+ACCELERATOR = Accelerator(cpu=True)
 CPU = types.SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
 DONE = UpdateOutcome(500.0, 1.0, 100, finite=True, overflow=False, applied=True)
 
@@ -40,15 +45,15 @@ def corpora(windows: int, fraction: float = 0.02) -> types.SimpleNamespace:
     ],
 )
 def test_the_length_follows_the_text(windows, given, steps, warmup, capsys):
-    found = resolved(settings(**given), corpora(windows), print)
+    found = resolved(settings(**given), corpora(windows), None, ACCELERATOR)
     assert (found.steps, found.warmup_steps, found.epochs, found.val_fraction) == (steps, warmup, None, 0.02)
     assert (f"{steps:,} updates: 4 passes" in capsys.readouterr().out) == (not given)
-    assert resolved(found, corpora(windows), print) == found, "a settings.json gives the same run"
+    assert resolved(found, corpora(windows), None, ACCELERATOR) == found, "a settings.json gives the same run"
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="--warmup-steps 99 exceeds the 62 updates"):
-        resolved(settings(warmup_steps=99), corpora(1000), print)
+        resolved(settings(warmup_steps=99), corpora(1000), None, ACCELERATOR)
 
 
 @pytest.fixture
@@ -57,6 +62,68 @@ def clock(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     return now
+
+
+@pytest.mark.parametrize(
+    ("budget", "val_every", "steps"),
+    [
+        ("1h", 0, 446),  # of 8 s; one validation of 32 s
+        ("1h", 4, 223),  # of 16 s
+        ("60s", 0, 3),
+        ("5s", 0, 1),
+        ("2d", 0, 625),  # 4 passes
+    ],
+)
+def test_a_budget_of_time_gives_the_updates(budget, val_every, steps, monkeypatch, capsys):
+    """A micro-batch takes 2 s by the clock, an update has 4 of them, and validation 48 without a backward pass."""
+    ticks = iter(range(0, 100, 2))
+    monkeypatch.setattr(time, "perf_counter", lambda: next(ticks))
+    config = ModelConfig(258, 8, 12, 1, 2, 1, 16)
+    text = corpora(10_000)
+    text.training.windows = lambda places: torch.randint(2, 258, (len(places), 17)).numpy()
+    text.held_out = [types.SimpleNamespace(labels=48 * 16 * 16)]
+    given = settings(budget=budget, val_every=val_every, sequence_length=16)
+    trunk = Trunk(config)
+    found = resolved(given, text, trunk, ACCELERATOR)
+    assert (found.steps, found.budget) == (steps, None)
+    assert all(parameter.grad is None for parameter in trunk.parameters())
+    assert "an update takes about 8 s, a validation 32 s (timed)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("windows", "given", "preset"),
+    [
+        (10_000, {}, "tiny"),
+        (10**9, {}, "small"),  # 10,000 updates
+        (10**9, {"batch_size": 1024, "micro_batch_size": 16}, "large"),
+        (10**9, {"epochs": 1}, "large"),
+        (10**9, {"steps": 100}, "tiny"),
+        (10**9, {"num_hidden_layers": 3}, "small"),
+        (10**9, {"preset": "base"}, "base"),
+        (10**9, {"budget": "1s"}, "tiny"),
+        (10**9, {"budget": "100000d"}, "small"),
+    ],
+)
+def test_the_size_follows_the_text_and_the_budget(windows, given, preset, capsys):
+    found = sized(settings(**given), corpora(windows), byte_tokenizer(), ACCELERATOR)
+    assert found.preset == preset
+    assert sized(found, corpora(windows), byte_tokenizer(), ACCELERATOR) == found
+
+
+def test_a_run_that_continues_keeps_its_length_and_its_size(tmp_path, capsys):
+    given = settings(budget="1s", output_dir=tmp_path)
+    (tmp_path / "settings.json").write_text('{"steps": 123, "preset": "base"}')
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    found = sized(given, corpora(10_000), byte_tokenizer(), ACCELERATOR)
+    assert (found.preset, resolved(found, corpora(10_000), None, ACCELERATOR).steps) == ("base", 123)
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("1.5h", 5400), ("2d", 172_800), ("30", None), ("m", None), ("0m", None), ("-1h", None)],
+)
+def test_a_time_is_read(text, seconds):
+    assert seconds_of(text) == seconds
 
 
 def test_the_first_micro_batch_and_the_first_update_say_how_long_it_takes(clock):

@@ -1,0 +1,137 @@
+"""How long a run is and how large a new model, from the text, --budget and the speed of the machine. A resumed run keeps both."""
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType
+
+from ..errors import UserError
+from ..files.atomic import read_json
+from ..model.config import AUTO, PRESETS, model_config
+from ..model.trunk import Trunk, even_load
+from .checkpoint_folder import checkpoints_of, complete
+from .hardware import compute_dtype, peak_flops
+from .pace import duration, seconds_of
+
+MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
+MOST_UPDATES = 10_000  # of a run whose length is not given
+WARMUP_STEPS = 100
+TOKENS_PER_PARAMETER = (
+    10  # that a preset needs; 20 are best for a given time (Hoffmann et al., arXiv 2203.15556), presets lie far apart
+)
+SHARE = 0.4  # of the peak that an update reaches, about, where none is timed (docs/PERFORMANCE.md, docs/ENGINES.md)
+
+
+def sized(settings: Any, corpora: Any, tokenizer: Any, accelerator: Any) -> Any:
+    """The settings with a preset in place of auto: the largest that the run's tokens teach, within --budget. A collective."""
+    if settings.preset != AUTO:
+        return settings
+    if earlier := _earlier(settings):
+        return dataclasses.replace(settings, preset=earlier["preset"])
+    if any(getattr(settings, size) for size in PRESETS["small"]):
+        return dataclasses.replace(settings, preset="small")
+    windows = settings.steps * settings.batch_size or (settings.epochs or MANY_PASSES) * corpora.training.size
+    if not settings.steps and settings.epochs is None:
+        windows = min(windows, MOST_UPDATES * settings.batch_size)
+    flops = _flops(settings, accelerator) * seconds_of(settings.budget) if settings.budget else float("inf")
+    for preset in reversed(PRESETS):
+        chosen = dataclasses.replace(settings, preset=preset)
+        with torch.device("meta"):
+            model = Trunk(model_config(chosen, tokenizer))
+        parameters = sum(p.numel() for p in model.parameters())
+        tokens = min(windows * settings.sequence_length, flops / model.flops_per_token(settings.sequence_length))
+        if tokens >= TOKENS_PER_PARAMETER * parameters or preset == next(iter(PRESETS)):
+            accelerator.print(
+                f"size        preset {preset}: the run has {tokens / 1e6:,.3g} M tokens, {tokens / parameters:,.2g} for each of its "
+                f"{parameters / 1e6:,.3g} M parameters. --preset changes it"
+            )
+            return chosen
+    raise AssertionError("the smallest preset is always possible")
+
+
+def resolved(settings: Any, corpora: Any, trunk: Trunk, accelerator: Any) -> Any:
+    """The settings with numbers for --steps, --warmup-steps and --val-fraction in place of None, --epochs and --budget. A collective.
+
+    UserError where the warm-up is longer than the run.
+    """
+    size = corpora.training.size
+    steps = settings.steps or max(1, int((settings.epochs or MANY_PASSES) * size / settings.batch_size))
+    if settings.budget:
+        steps = min(steps, _within_budget(settings, corpora, trunk, accelerator))
+    elif not settings.steps and settings.epochs is None:
+        steps = min(steps, MOST_UPDATES)
+        accelerator.print(
+            f"length      {steps:,} updates: {MANY_PASSES} passes over the text, since more teach little, but at most "
+            f"{MOST_UPDATES:,}. --epochs, --budget or --steps change it"
+        )
+    warmup = min(WARMUP_STEPS, steps // 10) if settings.warmup_steps is None else settings.warmup_steps
+    if warmup > steps:
+        raise UserError(f"--warmup-steps {warmup} exceeds the {steps} updates of the run. Lower it, or train longer.")
+    fraction = corpora.fraction if not settings.val_data else settings.val_fraction or 0.01
+    found = {"steps": steps, "epochs": None, "budget": None, "warmup_steps": warmup, "val_fraction": fraction}
+    return dataclasses.replace(settings, **found)
+
+
+def _within_budget(settings: Any, corpora: Any, trunk: Trunk, accelerator: Any) -> int:
+    """Updates that --budget allows, validations included; of a run that continues, those that it has."""
+    if earlier := _earlier(settings):
+        accelerator.print(f"length      {earlier['steps']:,} updates, as when this run began")
+        return earlier["steps"]
+    micro_batch, how = _micro_batch_seconds(settings, corpora, trunk, accelerator)
+    windows = settings.micro_batch_size * accelerator.num_processes
+    update = micro_batch * settings.batch_size / windows
+    labels = sum(part.labels for part in corpora.held_out)
+    validation = micro_batch / 3 * labels / (windows * settings.sequence_length)  # a third: there is no backward pass
+    budget = seconds_of(settings.budget)
+    each = update + (validation / settings.val_every if settings.val_every else 0)
+    steps = max(1, int((budget - validation) / each))
+    accelerator.print(
+        f"length      at most {steps:,} updates in {duration(budget)}: an update takes about {update:.2g} s, a validation "
+        f"{validation:.2g} s ({how}), and {MANY_PASSES} passes over the text teach most of it"
+    )
+    return steps
+
+
+def _micro_batch_seconds(settings: Any, corpora: Any, trunk: Trunk, accelerator: Any) -> tuple[float, str]:
+    """Seconds of a micro-batch, forward and backward, the mean of all processes; and how they were found."""
+    if accelerator.distributed_type in (
+        DistributedType.FSDP,
+        DistributedType.DEEPSPEED,
+    ):  # one device may not hold the model
+        tokens = settings.micro_batch_size * settings.sequence_length
+        seconds = tokens * trunk.flops_per_token(settings.sequence_length) / _flops(settings, accelerator)
+        return seconds * accelerator.num_processes, f"computed from {SHARE:.0%} of the device's peak"
+    trunk.to(accelerator.device)
+    windows = corpora.training.windows(np.arange(settings.micro_batch_size) % corpora.training.size)
+    windows = torch.from_numpy(windows).to(accelerator.device)
+    for _ in range(2):  # the first one starts threads and allocates
+        start = time.perf_counter()
+        with accelerator.autocast():
+            sums = trunk(windows, even_load(trunk.config, accelerator.device))
+        sums.objective.backward()
+        sums.objective.item()  # waits for the device
+        seconds = time.perf_counter() - start
+        trunk.zero_grad(set_to_none=True)
+    return _mean(seconds, accelerator), "timed"
+
+
+def _flops(settings: Any, accelerator: Any) -> float:
+    """FLOP/s that training reaches on all devices, about."""
+    peak = peak_flops(accelerator.device, compute_dtype(accelerator.mixed_precision, settings.dtype))
+    return SHARE * _mean(peak, accelerator) * accelerator.num_processes
+
+
+def _mean(value: float, accelerator: Any) -> float:
+    """The same number on each process."""
+    return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))
+
+
+def _earlier(settings: Any) -> dict[str, Any]:
+    """The settings of the run that this one continues, or {}."""
+    file = Path(settings.output_dir) / "settings.json"
+    continues = settings.resume != "never" and complete(checkpoints_of(settings)) and file.is_file()
+    return read_json(file) if continues else {}
