@@ -72,6 +72,7 @@ def main(settings: Settings) -> int:
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.model.config import check_context, model_config
+    from forge_common.model.presets import preset_sizes
     from forge_common.model.trunk import Trunk, even_load, load_of
     from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare, release
@@ -113,7 +114,7 @@ def main(settings: Settings) -> int:
             config = model_config(settings, tokenizer)
         corpora = open_corpora(settings, tokenizer, config, accelerator.print)
     if trunk is None:
-        settings = sized(settings, corpora, tokenizer, accelerator)
+        settings = sized(settings, corpora, preset_sizes(settings, tokenizer), accelerator)
         trunk = Trunk(model_config(settings, tokenizer))
     trunk = trunk.to(getattr(torch, settings.dtype))
     trunk.activation_checkpointing = settings.activation_checkpointing

@@ -5,6 +5,7 @@ Imports nothing heavy: a wrong flag is reported before torch is loaded.
 
 import dataclasses
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -213,6 +214,12 @@ def _leave_process_group() -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+def seconds_of(time: str) -> float | None:
+    """30m -> 1800.0: a positive number with s, m, h or d. None for anything else."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", time)
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]] or None if match else None
 
 
 def is_first_process() -> bool:

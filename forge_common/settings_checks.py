@@ -13,9 +13,8 @@ from .files.places import missing_artifact, missing_file, missing_source
 from .files.untrusted import LINE, PLAIN
 from .model.config import AUTO, PRESETS
 from .model.module_settings import module_problems
-from .run.pace import seconds_of
 from .schedule import SCHEDULES
-from .settings import MODEL_SETTINGS, processes
+from .settings import MODEL_SETTINGS, processes, seconds_of
 
 
 def problems(settings: Any) -> list[str]:

@@ -1,59 +1,54 @@
 """How long a run is and how large a new model, from the text, --budget and the speed of the machine. A resumed run keeps both."""
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import DistributedType
 
 from ..errors import UserError
 from ..files.atomic import read_json
-from ..model.config import AUTO, PRESETS, model_config
-from ..model.trunk import Trunk, even_load
+from ..settings import seconds_of
 from .checkpoint_folder import checkpoints_of, complete
 from .hardware import compute_dtype, peak_flops
-from .pace import duration, seconds_of
+from .pace import duration
 
 MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
 MOST_UPDATES = 10_000  # of a run whose length is not given
 WARMUP_STEPS = 100
-TOKENS_PER_PARAMETER = (
-    10  # that a preset needs; 20 are best for a given time (Hoffmann et al., arXiv 2203.15556), presets lie far apart
-)
+# That a preset needs. 20 are best for a given time (Hoffmann et al., arXiv 2203.15556), and presets lie far apart.
+TOKENS_PER_PARAMETER = 10
 SHARE = 0.4  # of the peak that an update reaches, about, where none is timed (docs/PERFORMANCE.md, docs/ENGINES.md)
 
 
-def sized(settings: Any, corpora: Any, tokenizer: Any, accelerator: Any) -> Any:
-    """The settings with a preset in place of auto: the largest that the run's tokens teach, within --budget. A collective."""
-    if settings.preset != AUTO:
+def sized(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]], accelerator: Any) -> Any:
+    """The settings with a preset in place of auto: the largest that the run's tokens teach, within --budget. A collective.
+
+    presets: parameters, and FLOPs of an update per token, the smallest first; {} where a preset is given.
+    """
+    if not presets:
         return settings
     if earlier := _earlier(settings):
         return dataclasses.replace(settings, preset=earlier["preset"])
-    if any(getattr(settings, size) for size in PRESETS["small"]):
-        return dataclasses.replace(settings, preset="small")
     windows = settings.steps * settings.batch_size or (settings.epochs or MANY_PASSES) * corpora.training.size
     if not settings.steps and settings.epochs is None:
         windows = min(windows, MOST_UPDATES * settings.batch_size)
-    flops = _flops(settings, accelerator) * seconds_of(settings.budget) if settings.budget else float("inf")
-    for preset in reversed(PRESETS):
-        chosen = dataclasses.replace(settings, preset=preset)
-        with torch.device("meta"):
-            model = Trunk(model_config(chosen, tokenizer))
-        parameters = sum(p.numel() for p in model.parameters())
-        tokens = min(windows * settings.sequence_length, flops / model.flops_per_token(settings.sequence_length))
-        if tokens >= TOKENS_PER_PARAMETER * parameters or preset == next(iter(PRESETS)):
-            accelerator.print(
-                f"size        preset {preset}: the run has {tokens / 1e6:,.3g} M tokens, {tokens / parameters:,.2g} for each of its "
-                f"{parameters / 1e6:,.3g} M parameters. --preset changes it"
-            )
-            return chosen
-    raise AssertionError("the smallest preset is always possible")
+    affordable = _flops(settings, accelerator) * seconds_of(settings.budget) if settings.budget else math.inf
+    tokens = {name: min(windows * settings.sequence_length, affordable / flops) for name, (_, flops) in presets.items()}
+    taught = [name for name, (parameters, _) in presets.items() if tokens[name] >= TOKENS_PER_PARAMETER * parameters]
+    preset = taught[-1] if taught else next(iter(presets))
+    parameters = presets[preset][0]
+    accelerator.print(
+        f"size        preset {preset}: the run has {tokens[preset] / 1e6:,.3g} M tokens, {tokens[preset] / parameters:,.2g} for each of its "
+        f"{parameters / 1e6:,.3g} M parameters. --preset changes it"
+    )
+    return dataclasses.replace(settings, preset=preset)
 
 
-def resolved(settings: Any, corpora: Any, trunk: Trunk, accelerator: Any) -> Any:
+def resolved(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> Any:
     """The settings with numbers for --steps, --warmup-steps and --val-fraction in place of None, --epochs and --budget. A collective.
 
     UserError where the warm-up is longer than the run.
@@ -76,7 +71,7 @@ def resolved(settings: Any, corpora: Any, trunk: Trunk, accelerator: Any) -> Any
     return dataclasses.replace(settings, **found)
 
 
-def _within_budget(settings: Any, corpora: Any, trunk: Trunk, accelerator: Any) -> int:
+def _within_budget(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> int:
     """Updates that --budget allows, validations included; of a run that continues, those that it has."""
     if earlier := _earlier(settings):
         accelerator.print(f"length      {earlier['steps']:,} updates, as when this run began")
@@ -96,12 +91,9 @@ def _within_budget(settings: Any, corpora: Any, trunk: Trunk, accelerator: Any) 
     return steps
 
 
-def _micro_batch_seconds(settings: Any, corpora: Any, trunk: Trunk, accelerator: Any) -> tuple[float, str]:
+def _micro_batch_seconds(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> tuple[float, str]:
     """Seconds of a micro-batch, forward and backward, the mean of all processes; and how they were found."""
-    if accelerator.distributed_type in (
-        DistributedType.FSDP,
-        DistributedType.DEEPSPEED,
-    ):  # one device may not hold the model
+    if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):  # one device may not hold the model
         tokens = settings.micro_batch_size * settings.sequence_length
         seconds = tokens * trunk.flops_per_token(settings.sequence_length) / _flops(settings, accelerator)
         return seconds * accelerator.num_processes, f"computed from {SHARE:.0%} of the device's peak"
@@ -111,7 +103,7 @@ def _micro_batch_seconds(settings: Any, corpora: Any, trunk: Trunk, accelerator:
     for _ in range(2):  # the first one starts threads and allocates
         start = time.perf_counter()
         with accelerator.autocast():
-            sums = trunk(windows, even_load(trunk.config, accelerator.device))
+            sums = trunk(windows)
         sums.objective.backward()
         sums.objective.item()  # waits for the device
         seconds = time.perf_counter() - start

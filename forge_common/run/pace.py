@@ -1,6 +1,5 @@
 """What a console shows between the rows of the log: a bar that moves with each micro-batch, and soon how long the run takes."""
 
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -15,12 +14,6 @@ def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
-
-
-def seconds_of(time: str) -> float | None:
-    """30m -> 1800.0: a positive number with s, m, h or d. None for anything else."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", time)
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]] or None if match else None
 
 
 class Pace:

@@ -110,7 +110,7 @@ def test_a_wrong_file_of_settings_is_refused(content, expected, read, tmp_path, 
 def test_a_setting_of_the_file_is_given_where_it_is_not_the_default(read, tmp_path, capsys):
     """A settings.json holds all settings: at their defaults they do not contradict --trunk-from."""
     (tmp_path / "trunk").mkdir()
-    (tmp_path / "mine.yaml").write_text("trunk_from: trunk\npreset: small\nnum_hidden_layers: 3\n")
+    (tmp_path / "mine.yaml").write_text("trunk_from: trunk\npreset: auto\nnum_hidden_layers: 3\n")
     with pytest.raises(SystemExit):
         read(*REQUIRED, "--config", "mine.yaml")
     assert "leave out --num-hidden-layers\n" in capsys.readouterr().err

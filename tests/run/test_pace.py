@@ -13,10 +13,12 @@ import train_shared
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 from forge_common.model.config import ModelConfig
+from forge_common.model.presets import preset_sizes
 from forge_common.model.trunk import Trunk
 from forge_common.run.length import resolved, sized
-from forge_common.run.pace import Pace, seconds_of
+from forge_common.run.pace import Pace
 from forge_common.run.progress import PENDING, UpdateOutcome
+from forge_common.settings import seconds_of
 
 ACCELERATOR = Accelerator(cpu=True)
 CPU = types.SimpleNamespace(device=torch.device("cpu"), is_main_process=True)
@@ -105,16 +107,17 @@ def test_a_budget_of_time_gives_the_updates(budget, val_every, steps, monkeypatc
     ],
 )
 def test_the_size_follows_the_text_and_the_budget(windows, given, preset, capsys):
-    found = sized(settings(**given), corpora(windows), byte_tokenizer(), ACCELERATOR)
+    given = settings(**given)
+    found = sized(given, corpora(windows), preset_sizes(given, byte_tokenizer()), ACCELERATOR)
     assert found.preset == preset
-    assert sized(found, corpora(windows), byte_tokenizer(), ACCELERATOR) == found
+    assert not preset_sizes(found, byte_tokenizer())
 
 
 def test_a_run_that_continues_keeps_its_length_and_its_size(tmp_path, capsys):
     given = settings(budget="1s", output_dir=tmp_path)
     (tmp_path / "settings.json").write_text('{"steps": 123, "preset": "base"}')
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
-    found = sized(given, corpora(10_000), byte_tokenizer(), ACCELERATOR)
+    found = sized(given, corpora(10_000), preset_sizes(given, byte_tokenizer()), ACCELERATOR)
     assert (found.preset, resolved(found, corpora(10_000), None, ACCELERATOR).steps) == ("base", 123)
 
 
