@@ -1,4 +1,4 @@
-"""Each row of README's "Where do I change ...?": the change is made in a copy of the repository, and the copy is run."""
+"""Each row of README's "Where do I change ...?", and docs/guides/EDITING.md: the change is made in a copy of the repository, and the copy is run."""
 
 import json
 import re
@@ -302,3 +302,33 @@ def test_an_engine(copy, unchanged, data, tmp_path):
     low, full = column(tmp_path / "run", "train/loss"), column(trunk, "train/loss")
     assert low != full
     assert low == pytest.approx(full, abs=0.02)
+
+
+def guide_copy(folder: Path, *numbers: int) -> Copy:
+    """A copy with these experiments of docs/guides/EDITING.md, each a block of a diff whose lines occur once in the script."""
+    blocks = re.findall(r"^```diff\n(.*?)^```", (launch.ROOT / "docs/guides/EDITING.md").read_text(), re.M | re.S)
+    assert len(blocks) == 3
+    copy = Copy(folder)
+    for number in numbers:
+        header, hunk = blocks[number].split("@@\n")
+        lines = hunk.splitlines(keepends=True)
+        old = "".join(line[1:] for line in lines if line[0] != "+")
+        new = "".join(line[1:] for line in lines if line[0] != "-")
+        copy.replace(header.split("+++ b/")[1].strip(), old, new)
+    return copy
+
+
+def test_the_guide_adds_to_the_objective(train, unchanged, tmp_path):
+    """Update 1 has the same loss and another gradient."""
+    copy = guide_copy(tmp_path / "forge", 0)
+    output, trunk = train(copy.folder, "train_shared.py", *TINY), unchanged[1]
+    assert column(output, "train/loss")[0] == column(trunk, "train/loss")[0]
+    assert column(output, "train/grad_norm")[0] != column(trunk, "train/grad_norm")[0]
+
+
+def test_the_guide_freezes_a_tensor(train, tmp_path):
+    """With the third experiment, the line in the log, beside it."""
+    copy = guide_copy(tmp_path / "forge", 1, 2)
+    one, two = (weights(train(copy.folder, "train_shared.py", *TINY, "--steps", steps)) for steps in (1, 2))
+    same = {name for name in one if torch.equal(one[name], two[name])}
+    assert same == {"model.embed_tokens.weight"}
