@@ -10,15 +10,8 @@ import launch
 import pytest
 from small_artifacts import refused, tokenizer_with
 
-from forge_common.data.tokenizer import (
-    ADDED_TEXT,
-    ADDED_TOKENS,
-    MERGES,
-    VOCABULARY,
-    VOCABULARY_TEXT,
-    byte_tokenizer,
-    load_tokenizer,
-)
+from forge_common.data.tokenizer import byte_tokenizer, load_tokenizer
+from forge_common.data.tokenizer_limits import ADDED_TEXT, ADDED_TOKENS, MERGES, VOCABULARY, VOCABULARY_TEXT
 
 
 def template(*ids: int) -> dict:
