@@ -1,4 +1,4 @@
-"""Each row of README's "Where do I change ...?", and docs/guides/EDITING.md: the change is made in a copy of the repository, and the copy is run."""
+"""Each row of CONTRIBUTING.md's "Where do I change ...?", and docs/guides/EDITING.md: the change is made in a copy of the repository, and the copy is run."""
 
 import json
 import re
@@ -17,14 +17,14 @@ SIZES += ("--statistics-tokens", 1000)
 FILE = re.compile(r"`([\w/]+\.(?:py|yaml))`")
 
 
-def readme_rows() -> dict[str, str]:
+def rows() -> dict[str, str]:
     """The table: change -> what to edit."""
-    section = (launch.ROOT / "README.md").read_text().split("## Where do I change ...?")[1].split("\n## ")[0]
+    section = (launch.ROOT / "CONTRIBUTING.md").read_text().split("## Where do I change ...?")[1].split("\n## ")[0]
     cells = [line.strip("| ").split(" | ", 1) for line in section.splitlines() if line.startswith("|")]
     return dict(cells[2:])
 
 
-ROWS = readme_rows()
+ROWS = rows()
 
 
 class Copy:
