@@ -1,4 +1,4 @@
-"""The commands of README.md and docs/QUICKSTART.md: each is accepted as it stands; `make soak` runs them, in order."""
+"""The commands of README.md, docs/QUICKSTART.md and docs/guides/SHARING.md: each is accepted as it stands; `make soak` runs those of the first two, in order."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from pathlib import Path
 import launch
 import pytest
 
-FILES = ("README.md", "docs/QUICKSTART.md")
+FILES = ("README.md", "docs/QUICKSTART.md", "docs/guides/SHARING.md")
 PROGRAM = re.compile(
     r"(?:accelerate launch (?:--config_file \S+ )?|python )(?:-m )?(train_\w+\.py|forge_common\.\w+) (.*)"
 )

@@ -24,7 +24,7 @@ def model_card(title: str, metadata: dict[str, Any]) -> str:
     front_matter = yaml.safe_dump(_front_matter(metadata), sort_keys=False, allow_unicode=True)
     sections = [f"# {title}", _use(metadata), _losses(metadata.get("losses"))]
     if metadata.get("command"):
-        sections.append(f"## Training\n\n```\n{metadata['command']}\n```")
+        sections.append(f"## Training\n\n    {metadata['command']}")  # indented: no text ends such a block
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in metadata.items() if name not in OMITTED)
     sections.append(f"## Metadata\n\n| fact | value |\n| --- | --- |\n{rows}")
     return f"---\n{front_matter}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
@@ -46,7 +46,8 @@ def _front_matter(metadata: dict[str, Any]) -> dict[str, Any]:
         merged = len(bases) > 1 or "merged_from" in metadata
         content["base_model_relation"] = "merge" if merged else "adapter" if "trunk_digest" in metadata else "finetune"
     sources = [split_weight(source)[0] for source in metadata.get("sources", ())]
-    datasets = {source.split(":")[1] for source in sources if source.startswith("hf:")}
+    found = [re.fullmatch(r"hf:(\w[\w.-]*(?:/[\w.-]+)?)(?::.*)?", source) for source in sources]
+    datasets = {match[1] for match in found if match}
     if datasets:
         content["datasets"] = sorted(datasets)
     return content
