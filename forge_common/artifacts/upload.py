@@ -15,13 +15,9 @@ from .artifact import STATISTICS, read_module, read_module_metadata, read_statis
 from .assembled import read_assembled
 from .card import HERE
 
-MARKERS = (
-    "assembled.json",
-    "module.json",
-    "config.json",
-    "adapter_config.json",
-    "model.gguf",
-)  # of a kind of artifact, one each
+# The file of each kind of artifact that no other kind has; a repository holds one kind.
+MARKERS = ("assembled.json", "module.json", "config.json", "adapter_config.json", "model.gguf")
+EXPORTS = ("model.gguf", "adapter_config.json", "modeling_forge.py")  # of which each export without forge.json has one
 
 
 def upload(
@@ -90,7 +86,7 @@ def verified_files(folder: Path) -> list[str]:
         trunk, _, metadata = read_trunk(str(folder))
         read_statistics(folder, metadata, trunk.config)
         names = _of_trunk(folder)
-    elif (folder / "README.md").is_file() and any((folder / name).exists() for name in EXPORT_FILES):
+    elif (folder / "README.md").is_file() and any((folder / name).exists() for name in EXPORTS):
         if (folder / "adapter_config.json").exists():
             _check_base(read_json(folder / "adapter_config.json"), folder)
         names = [*EXPORT_FILES, *TRUNK_FILES]

@@ -10,6 +10,9 @@ import launch
 import pytest
 import yaml
 
+from forge_common.artifacts.upload import verified_files
+from forge_common.errors import UserError
+
 TRUNK = {"config.json", "forge.json", "model.safetensors", "statistics.safetensors", "tokenizer.json"}
 TRUNK |= {"tokenizer_config.json", "README.md"}
 MODULE = {"module.json", "module.safetensors", "statistics.safetensors", "README.md"}
@@ -240,3 +243,23 @@ def test_uploads_replace_each_other_and_nothing_invalid_is_uploaded(hub, runs, a
     assert "config.json, so it holds another kind of artifact" in printed[-2]
     again = f"python -m forge_common.push --folder {runs}/cpp/module --to org/broken"
     assert printed[-1].endswith(f"Upload it again: {again}") and not hub.files("org/broken")
+
+
+def test_of_a_folder_that_is_no_artifact_nothing_is_uploaded_and_of_an_export_its_files(tmp_path):
+    (tmp_path / "secrets.json").write_text("{}")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match="is not what train_shared"):
+        verified_files(tmp_path)
+    (tmp_path / "README.md").write_text("card")
+    (tmp_path / "modeling_forge.py").write_text("pass")
+    assert set(verified_files(tmp_path)) == {"README.md", "config.json", "modeling_forge.py"}
+    base = {"base_model_name_or_path": str(tmp_path)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(base))
+    with pytest.raises(UserError, match="as the trunk, which is not on the hub"):
+        verified_files(tmp_path)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(base | {"base_model_name_or_path": "org/trunk"}))
+    assert "adapter_config.json" in verified_files(tmp_path)
+    (tmp_path / "README.md").unlink()
+    (tmp_path / "README.md").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="is a link"):
+        verified_files(tmp_path)
