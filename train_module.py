@@ -18,7 +18,7 @@ from forge_common.settings_checks import problems
 class Settings(ModuleSettings, UpdateSettings, RunSettings):
     # -- data --
     trunk: str
-    """Folder that train_shared.py published, or another Transformers checkpoint (folder or hub id)."""
+    """Folder that train_shared.py published, or another Transformers checkpoint: folder or hub id (org/name@revision)."""
     trunk_dtype: Literal["bf16"] | None = None
     """Type of the frozen matrices in memory; None: that of --dtype. bf16 needs the launcher's --mixed_precision bf16."""
     name: str
@@ -61,6 +61,7 @@ def main(settings: Settings) -> int:
     from forge_common import checkpoint, optimizers, schedule
     from forge_common.artifacts import artifact
     from forge_common.artifacts.publish import publish_module, round_tensors
+    from forge_common.artifacts.upload import upload
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
     from forge_common.model.config import check_context
@@ -225,6 +226,8 @@ def main(settings: Settings) -> int:
                 settings, progress, corpora, config, tensors, module_names, trunk_metadata, layers, losses_after, device
             )
             log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
+            if settings.push_to_hub:
+                upload(path, settings.push_to_hub, log.print_line)
         accelerator.wait_for_everyone()
     exit_code = stop.end()
     log.close(exit_code)

@@ -24,7 +24,7 @@ class Settings(UpdateSettings, RunSettings):
 
     # -- model --
     trunk_from: str | None = None
-    """Transformers checkpoint to continue from (folder or hub id), with its sizes and tokenizer: no other flag of them."""
+    """Transformers checkpoint to continue from (folder or hub id, org/name@revision), with its sizes and tokenizer: no other flag of them."""
     preset: str = "auto"
     """Sizes: tiny, small, base or large, about 1 M, 25 M, 110 M or 350 M parameters. auto: what the run's tokens and --budget teach."""
     hidden_size: int | None = None
@@ -69,6 +69,7 @@ def main(settings: Settings) -> int:
     from forge_common import checkpoint, optimizers, schedule
     from forge_common.artifacts import artifact
     from forge_common.artifacts.publish import publish_trunk
+    from forge_common.artifacts.upload import upload
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.model.config import check_context, model_config
@@ -226,6 +227,8 @@ def main(settings: Settings) -> int:
         if accelerator.is_main_process:
             path, digest = publish_trunk(settings, progress, corpora, trunk.config, tokenizer, tensors, trunk_metadata)
             log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
+            if settings.push_to_hub:
+                upload(path, settings.push_to_hub, log.print_line)
         accelerator.wait_for_everyone()
     exit_code = stop.end()
     log.close(exit_code)

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
 from .files.atomic import lack_of_room
-from .files.places import published
+from .files.hub import local_folder, origins
+from .files.places import ASSEMBLED_FILES, MODULE_FILES, TRUNK_FILES
 from .files.untrusted import naming_source, without_links
 from .routing.tuning import ROUTERS
 from .settings import ReadingSettings, read_settings, run_main
@@ -27,15 +28,15 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .artifacts.checks import Examined
 
 GENERAL_TEXT = ("local:docs",)
-FILES = ("assembled.json", "README.md", "statistics.safetensors", "trunk", "modules")  # of an assembled model
+FILES = (*ASSEMBLED_FILES, "trunk", "modules")  # of an assembled model
 
 
 @dataclass(frozen=True)
 class Settings(ReadingSettings):
     trunk: str | None = None
-    """Trunk: folder or hub id."""
+    """Trunk: folder or hub id (org/name or org/name@revision)."""
     modules: tuple[Path, ...] = ()
-    """Folders of modules of this trunk."""
+    """Modules of this trunk: folders or hub ids."""
     output_dir: Path | None = None
     """New folder for the assembled model."""
     without: tuple[str, ...] = ()
@@ -45,9 +46,9 @@ class Settings(ReadingSettings):
     model: Path | None = None
     """Assembled model to change, instead of --trunk, --modules and --output-dir."""
     add: tuple[Path, ...] = ()
-    """Folders of modules to add."""
+    """Modules to add: folders or hub ids."""
     replace: tuple[Path, ...] = ()
-    """Folders of modules that replace those of the same names."""
+    """Modules (folders or hub ids) that replace those of the same names."""
     remove: tuple[str, ...] = ()
     """Names of modules to remove."""
 
@@ -87,7 +88,6 @@ class Plan(NamedTuple):
 def main(settings: Settings) -> int:
     _check(settings)
     # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
-    from .artifacts.artifact import local_folder
     from .artifacts.metadata import read_metadata
     from .files.atomic import publish
 
@@ -156,7 +156,7 @@ def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
     from .artifacts.artifact import read_module_metadata
 
     modules: dict[str, Path] = {}
-    for folder in (published(place, "module") for place in folders):
+    for folder in (local_folder(place, "module") for place in folders):
         name = read_module_metadata(folder)["name"]
         for other, other_dir in modules.items():
             if other.lower() == name.lower():  # one folder on a file system that ignores case
@@ -185,11 +185,12 @@ def _changed(settings: Settings, model: Path, names: list[str]) -> dict[str, Pat
         if modules.pop(name, None) is None:
             raise UserError(f"--remove {name}: no such module. Choose among those of {model}: {', '.join(names)}.")
     new = _by_name((*settings.add, *settings.replace))
+    replacing = _by_name(settings.replace)
     for name, folder in new.items():
         same = [other for other in modules if other.lower() == name.lower()]
-        if folder in settings.replace and name not in same:
+        if name in replacing and name not in same:
             raise UserError(f"--replace {folder}: {model} has no module called {name}. Use --add.")
-        if folder in settings.add and same:
+        if name not in replacing and same:
             raise UserError(f"--add {folder}: {model} has a module called {same[0]}. Use --replace.")
     modules |= new
     if not modules:
@@ -202,7 +203,7 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     from safetensors.torch import save_file
 
     from .artifacts import checks, module_table, texts
-    from .artifacts.artifact import TRUNK_FILES, read_statistics, read_trunk
+    from .artifacts.artifact import read_statistics, read_trunk
     from .artifacts.assembled import check_digests, new_metadata, route
     from .artifacts.card import model_card
     from .files.atomic import write_json
@@ -220,9 +221,11 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     if not settings.allow_copies:
         checks.check_copies(examined)
     described = {"trunk": trunk_metadata, **{module.name: module.metadata for module in examined}}
-    metadata = new_metadata(plan.router, plan.top_k, described, plan.before)
+    staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))] if plan.before else []
+    known = {name: place for name, place in plan.before.get("origins", {}).items() if name in staying}
+    known |= origins({"trunk": plan.trunk, **plan.modules})
+    metadata = new_metadata(plan.router, plan.top_k, described, plan.before, known)
     if plan.before:
-        staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))]
         check_digests(plan.trunk.parent, plan.before, {name: metadata["digests"][name] for name in staying})
     origin = "the trunk's own" if background else f"none, and --router {plan.router} needs none"
     path = temp_dir / "statistics.safetensors"
@@ -257,7 +260,6 @@ def _modules(
 ) -> tuple[list["Part"], list["Examined"]]:
     """Copies, verifies and tries the modules, one after the other: the parts that solving the router needs, and the table's rows."""
     from .artifacts import checks, texts
-    from .artifacts.artifact import MODULE_FILES
     from .artifacts.assembled import check_router, read_part
 
     with naming_source(plan.trunk, temp_dir / "trunk"):

@@ -34,11 +34,11 @@ TIMED_WINDOWS = 8  # that are scored first, to estimate the time
 @dataclass(frozen=True)
 class Settings(ReadingSettings):
     model: str
-    """Trunk (folder or hub id) or assembled model."""
+    """Trunk or assembled model: folder or hub id (org/name or org/name@revision)."""
     data: tuple[str, ...]
     """NAME=SOURCE; each is a column of the table."""
     module: tuple[Path, ...] = ()
-    """Folders of modules of this trunk. Each is merged into it alone and is a row of the table."""
+    """Modules of this trunk: folders or hub ids. Each is merged into it alone and is a row of the table."""
     without: tuple[str, ...] = ()
     """Names of modules of an assembled model. Each is left out in a row of its own."""
     parts: bool = True
@@ -197,12 +197,13 @@ def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenize
 
 def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
     """The metadata of the trunk and of each module by name; {} of a plain Transformers checkpoint."""
-    from .artifacts.artifact import local_folder, read_module_metadata
+    from .artifacts.artifact import read_module_metadata
     from .artifacts.assembled import is_assembled
     from .artifacts.metadata import read_metadata
+    from .files.hub import local_folder
 
     if is_assembled(settings.model):
-        folder = Path(settings.model)
+        folder = local_folder(settings.model, None)
         trunk_file = folder / "trunk" / "forge.json"
         names = read_metadata(folder / "assembled.json")["modules"]
         modules = [read_module_metadata(folder / "modules" / name) for name in names]

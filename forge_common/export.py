@@ -17,6 +17,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .errors import UserError
+from .files.places import hub_id
 from .files.untrusted import PLAIN, is_plain
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -24,13 +25,13 @@ from .settings import ReadingSettings, read_settings, run_main
 @dataclass(frozen=True)
 class Settings(ReadingSettings):
     model: str
-    """Trunk (folder or hub id) or assembled model."""
+    """Trunk or assembled model: folder or hub id (org/name or org/name@revision)."""
     format: Annotated[Literal["transformers", "gguf", "peft", "module"], tyro.conf.arg(name="as")]
     """transformers: a folder for from_pretrained. gguf: one file. peft: a LoRA adapter of a module. module: a module of --peft."""
     output_dir: Path
     """New folder."""
     module: Path | None = None
-    """Folder of a module of this trunk, which is merged into it (or becomes the adapter)."""
+    """Module of this trunk (folder or hub id), which is merged into it (or becomes the adapter)."""
 
     # -- an assembled model --
     without: tuple[str, ...] = ()
@@ -123,9 +124,11 @@ def _assembled(settings: Settings) -> None:
     from .artifacts.artifact import read_module_metadata
     from .artifacts.assembled import read_assembled
     from .exporting import assembled_model
+    from .files.hub import local_folder, origins
 
     model, tokenizer, metadata = read_assembled(settings.model, without=settings.without, top_k=settings.top_k)
-    described = {name: read_module_metadata(Path(settings.model) / "modules" / name) for name in model.names[1:]}
+    folder = local_folder(settings.model, None)
+    described = {name: read_module_metadata(folder / "modules" / name) for name in model.names[1:]}
 
     def write(temp_dir: Path) -> float:
         assembled_model.write(temp_dir, model, tokenizer, described)
@@ -133,7 +136,14 @@ def _assembled(settings: Settings) -> None:
 
     digests = {name: metadata["digests"][name] for name in model.names}
     licences = {name: licence for name, licence in metadata.get("licences", {}).items() if name in model.names}
-    facts = {"router": metadata["router"], "top_k": model.top_k, "digests": digests, "licences": licences}
+    known = metadata.get("origins", {}) | origins({"model": folder})
+    facts = {
+        "router": metadata["router"],
+        "top_k": model.top_k,
+        "digests": digests,
+        "licences": licences,
+        "origins": known,
+    }
     _publish(settings, "assembled model", facts, write)
 
 
@@ -141,10 +151,11 @@ def _merged(settings: Settings) -> None:
     """A trunk, or a trunk with one module, as an ordinary checkpoint or as GGUF."""
     import torch
 
-    from .artifacts.artifact import local_folder, read_model, read_statistics, write_trunk
+    from .artifacts.artifact import read_model, read_statistics, write_trunk
     from .artifacts.checks import check_trial
     from .artifacts.metadata import merged_metadata
     from .exporting import gguf_file, proof
+    from .files.hub import local_folder, origins
     from .model.modules import fold
 
     trunk, tokenizer, trunk_metadata, module = read_model(settings.model, settings.module)
@@ -152,8 +163,12 @@ def _merged(settings: Settings) -> None:
     if module is not None:
         fold(trunk)
         check_trial(trunk, settings.module)
-    facts = merged_metadata(trunk_metadata, module) if module else trunk_metadata
     folder = local_folder(settings.model)
+    facts = trunk_metadata
+    if module is not None:
+        assert settings.module is not None
+        places = {"trunk": folder, module["name"]: local_folder(settings.module, "module")}
+        facts = merged_metadata(trunk_metadata, module, origins(places))
 
     def write_transformers(temp_dir: Path) -> float:
         statistics = None if module else read_statistics(folder, trunk_metadata, trunk.config)
@@ -172,27 +187,32 @@ def _merged(settings: Settings) -> None:
 
 
 def _adapter(settings: Settings) -> None:
-    from .artifacts.artifact import local_folder, read_model, read_module
+    from .artifacts.artifact import read_model, read_module
     from .exporting import peft_adapter
+    from .files.hub import local_folder, origins
 
     assert settings.module is not None
+    identity = hub_id(settings.model)
+    base = identity[0] if identity else settings.model
     model, tokenizer, trunk_metadata, _ = read_model(settings.model, settings.module)
     tensors, metadata = read_module(settings.module, trunk_metadata)
 
     def write(temp_dir: Path) -> float:
-        peft_adapter.write(temp_dir, settings.model, tensors, metadata)
+        peft_adapter.write(temp_dir, base, tensors, metadata)
         return peft_adapter.prove(temp_dir, local_folder(settings.model), model, tokenizer)
 
-    _publish(settings, f"adapter {metadata['name']}", metadata | {"base_model": settings.model}, write)
+    known = origins({"trunk": local_folder(settings.model)})
+    _publish(settings, f"adapter {metadata['name']}", metadata | {"origins": known}, write)
 
 
 def _module(settings: Settings) -> None:
     """A module of a PEFT adapter. Its loss is not known, and its tokens are counted only with --data."""
     import torch
 
-    from .artifacts.artifact import local_folder, read_trunk, write_module
+    from .artifacts.artifact import read_trunk, write_module
     from .artifacts.texts import trunk_statistics
     from .exporting import peft_adapter, proof
+    from .files.hub import local_folder, origins
     from .routing.statistics import BIGRAM_BUCKETS
 
     assert settings.peft is not None
@@ -210,6 +230,7 @@ def _module(settings: Settings) -> None:
         "name": settings.name,
         "licence": settings.licence,
         "sources": list(settings.data),
+        "origins": origins({"trunk": local_folder(settings.model)}),
         "trunk_digest": trunk_metadata["digest"],
         "tokenizer_digest": trunk_metadata["tokenizer_digest"],
     }

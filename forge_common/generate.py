@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
 @dataclass(frozen=True)
 class Settings:
     model: str
-    """Trunk (folder or hub id) or assembled model."""
+    """Trunk or assembled model: folder or hub id (org/name or org/name@revision)."""
     prompt: str | None = None
     """Text to continue; with --chat the first turn."""
     prompt_file: Path | None = None
@@ -35,7 +35,7 @@ class Settings:
     system: str | None = None
     """Message of the system at the beginning of a --chat."""
     module: Path | None = None
-    """Folder of a module, which is merged into the trunk."""
+    """Module, which is merged into the trunk: folder or hub id."""
     without: tuple[str, ...] = ()
     """Names of modules of an assembled model to leave out."""
     top_k: int | None = None
@@ -57,7 +57,7 @@ class Settings:
 def main(settings: Settings) -> int:
     import torch
 
-    from .artifacts.artifact import local_folder, read_model
+    from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembled
 
     _check(settings)
@@ -68,7 +68,6 @@ def main(settings: Settings) -> int:
             raise UserError(f"{settings.model} is an assembled model, which has its modules. Leave out --module.")
         model, tokenizer, _ = read_assembled(settings.model, without=settings.without, top_k=settings.top_k)
     else:
-        local_folder(settings.model)  # a model that is not there is the only thing wrong with the flags
         if settings.without or settings.top_k is not None or settings.show_routing:
             raise UserError(
                 f"{settings.model} is not an assembled model. Leave out --without, --top-k and --show-routing."

@@ -13,9 +13,9 @@ from .settings import read_settings, run_main
 @dataclass(frozen=True)
 class Settings:
     trunk: str
-    """Trunk: folder or hub id."""
+    """Trunk: folder or hub id (org/name or org/name@revision)."""
     module: Path
-    """Folder of a module of this trunk."""
+    """Module of this trunk: folder or hub id."""
     output_dir: Path
     """New folder, which AutoModelForCausalLM loads."""
 
@@ -24,6 +24,7 @@ def main(settings: Settings) -> int:
     from .artifacts.artifact import read_model, write_trunk
     from .artifacts.checks import check_trial
     from .artifacts.metadata import merged_metadata
+    from .files.hub import local_folder, origins
     from .model.modules import fold
 
     if settings.output_dir.exists():
@@ -32,7 +33,8 @@ def main(settings: Settings) -> int:
     assert module is not None
     fold(trunk)
     check_trial(trunk, settings.module)
-    metadata = merged_metadata(trunk_metadata, module)
+    places = {"trunk": local_folder(settings.trunk), module["name"]: local_folder(settings.module, "module")}
+    metadata = merged_metadata(trunk_metadata, module, origins(places))
     digest = write_trunk(settings.output_dir, trunk.state_dict(), trunk.config, tokenizer, metadata)
     print(f"published   {settings.output_dir} (digest {digest[:12]})")
     return 0

@@ -47,6 +47,9 @@ class RunSettings(ReadingSettings):
     output_dir: Path
     """Folder for settings, metrics, checkpoints and what is published."""
 
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub, such as org/name, to upload what is published to; its token is checked first (docs/guides/SHARING.md)."""
+
     # -- held-out data and windows --
     val_data: tuple[str, ...] = ()
     """Sources to validate on. None: a part of --data is held out."""

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from .command_line import expanded, given_settings
+from .files.hub import upload_problem
 from .files.places import missing_artifact, missing_file, missing_source
 from .files.untrusted import LINE, PLAIN
 from .model.config import AUTO, PRESETS
 from .model.module_settings import module_problems
 from .schedule import SCHEDULES
-from .settings import MODEL_SETTINGS, processes, seconds_of
+from .settings import MODEL_SETTINGS, is_first_process, processes, seconds_of
 
 
 def problems(settings: Any) -> list[str]:
@@ -95,7 +96,11 @@ def problems(settings: Any) -> list[str]:
         if name.replace("-", "_") not in known:
             near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
             faults.append(f"--accept-change {name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
-    return faults + _shape_problems(settings) + _folder_problems(value) + _missing(value)
+    faults += _shape_problems(settings) + _folder_problems(value) + _missing(value)
+    if value("push_to_hub") and not faults and is_first_process():
+        problem = upload_problem(value("push_to_hub"))
+        faults += [f"--push-to-hub {problem}; or leave it out, and use forge_common.push afterwards"] if problem else []
+    return faults
 
 
 def _is_deepspeed_without_bf16() -> bool:

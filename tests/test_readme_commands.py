@@ -1,4 +1,4 @@
-"""The commands of README.md, docs/QUICKSTART.md and two guides: each is accepted as it stands; `make soak` runs those of the first two."""
+"""The commands of README.md, docs/QUICKSTART.md and guides: each is accepted as it stands; `make soak` runs those of the first two, in order."""
 
 import os
 import re
@@ -11,7 +11,8 @@ from pathlib import Path
 import launch
 import pytest
 
-FILES = ("README.md", "docs/QUICKSTART.md", "docs/guides/OWN_TEXT.md", "docs/guides/MANY_GPUS.md")
+GUIDES = ("OWN_TEXT", "MANY_GPUS", "SHARING")
+FILES = ("README.md", "docs/QUICKSTART.md", *(f"docs/guides/{name}.md" for name in GUIDES))
 PROGRAM = re.compile(
     r"(?:accelerate launch (?:--config_file \S+ )?|python )(?:-m )?(train_\w+\.py|forge_common\.\w+) (.*)"
 )

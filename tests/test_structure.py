@@ -141,6 +141,7 @@ def test_the_tour_in_contributing_shows_the_loop_as_it_is():
         "-m forge_common.generate",
         "-m forge_common.merge",
         "-m forge_common.plan",
+        "-m forge_common.push",
         "-m forge_common.report",
     ],
 )

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UserError
 from ..files.atomic import publish, read_json, write_json
-from ..files.places import may_be_hub_id, nearest, published
+from ..files.hub import local_folder
 from ..files.tensors import PICKLES, Tensors, digest, digests, dtype_name, read_tensors, verify, weight_files
 from ..files.untrusted import PLAIN, is_plain, naming, quoted, without_links
 from ..model.config import ModelConfig
@@ -28,10 +28,8 @@ from ..routing.statistics import BIGRAM_BUCKETS, moment_shapes
 from .card import model_card
 from .metadata import FORMAT_VERSION, module_arguments, read_metadata
 
-TRUNK_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
-TRUNK_FILES += ("special_tokens_map.json", "chat_template.jinja", "forge.json", "statistics.safetensors", "README.md")
+STATISTICS = (torch.uint8, torch.float16)  # the dtypes of codes and of moments
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
-MODULE_FILES = ("module.json", "module.safetensors", "statistics.safetensors", "README.md")
 
 
 def write_trunk(
@@ -119,32 +117,6 @@ def write_module(
 
     publish(folder, write, read_back)
     return module_digest
-
-
-def local_folder(place: str) -> Path:
-    """The folder of a trunk, of the output directory that holds it, or of a hub id, which is fetched (safetensors, JSON and tokenizer only)."""
-    folder = published(Path(place), "trunk")
-    if folder.is_dir():
-        return folder
-    if folder.exists():
-        raise UserError(f"{place} is not a folder. Name the folder of a trunk, or a hub id such as org/name.")
-    if not may_be_hub_id(place):
-        raise UserError(
-            f"{place} is not there{nearest(place)}. Name the folder of a trunk, or a hub id such as org/name."
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(
-            snapshot_download(
-                place, allow_patterns=["*.json", "*.safetensors", "tokenizer.model", "chat_template.jinja"]
-            )
-        )
-    except Exception as reason:  # noqa: BLE001 (the client of the hub raises many types)
-        first_line = str(reason).splitlines()[0]
-        raise UserError(
-            f"{place} is not there, and cannot be fetched from the hub ({first_line}). Check the path or the hub id."
-        ) from None
 
 
 def read_trunk(
@@ -236,20 +208,18 @@ def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path, dtype: to
 
 
 def read_module_metadata(folder: Path) -> dict[str, Any]:
-    """module.json of a module's folder."""
-    folder = published(folder, "module")
-    if not folder.is_dir():
-        hint = " Pickles are not opened." if folder.suffix in PICKLES else ""
+    """module.json of a module: its folder, the output directory that holds it, or a hub id."""
+    if folder.suffix in PICKLES:
         raise UserError(
-            f"{folder} is not a module's folder{nearest(str(folder))}.{hint} Name the folder with module.json in it."
+            f"{folder} is not a module's folder. Pickles are not opened. Name the folder with module.json in it."
         )
-    return read_metadata(folder / "module.json")
+    return read_metadata(local_folder(folder, "module") / "module.json")
 
 
 def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
     """A module's tensors as they are stored, and its metadata, verified against its digests and against the trunk's."""
-    folder = published(folder, "module")
     metadata = read_module_metadata(folder)
+    folder = local_folder(folder, "module")
     for name, trunk_key in (("trunk_digest", "digest"), ("tokenizer_digest", "tokenizer_digest")):
         if metadata.get(name) != trunk_metadata[trunk_key]:
             raise UserError(
@@ -307,7 +277,7 @@ def read_statistics(folder: Path, metadata: dict[str, Any], config: ModelConfig)
     path = folder / "statistics.safetensors"
     if "statistics_digest" not in metadata and not path.exists():
         return None
-    statistics = read_tensors(path, (torch.uint8, torch.float16))
+    statistics = read_tensors(path, STATISTICS)
     verify(path, statistics, metadata, "statistics_digest", "its metadata")
     for name, size in (("unigrams", config.vocab_size), ("bigrams", BIGRAM_BUCKETS)):
         codes = statistics.get(name)

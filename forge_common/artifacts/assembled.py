@@ -13,6 +13,7 @@ import torch
 
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
+from ..files.hub import local_folder
 from ..files.untrusted import naming, without_links
 from ..model.modules import RoutedExpert
 from ..model.trunk import Trunk
@@ -36,8 +37,8 @@ class Part(NamedTuple):
 
 
 def is_assembled(place: str) -> bool:
-    """Whether a folder is what `assemble` writes."""
-    return (Path(place) / "assembled.json").is_file()
+    """Whether a folder, or what a hub id names, is what `assemble` writes."""
+    return (local_folder(place, None) / "assembled.json").is_file()
 
 
 def read_assembled(
@@ -47,7 +48,7 @@ def read_assembled(
 
     without: modules to leave out; they are not read. top_k: instead of the one in assembled.json.
     """
-    folder = Path(place)
+    folder = local_folder(place, None)
     metadata = read_metadata(folder / "assembled.json")
     names = leave_out(metadata["modules"], without, folder)
     if top_k is not None and top_k < 0:
@@ -83,11 +84,12 @@ def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str
 
 
 def new_metadata(
-    router: str, top_k: int, parts: Mapping[str, dict[str, Any]], before: Mapping[str, Any]
+    router: str, top_k: int, parts: Mapping[str, dict[str, Any]], before: Mapping[str, Any], origins: Mapping[str, str]
 ) -> dict[str, Any]:
     """The content of assembled.json, of a new model or, a version later, of a changed one.
 
     parts: the metadata of the trunk, as trunk, and of the modules by name, sorted. before: assembled.json before the change, or {}.
+    origins: ORG/NAME@COMMIT of those that were fetched from the hub.
     """
     digests = {name: metadata["digest"] for name, metadata in parts.items()}
     version = before.get("version", 1) + 1 if before else 1
@@ -99,6 +101,7 @@ def new_metadata(
         "tuning": before.get("tuning") or asdict(Tuning()),
         "modules": [name for name in parts if name != "trunk"],
         "digests": digests,
+        "origins": origins,
         "licences": {name: metadata["licence"] for name, metadata in parts.items() if metadata.get("licence")},
         "val_fraction": smallest_held_out_share(parts.values()),
         "history": [*before.get("history", []), *_changes(version, before.get("digests", {}), digests)],

@@ -1,7 +1,7 @@
 """The metadata in forge.json, module.json and assembled.json, and the types and ranges of its fields.
 
 No digest covers a module's name, sources, licence, losses and counts, and the share of documents that it held out. They
-are claims of whoever published it.
+are claims of whoever published it, as are its command and its origins (ORG/NAME@COMMIT of what was fetched from the hub).
 """
 
 import dataclasses
@@ -79,6 +79,11 @@ COMMON: dict[str, Field] = {
     "data": dict_of(ANY),
     "texts_before": list_of((f"an object with {', '.join(Text._fields)}", _is_text)),
     "losses": dict_of(ANY),
+    "origins": dict_of(LINE),
+    "command": (
+        "a line of at most 4,000 printable characters",
+        lambda value: isinstance(value, str) and len(value) <= 4000 and value.isprintable(),
+    ),
     "statistics": dict_of(ANY),
     "tensor_digests": dict_of(DIGEST),
     **dict.fromkeys(("digest", "config_digest", "tokenizer_digest", "chat_template_digest"), DIGEST),
@@ -176,9 +181,10 @@ def module_arguments(metadata: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def merged_metadata(trunk: dict[str, Any], module: dict[str, Any]) -> dict[str, Any]:
-    """The metadata of a trunk with a module merged into it, which is a trunk."""
+def merged_metadata(trunk: dict[str, Any], module: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
+    """The metadata of a trunk with a module merged into it, which is a trunk. origins: where they were fetched from (files/hub.py)."""
     return {
+        "origins": origins,
         "merged_from": {"trunk": trunk["digest"], "module": module["digest"], "name": module["name"]},
         "kind": "trunk",
         "val_fraction": smallest_held_out_share([trunk, module]),

@@ -1,5 +1,8 @@
 """Publishes the result of a training run: metadata, statistics and weights, which are read back before they have their name."""
 
+import dataclasses
+import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +10,29 @@ import torch
 
 from ..data.corpora import Corpora
 from ..data.tokenizer import Tokenizer
+from ..files.hub import local_folder, origins
+from ..files.places import hub_id
 from ..files.tensors import Tensors
 from ..model.config import ModelConfig
 from ..routing import statistics
 from .artifact import DTYPES, replaced_tensors, write_module, write_trunk
 from .metadata import training_texts
+
+# Settings that are not in the published command: they change nothing that is published, or may hold private text.
+OPERATING = {
+    "output_dir",
+    "cache_dir",
+    "tracker",
+    "project",
+    "run_name",
+    "log_artifact",
+    "sample_prompt",
+    "log_every",
+    "save_every",
+}
+OPERATING |= {"keep", "on_full_disk", "resume", "accept_change", "hang_timeout", "dry_run", "push_to_hub"}
+PLACES = {"trunk", "trunk_from", "tokenizer", "val_data", "general_data"}  # only --data is published as it was given
+PUBLIC = re.compile("hf:|local:|train:")
 
 
 def publish_trunk(
@@ -38,6 +59,7 @@ def publish_trunk(
         "validation_loss": progress.best_val_loss,
         "validation_tokens": sum(part.labels for part in corpora.held_out),
         "continued_from": trunk_metadata.get("digest"),
+        "origins": origins({"trunk": local_folder(settings.trunk_from)} if settings.trunk_from else {}),
         "texts_before": [text._asdict() for text in training_texts(trunk_metadata)],
     }
     path = settings.output_dir / "trunk"
@@ -86,6 +108,7 @@ def publish_module(
         "name": settings.name,
         "layers": layers,
         **settings.sizes,
+        "origins": origins({"trunk": local_folder(settings.trunk)}),
         "statistics": sample_size,
         "trunk_digest": trunk_metadata["digest"],
         "tokenizer_digest": trunk_metadata["tokenizer_digest"],
@@ -107,5 +130,26 @@ def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[s
         "data": corpora.digests,
         "sources": list(settings.data),
         "val_fraction": corpora.fraction,
+        "command": command(settings),
         **progress.published(),
     }
+
+
+def command(settings: Any) -> str:
+    """The command line of a run in one line, without --output-dir and the like. Of the paths outside of --data only the last part is shown."""
+    words = ["accelerate", "launch", "train_module.py" if "trunk" in vars(settings) else "train_shared.py"]
+    own = type(settings).__annotations__  # the script's own settings go first
+    for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):
+        value = getattr(settings, field.name)
+        if field.name in OPERATING or value == field.default:
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+            continue
+        shown = [str(part) for part in (value if isinstance(value, tuple) else (value,))]
+        if field.name in PLACES:
+            shown = [part if PUBLIC.match(part) or hub_id(part) else Path(part).name for part in shown]
+        words += [flag, *shown]
+    line = shlex.join(words)
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)[:4000]

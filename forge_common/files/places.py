@@ -1,10 +1,24 @@
-"""Files, folders and sources that a command line names: whether they exist, and the nearest name that does."""
+"""The files of an artifact, and the files, folders and sources that a command line names: whether they exist, the nearest name that does."""
 
 import difflib
 import os
 import re
 from pathlib import Path
 
+TRUNK_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+TRUNK_FILES += ("special_tokens_map.json", "chat_template.jinja", "forge.json", "statistics.safetensors", "README.md")
+WEIGHT_FILES = ("model.safetensors.index.json", "model*.safetensors")  # of a trunk; the second is a pattern
+MODULE_FILES = ("module.json", "module.safetensors", "statistics.safetensors", "README.md")
+ASSEMBLED_FILES = ("assembled.json", "README.md", "statistics.safetensors")  # beside the folders trunk and modules
+EXPORT_FILES = (
+    "model.safetensors",
+    "model.gguf",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "configuration_forge.py",
+)
+EXPORT_FILES += ("layers_forge.py", "modeling_forge.py", "router_forge.py")  # and those of a trunk
+HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w][\w./-]*))?")
 WEIGHT = re.compile(r"(.+)@([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.DOTALL)
 
 
@@ -33,16 +47,17 @@ def missing_file(place: str) -> str | None:
 
 
 def missing_artifact(place: str) -> str | None:
-    """What is wrong with a trunk or module that is neither a folder nor may be a hub id (ORG/NAME, where ORG is no folder here)."""
+    """What is wrong with a trunk or module that is neither a folder nor may be a hub id (ORG/NAME[@REVISION], where ORG is no folder here)."""
     path = Path(place).expanduser()
-    if path.exists() or may_be_hub_id(place):
+    if path.exists() or hub_id(place):
         return None
     return f"{place} is not there{nearest(place)}"
 
 
-def may_be_hub_id(place: str) -> bool:
-    """Whether a name that is no folder has the form of a hub id, ORG/NAME, and ORG is no folder here."""
-    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", place)) and not Path(place).parent.is_dir()
+def hub_id(place: str) -> tuple[str, str | None] | None:
+    """(ORG/NAME, REVISION or None) of a name that is no folder and has the form of a hub id; None if ORG is a folder here."""
+    match = HUB_ID.fullmatch(place)
+    return None if match is None or Path(place.partition("/")[0]).is_dir() else (match[1], match[2])
 
 
 def nearest(place: str) -> str:

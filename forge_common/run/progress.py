@@ -25,7 +25,7 @@ FREE |= {
     "max_bad_updates",
     "hang_timeout",
 }
-FREE |= {"on_full_disk", "activation_checkpointing", "deterministic", "sample_prompt"}
+FREE |= {"on_full_disk", "activation_checkpointing", "deterministic", "sample_prompt", "push_to_hub"}
 # Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
 ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
 ACCEPTABLE |= {"beta1", "beta2", "eps", "wsd_decay_share", "module_dtype"}

@@ -135,10 +135,61 @@ LICENCES += ["a\n---\nb", "é🙂 三", "x" * 200, "{", "%TAG", "`|`", "null", "
 
 @pytest.mark.parametrize("licence", LICENCES)
 def test_the_card_is_valid_for_any_licence(licence):
-    """As YAML it holds the licence and nothing else; the table has two columns."""
+    """As YAML it holds the licence and nothing else that is of the user; the table has two columns."""
     card = model_card("module a", {"licence": licence, "sources": ["a|b"]})
     found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL)  # as the hub finds it
     assert found
-    assert yaml.safe_load(found[1]) == {"tags": ["forge"], "license": licence}
+    content = yaml.safe_load(found[1])
+    named = (
+        {"license": licence}
+        if licence == "apache-2.0"
+        else {"license": "other", "license_name": content.get("license_name")}
+    )
+    fixed = {"library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["forge"]}
+    assert content == fixed | named and re.fullmatch(r"[a-z0-9.-]+", content.get("license_name", "x"))
     rows = [line for line in found[2].split("\n") if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and len(rows) == 4
+
+
+HOSTILE = ["a: b", "---", "x\n---\ny", "```\n# head", "[a](b)", "| x |", "<script>", "é🙂", "hf:a/b:c\n- d", "*a &b"]
+
+
+@pytest.mark.parametrize("word", HOSTILE)
+def test_the_card_is_valid_for_any_metadata(word):
+    """What a stranger's metadata may hold stays in its place: one value of the front matter, one cell of a table, one code block."""
+    losses = {word: {"tokens": 5, "before": 3.0, "after": 2.0}, "no numbers": {"tokens": word}, "none": word}
+    metadata = {
+        "name": "a",
+        "trunk_digest": "0" * 64,
+        "sources": [word, "hf:org/data:en@0.5", f"hf:{word}"],
+        "origins": {"trunk": "org/trunk@" + "1" * 40},
+        "losses": losses,
+        "command": " ".join(word.split()),
+    }
+    card = model_card("module a", metadata)
+    found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", card, re.DOTALL)
+    assert found
+    content = yaml.safe_load(found[1])
+    assert content["base_model"] == ["org/trunk"] and content["base_model_relation"] == "adapter"
+    assert "org/data" in content["datasets"] and all(
+        re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", name) for name in content["datasets"]
+    )
+    assert card.count("\n```") == 2 and [line for line in card.splitlines() if line.startswith("#")] == [
+        "# module a",
+        "## Losses",
+        "## Training",
+        "## Metadata",
+    ]
+    columns = [len(re.findall(r"(?<!\\)\|", line)) for line in found[2].split("\n") if line.startswith("|")]
+    assert columns == [5, 5, 5] + [3] * (2 + len(metadata) - 1)
+
+
+def test_a_card_of_parts_has_a_licence_only_where_all_have_the_same():
+    parts = {"modules": ["a"], "digests": {"trunk": "0", "a": "1"}}
+    for licences, expected in (
+        ({"trunk": "mit", "a": "MIT "}, None),
+        ({"trunk": "mit", "a": "mit"}, "mit"),
+        ({"a": "mit"}, None),
+    ):
+        card = model_card("assembled model", parts | {"licences": licences})
+        assert yaml.safe_load(card.split("---\n")[1]).get("license") == expected

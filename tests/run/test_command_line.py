@@ -143,7 +143,7 @@ def test_trunks_and_modules_are_read_from_the_output_directories_of_their_runs(r
     trunk, _, metadata, module = artifact.read_model(str(root), root / "run")
     direct = artifact.read_model(str(root / "trunk"), root / "run" / "module")
     assert small_artifacts.same(trunk.state_dict(), direct[0].state_dict()) and (metadata, module) == direct[2:]
-    with pytest.raises(UserError, match=r"runn/x is not a module's folder; did you mean .*/run\?"):
+    with pytest.raises(UserError, match=r"runn/x is not there; did you mean .*/run\?"):
         artifact.read_module_metadata(root / "runn" / "x")
     with pytest.raises(UserError):
         artifact.read_trunk(str(root / "assembled"))
