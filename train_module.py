@@ -34,7 +34,7 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
 
     # -- module: forge_common/model/module_settings.py has its sizes --
     kind: str = "ffn+head"
-    """Kind of module: ffn, attention+ffn, narrow, lora, each with or without +head, or expert (forge_common/model/modules.py)."""
+    """Kind of module: ffn, attention+ffn, narrow, lora or expert, each with or without +head (forge_common/model/modules.py)."""
     module_dtype: Literal["bf16"] | None = None
     """Type that the published tensors are rounded to; None: that of --dtype, in which they are trained."""
     licence: str | None = None

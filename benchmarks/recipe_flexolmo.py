@@ -1,8 +1,7 @@
-"""train_module.py with two things of FlexOlmo's recipe (arXiv 2507.07024) that it has no flags for; recipes.py runs it.
+"""train_module.py with FlexOlmo's initial router (arXiv 2507.07024), which it has no flag for; recipes.py runs it.
 
-- The router's row starts as the difference of two embeddings: of the module's text and of the trunk's. ROWS names a file with
-  one row for each layer.
-- Kind expert+head: an expert, and an output head of its own.
+The router's row starts as the difference of two embeddings: of the module's text and of the trunk's. ROWS names a file with one row
+for each layer.
 
 L layers, D width
 """
@@ -15,10 +14,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from forge_common.model import config
-
-KIND = "expert+head"
-config.KINDS = (*config.KINDS, KIND)  # type: ignore[assignment]  # before another module reads it
 ROWS = "FLEXOLMO_ROWS"  # environment: .npy with float32 [L, D]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import psutil
 import recipe_trunks as trunks
 import torch
-from recipe_flexolmo import KIND, ROWS, initial_rows
+from recipe_flexolmo import ROWS, initial_rows
 from recipe_rates import Rates
 from recipe_texts import GROUPS, HOME, MIX, SPLITS
 from script_process import launched, run
@@ -267,7 +267,7 @@ class Runs:
             [self.split(0), self.whole("upcycled", home, self.upcycled)],
             [self.whole(f"branch-{domain}", (domain,)) for domain in home],
             [self.expert(domain, "expert") for domain in home],
-            [self.expert(domain, KIND) for domain in home],
+            [self.expert(domain, "expert+head") for domain in home],
         ]
 
     def train(self, recipe: str, lr: float) -> Path:

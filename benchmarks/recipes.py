@@ -16,16 +16,13 @@ import time
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import tyro
 from script_process import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-import recipe_flexolmo  # adds a kind of module: before anything reads them
-
-# isort: split
 import recipe_baselines as baselines
 import torch
 from recipe_rates import Rates
@@ -38,9 +35,7 @@ from forge_common.artifacts import artifact, assembled
 from forge_common.evaluation import columns as texts
 from forge_common.evaluation.chart import draw
 from forge_common.files.atomic import write_text
-from forge_common.model.modules import RoutedExpert
 from forge_common.routing.mixture import Mixture
-from forge_common.routing.routers import LearnedRouter
 from forge_common.routing.tuning import Tuning
 
 ORACLE_TOKENS = 6_000  # of tune, of each domain, on which constant gates are fitted
@@ -59,7 +54,7 @@ class Seed:
         """Trains and scores what is missing, the rows that matter most first."""
         rows = (self._home, self._union, partial(self._group, "unseen"), partial(self._group, "pair"))
         rows += (self._controls, self._branches, partial(self._experts, "expert"))
-        rows += (partial(self._experts, recipe_flexolmo.KIND),)
+        rows += (partial(self._experts, "expert+head"),)
         stages = self.runs.stages()
         for stage, score in zip(stages, rows, strict=True):
             self._train(stage)
@@ -97,11 +92,7 @@ class Seed:
             base, _, metadata = artifact.read_trunk(str(trunk))
         parts = [assembled.read_part(base, metadata, folder) for folder in folders]
         parts.sort(key=lambda part: part.name)
-        if router == "learned":  # `route` refuses a kind that only this benchmark has
-            rows = [[cast(RoutedExpert, layer.addition).row for layer in part.model.model.layers] for part in parts]
-            solved: Any = LearnedRouter(rows, torch.full((len(parts) + 1,), 1 / (len(parts) + 1)))
-        else:
-            solved = assembled.route(base, background, parts, {"router": router, "tuning": asdict(Tuning())})
+        solved = assembled.route(base, background, parts, {"router": router, "tuning": asdict(Tuning())})
         return Mixture(base, {part.name: part.model for part in parts}, solved).eval()
 
     def _recipe(self, name: str) -> Any:

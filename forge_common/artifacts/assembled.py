@@ -157,7 +157,7 @@ def check_router(router: str, part: Part, place: Any) -> None:
             f"{place}: statistics.safetensors holds no moments, and --router ridge needs them. "
             "Train the module again with --statistics-moments, or assemble with --router context."
         )
-    if router == "learned" and part.metadata["kind"] != "expert":
+    if router == "learned" and not part.metadata["kind"].startswith("expert"):
         raise UserError(
             f"{place} is of kind {part.metadata['kind']}, and --router learned needs modules of --kind expert. "
             "Train the module with --kind expert, or assemble with --router context."

@@ -20,6 +20,7 @@ KINDS = (
     "lora",
     "lora+head",
     "expert",
+    "expert+head",
 )
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a feed-forward
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MATRICES)  # that kind lora can change

@@ -6,7 +6,7 @@
 | attention+ffn | copies of the trunk's attention and feed-forward, in their place | an output head of its own |
 | narrow | a feed-forward of width `width`, added to the trunk's | an output head of its own |
 | lora | a change of rank `rank` to each matrix in `targets` | a change of rank `rank` to the head |
-| expert | a copy of the feed-forward, mixed with the trunk's per token by a trained router row (as in FlexOlmo) | |
+| expert | a copy of the feed-forward, mixed with the trunk's per token by a trained router row (as in FlexOlmo) | an output head of its own |
 
 The frozen tensors keep their names, and a new module does not change the model's output. `fold` turns a trunk with a module
 into an ordinary checkpoint.

@@ -581,7 +581,8 @@ def test_the_gradient_of_the_gated_product_is_its_derivative():
 
 
 @pytest.mark.parametrize(
-    "module", ["ffn", "ffn+head", "attention+ffn", "narrow", "narrow+head", "lora", "lora+head", "expert"]
+    "module",
+    ["ffn", "ffn+head", "attention+ffn", "narrow", "narrow+head", "lora", "lora+head", "expert", "expert+head"],
 )
 def test_a_trunk_stored_in_bf16_trains_modules_in_float32(module):
     """Under autocast its loss is that of a float32 trunk with the same rounded matrices."""

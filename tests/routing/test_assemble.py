@@ -39,13 +39,13 @@ def call(command: str, *arguments: object, fails: bool = False) -> str:
 
 @pytest.fixture(scope="module")
 def module_dirs(module, text, domain, tmp_path_factory):
-    """Folders of modules by name: three kinds, trained on two texts, and two of kind expert."""
+    """Folders of modules by name: three kinds, trained on two texts, and two experts."""
     folder = tmp_path_factory.mktemp("modules")
     dirs = {}
-    for name, kind in {**KINDS, "expert_cpp": "expert", "expert_code": "expert"}.items():
+    for name, kind in {**KINDS, "expert_cpp": "expert+head", "expert_code": "expert"}.items():
         source = domain if "cpp" in name else text
         flags = ("--name", name, "--data", source, "--kind", kind, *LORA, "--width", 12, "--steps", 12)
-        moments = ("--statistics-moments",) if kind == "expert" else ()
+        moments = ("--statistics-moments",) if kind.startswith("expert") else ()
         module(folder / name, *flags, "--lr", 0.02, *moments)
         dirs[name] = folder / name / "module"
     return dirs
@@ -261,10 +261,10 @@ def test_a_merged_module_is_a_transformers_checkpoint(name, module_dirs, trunk, 
 def test_one_learned_row_equals_the_module_as_trained(trunk, module_dirs, tmp_path):
     """With one module the assembled model is the mixture that the module was trained in."""
     folder = tmp_path / "learned"
-    line = ("--trunk", trunk, "--modules", module_dirs["expert_cpp"], "--router", "learned", "--output-dir", folder)
+    line = ("--trunk", trunk, "--modules", module_dirs["expert_code"], "--router", "learned", "--output-dir", folder)
     call("assemble", *line)
     model, tokenizer = read(folder)
-    tensors, metadata = artifact.read_module(module_dirs["expert_cpp"], artifact.read_trunk(str(trunk))[2])
+    tensors, metadata = artifact.read_module(module_dirs["expert_code"], artifact.read_trunk(str(trunk))[2])
     alone, _, _ = artifact.read_trunk(str(trunk))
     put_in(alone, tensors, **artifact.module_arguments(metadata))
     torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-5)
