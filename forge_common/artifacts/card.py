@@ -43,7 +43,7 @@ def _front_matter(metadata: dict[str, Any]) -> dict[str, Any]:
     bases = [place.partition("@")[0] for place in metadata.get("origins", {}).values()]
     if bases:
         content["base_model"] = sorted(set(bases))
-        merged = len(bases) > 1 or "merged_from" in metadata
+        merged = bool(parts) or "merged_from" in metadata
         content["base_model_relation"] = "merge" if merged else "adapter" if "trunk_digest" in metadata else "finetune"
     sources = [split_weight(source)[0] for source in metadata.get("sources", ())]
     found = [re.fullmatch(r"hf:(\w[\w.-]*(?:/[\w.-]+)?)(?::.*)?", source) for source in sources]
@@ -63,34 +63,31 @@ def _use(metadata: dict[str, Any]) -> str:
     """What the artifact is and how to use it."""
     trunk = metadata.get("origins", {}).get("trunk", "TRUNK")
     exported = metadata.get("exported_as")
-    if exported == "peft":
-        return "A LoRA adapter of a module, for PEFT:\n\n```python\n" + (
-            f'PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{trunk.partition("@")[0]}"), "{HERE}")\n```'
-        )
+    command = "python -m forge_common."
     if exported == "gguf":
         return "`model.gguf` is a model in float32, for llama.cpp and others."
-    if exported == "transformers" and "router" in metadata:
-        return (
-            "A trunk and modules that were trained apart, assembled into one model with its own code:\n\n```python\n"
-            + (f'AutoModelForCausalLM.from_pretrained("{HERE}", trust_remote_code=True)\n```')
-        )
-    command = "python -m forge_common."
-    if "modules" in metadata:
+    if exported == "peft":
+        text = "A LoRA adapter of a module, for PEFT, on its trunk in Transformers:"
+        lines = [f'PeftModel.from_pretrained(trunk, "{HERE}")']
+    elif exported == "transformers" and "router" in metadata:
+        text = "A trunk and modules that were trained apart, assembled into one model with its own code:"
+        lines = [f'AutoModelForCausalLM.from_pretrained("{HERE}", trust_remote_code=True)']
+    elif "modules" in metadata:
         text = (
-            "A trunk and modules that were trained apart, assembled into one model, which routes each token by itself."
+            "A trunk and modules that were trained apart, assembled into one model, which routes each token by itself:"
         )
         lines = [f"{command}generate --model {HERE} --prompt TEXT"]
     elif "trunk_digest" in metadata:
         text = (
             f"A module: what was trained for one domain on a frozen trunk, whose digest is `{metadata['trunk_digest']}`. It works "
-            "with that trunk alone, or assembled with other modules of it."
+            "with that trunk alone, or assembled with other modules of it:"
         )
         lines = [
             f"{command}generate --model {trunk} --module {HERE} --prompt TEXT",
             f"{command}assemble --trunk {trunk} --modules {HERE} OTHER-MODULE --output-dir runs/assembled",
         ]
     else:
-        text = f'A Transformers checkpoint, on which modules can be trained: `AutoModelForCausalLM.from_pretrained("{HERE}")`.'
+        text = "A Transformers checkpoint, on which modules can be trained:"
         lines = [f"accelerate launch train_module.py --trunk {HERE} --name NAME --data SOURCE --output-dir runs/NAME"]
     return text + "\n\n```\n" + "\n".join(lines) + "\n```"
 
