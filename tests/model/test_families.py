@@ -25,7 +25,7 @@ from forge_common.routing.mixture import Mixture, with_module
 from forge_common.routing.routers import UniformRouter
 from forge_common.routing.statistics import moments
 
-LENGTH = 300  # tokens; the context before scaling, or the window, is 64
+LENGTH = 160  # tokens; the context before scaling, or the window, is 64
 LLAMA_2 = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "vocab_size": 1000}
 LLAMA_3 = LLAMA_2 | {"intermediate_size": 448, "num_key_value_heads": 2, "vocab_size": 4008}
 MISTRAL = LLAMA_3 | {"vocab_size": 1000, "max_position_embeddings": 512}
@@ -91,12 +91,13 @@ FAMILIES = {
             "num_key_value_heads": 1,
             "head_dim": 16,
         }
-        | {"vocab_size": 8000, "hidden_act": "gelu"},
+        | {"vocab_size": 4000, "hidden_act": "gelu"},
     ),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
-DIFFERENT = ("Llama 2, dynamic", "Mistral", "Mixtral", "Qwen2.5, yarn", "Qwen3, yarn", "OLMo2", "Gemma")
-KINDS = ("ffn", "attention+ffn+head", "lora+head", "narrow")
+DIFFERENT = ("Mistral", "Mixtral", "Qwen2.5, yarn", "OLMo2", "Gemma")
+MODULES = [(family, kind) for family in DIFFERENT for kind in ("attention+ffn+head", "lora+head")]
+MODULES += [(family, kind) for family in ("OLMo2", "Gemma") for kind in ("ffn", "narrow")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,9 +143,9 @@ def theirs(folder):
     return model.eval()
 
 
-def text(batch=1, length=LENGTH):
+def text():
     with open(__file__, "rb") as file:
-        return torch.tensor(list(file.read(batch * length))).view(batch, length) + 2
+        return torch.tensor([list(file.read(LENGTH))]) + 2
 
 
 def logits(trunk, tokens):
@@ -169,7 +170,7 @@ def test_logits_and_gradient_are_those_of_transformers(family, checkpoint, tmp_p
     model = theirs(checkpoint(family))
     trunk, _, _ = read_trunk(str(checkpoint(family)))
     assert trunk.config.model_type == model.config.model_type
-    tokens = text(2)
+    tokens = text()
     inputs = tokens[:, :-1]
     expected = model(inputs).logits
     F.cross_entropy(expected.flatten(0, 1), tokens[:, 1:].flatten()).backward()
@@ -185,7 +186,7 @@ def test_logits_and_gradient_are_those_of_transformers(family, checkpoint, tmp_p
     assert max(sdpa, eager, gradient, again) < 1e-5
 
 
-@pytest.mark.parametrize("family", DIFFERENT)
+@pytest.mark.parametrize("family", ["Llama 2, dynamic", *DIFFERENT])
 @torch.no_grad()
 def test_generation_with_a_cache_has_transformers_logits(family, checkpoint):
     """Beyond the original context too: with rope_type dynamic, keys keep the angles of the length at which they came in."""
@@ -198,8 +199,7 @@ def test_generation_with_a_cache_has_transformers_logits(family, checkpoint):
         assert difference(trunk.next_logits(piece, ours), output.logits[:, -1]) < 1e-5
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("family", DIFFERENT)
+@pytest.mark.parametrize(("family", "kind"), MODULES)
 def test_a_module_trains_assembles_and_is_merged(family, kind, checkpoint, tmp_path):
     trunk, _, _ = read_trunk(str(checkpoint(family)))
     how = {"kind": kind, "layers": [1], "width": 24, "rank": 4, "targets": ("q_proj", "o_proj")}
@@ -217,9 +217,8 @@ def test_a_module_trains_assembles_and_is_merged(family, kind, checkpoint, tmp_p
         assert difference(alone, logits(trunk, inputs).log_softmax(-1)) > 1e-2
         mixture = Mixture(trunk, {"one": model}, UniformRouter(torch.tensor([0.0, 1.0])))
         assert difference(mixture.nats(tokens), model.nats(tokens)) < 1e-5
-        if kind == "narrow" and trunk.config.num_local_experts:
-            return  # which a Mixtral cannot express
         fold(model)
+        assert difference(logits(model, inputs).log_softmax(-1), alone) < 1e-5
         assert difference(published(tmp_path / "merged", model)(inputs).logits.log_softmax(-1), alone) < 1e-5
 
 
