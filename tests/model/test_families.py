@@ -25,79 +25,56 @@ from forge_common.routing.mixture import Mixture, with_module
 from forge_common.routing.routers import UniformRouter
 from forge_common.routing.statistics import moments
 
-LENGTH = 160  # tokens; the context before scaling, or the window, is 64
-LLAMA_2 = {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 8, "vocab_size": 1000}
-LLAMA_3 = LLAMA_2 | {"intermediate_size": 448, "num_key_value_heads": 2, "vocab_size": 4008}
-MISTRAL = LLAMA_3 | {"vocab_size": 1000, "max_position_embeddings": 512}
-ROPE_3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
-YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
-QWEN_25 = {
-    "hidden_size": 112,
-    "intermediate_size": 592,
-    "num_attention_heads": 7,
-    "num_key_value_heads": 1,
-    "vocab_size": 4752,
+LENGTH = 160  # tokens; the context before it is scaled, or the window, is 64
+SIZES = "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"
+LLAMA_3 = {
+    "rope_type": "llama3",
+    "factor": 32.0,
+    "original_max_position_embeddings": 64,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "rope_theta": 5e5,
 }
-FAMILIES = {
-    "Llama 1": ("llama", LLAMA_2 | {"max_position_embeddings": 2048}),
-    "Llama 2, linear": ("llama", LLAMA_2 | {"rope_scaling": {"type": "linear", "factor": 4.0}}),
-    "Llama 2, dynamic": (
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+MSCALE = {"rope_theta": 1e6, "truncate": False, "mscale": 1.2, "mscale_all_dim": 0.8}
+SHORT = {"max_position_embeddings": 64}
+FAMILIES = {  # the model that has these proportions -> model_type, SIZES, and the rest
+    "Llama 1 7B": ("llama", (128, 344, 8, 8, 16, 1000), {"max_position_embeddings": 2048}),
+    "Llama 2 7B, linear": ("llama", (128, 344, 8, 8, 16, 1000), {"rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "Llama 2 7B, dynamic": (
         "llama",
-        LLAMA_2 | {"max_position_embeddings": 64, "rope_scaling": {"type": "dynamic", "factor": 8.0}},
+        (128, 344, 8, 8, 16, 1000),
+        SHORT | {"rope_scaling": {"type": "dynamic", "factor": 8.0}},
     ),
-    "Llama 2, yarn": (
+    "Llama 2 7B, yarn": (
         "llama",
-        LLAMA_2
-        | {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 16.0, "finetuned": True}}
-        | {"max_position_embeddings": 64},
+        (128, 344, 8, 8, 16, 1000),
+        SHORT | {"rope_theta": 1e4, "rope_scaling": {"type": "yarn", "factor": 16.0, "finetuned": True}},
     ),
-    "Llama 3": ("llama", LLAMA_3 | {"rope_theta": 5e5}),
-    "Llama 3.2": (
+    "Llama 3 8B": ("llama", (128, 448, 8, 2, 16, 4008), {"rope_theta": 5e5}),
+    "Llama 3.2 1B, llama3": (
         "llama",
-        LLAMA_3 | {"tie_word_embeddings": True, "rope_parameters": ROPE_3 | {"original_max_position_embeddings": 64}},
+        (64, 256, 8, 2, 8, 4008),
+        {"tie_word_embeddings": True, "rope_parameters": LLAMA_3},
     ),
-    "Mistral": ("mistral", MISTRAL | {"sliding_window": 64}),
-    "Mistral 0.3": ("mistral", MISTRAL | {"sliding_window": None, "head_dim": 20, "rope_theta": 1e6}),
-    "Mixtral": (
-        "mixtral",
-        MISTRAL | {"hidden_size": 64, "intermediate_size": 224, "num_local_experts": 8, "sliding_window": 64},
-    ),
-    "Qwen2": (
-        "qwen2",
-        QWEN_25
-        | {"num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 608, "tie_word_embeddings": True},
-    ),
-    "Qwen2.5, yarn": ("qwen2", QWEN_25 | {"rope_theta": 1e6, "rope_scaling": YARN, "max_position_embeddings": 64}),
-    "Qwen3, yarn": (
+    "Mistral 7B": ("mistral", (128, 448, 8, 2, 16, 1000), {"sliding_window": 64}),
+    "Mistral Nemo 12B": ("mistral", (160, 448, 8, 2, 16, 4096), {"sliding_window": None, "rope_theta": 1e6}),
+    "Mixtral 8x7B": ("mixtral", (64, 224, 8, 2, 8, 500), {"num_local_experts": 8, "sliding_window": 64}),
+    "Qwen2 0.5B": ("qwen2", (56, 304, 14, 2, 4, 9496), {"tie_word_embeddings": True, "rope_theta": 1e6}),
+    "Qwen2.5 7B, yarn": ("qwen2", (112, 592, 7, 1, 16, 4752), SHORT | {"rope_theta": 1e6, "rope_scaling": YARN}),
+    "Qwen3 0.6B, yarn": (
         "qwen3",
-        {
-            "hidden_size": 64,
-            "intermediate_size": 192,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 8,
-        }
-        | {"vocab_size": 4752, "tie_word_embeddings": True}
-        | {"rope_parameters": YARN | {"rope_theta": 1e6, "truncate": False, "mscale": 1.2, "mscale_all_dim": 0.8}},
+        (64, 192, 16, 8, 8, 9496),
+        {"tie_word_embeddings": True, "rope_parameters": YARN | MSCALE},
     ),
-    "OLMo2": ("olmo2", LLAMA_2 | {"vocab_size": 3136, "rope_theta": 5e5}),
-    "OLMo2 32B": ("olmo2", LLAMA_3 | {"intermediate_size": 688, "num_attention_heads": 10, "head_dim": 12}),
-    "Gemma": (
-        "gemma",
-        {
-            "hidden_size": 64,
-            "intermediate_size": 512,
-            "num_attention_heads": 8,
-            "num_key_value_heads": 1,
-            "head_dim": 16,
-        }
-        | {"vocab_size": 4000, "hidden_act": "gelu"},
-    ),
+    "OLMo2 7B": ("olmo2", (128, 344, 8, 8, 16, 3136), {"rope_theta": 5e5}),
+    "OLMo2 32B": ("olmo2", (160, 864, 10, 2, 16, 3136), {"rope_theta": 5e5}),
+    "Gemma 2B": ("gemma", (64, 512, 8, 1, 8, 8000), {"hidden_act": "gelu"}),
 }
 every_family = pytest.mark.parametrize("family", FAMILIES)
-DIFFERENT = ("Mistral", "Mixtral", "Qwen2.5, yarn", "OLMo2", "Gemma")
+DIFFERENT = ("Mistral 7B", "Mixtral 8x7B", "Qwen2.5 7B, yarn", "OLMo2 7B", "Gemma 2B")
 MODULES = [(family, kind) for family in DIFFERENT for kind in ("attention+ffn+head", "lora+head")]
-MODULES += [(family, kind) for family in ("OLMo2", "Gemma") for kind in ("ffn", "narrow")]
+MODULES += [(family, kind) for family in ("OLMo2 7B", "Gemma 2B") for kind in ("ffn", "narrow")]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -114,20 +91,21 @@ def checkpoint(tmp_path_factory):
 
     @functools.cache
     def write(family):
-        model_type, sizes = FAMILIES[family]
-        sizes = {"num_hidden_layers": 2, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1} | sizes
+        model_type, sizes, settings = FAMILIES[family]
+        plain = {"num_hidden_layers": 2, "max_position_embeddings": 512, "pad_token_id": 0, "eos_token_id": 1}
+        settings = plain | dict(zip(SIZES, sizes, strict=True)) | settings
         torch.manual_seed(3)
-        config = transformers.AutoConfig.for_model(model_type, **sizes, bos_token_id=None)
+        config = transformers.AutoConfig.for_model(model_type, **settings, bos_token_id=None)
         model = transformers.AutoModelForCausalLM.from_config(config)
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0.05))
         folder = tmp_path_factory.mktemp("checkpoint")
         model.save_pretrained(folder)
-        if "rope_scaling" in sizes:  # as Transformers 4 writes it
+        if "rope_scaling" in settings:  # as Transformers 4 writes it
             written = json.loads((folder / "config.json").read_text())
             del written["rope_parameters"]
-            given = {name: sizes[name] for name in ("rope_scaling", "rope_theta") if name in sizes}
+            given = {name: settings[name] for name in ("rope_scaling", "rope_theta") if name in settings}
             (folder / "config.json").write_text(json.dumps(written | given))
         byte_tokenizer().save(folder)
         return folder
@@ -182,11 +160,12 @@ def test_logits_and_gradient_are_those_of_transformers(family, checkpoint, tmp_p
         model.set_attn_implementation("eager")
         eager = difference(logits(trunk, inputs), model(inputs).logits)
         again = difference(logits(trunk, inputs), published(tmp_path / "trunk", trunk)(inputs).logits)
-    print(f"\n| {family} | {sdpa:.1e} | {eager:.1e} | {gradient:.1e} | {again:.1e} |")
+    shape = ", ".join(map(str, FAMILIES[family][1]))
+    print(f"\n| {family} | {shape} | {sdpa:.1e} | {eager:.1e} | {gradient:.1e} | {again:.1e} |")
     assert max(sdpa, eager, gradient, again) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["Llama 2, dynamic", *DIFFERENT])
+@pytest.mark.parametrize("family", ["Llama 2 7B, dynamic", *DIFFERENT])
 @torch.no_grad()
 def test_generation_with_a_cache_has_transformers_logits(family, checkpoint):
     """Beyond the original context too: with rope_type dynamic, keys keep the angles of the length at which they came in."""
@@ -222,7 +201,7 @@ def test_a_module_trains_assembles_and_is_merged(family, kind, checkpoint, tmp_p
         assert difference(published(tmp_path / "merged", model)(inputs).logits.log_softmax(-1), alone) < 1e-5
 
 
-@pytest.mark.parametrize("family", ["OLMo2", "Gemma"])
+@pytest.mark.parametrize("family", ["OLMo2 7B", "Gemma 2B"])
 def test_moments_are_of_the_inputs_of_the_feed_forwards(family, checkpoint):
     trunk, _, _ = read_trunk(str(checkpoint(family)))
     seen = []
