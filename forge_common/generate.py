@@ -184,7 +184,7 @@ def _turns(settings: Settings, turns: list[str]) -> Iterator[str]:
 
 
 def _is_too_long(prompt: list[int], model: "LanguageModel", settings: Settings) -> bool:
-    context = model.config.max_position_embeddings
+    context = model.config.context
     return len(prompt) + min(settings.max_new_tokens, context // 2) > context
 
 
@@ -253,7 +253,7 @@ def sample(
     """
     import torch
 
-    context = model.config.max_position_embeddings
+    context = model.config.context
     if len(prompt) >= context:
         print(f"(only the last {context - 1} tokens of the prompt are used: the context is {context})", file=sys.stderr)
         prompt = prompt[-(context - 1) :]

@@ -164,7 +164,9 @@ def _with_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
 
 def _config_digest(config: ModelConfig) -> str:
     """SHA-256 over the fields that the computation uses, not over the rest of config.json."""
-    return hashlib.sha256(json.dumps(dataclasses.asdict(config), sort_keys=True).encode()).hexdigest()
+    later = ("family", "sliding_window")  # which trunks of earlier versions have at their defaults
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if value or name not in later}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
 def _read_weights(files: list[Path], config: ModelConfig) -> Tensors:

@@ -6,7 +6,6 @@ document so far with counts of tokens, and mixes the heads' probabilities. No fa
 B batch, T time, S states of the filter
 """
 
-import dataclasses
 import inspect
 import re
 import shutil
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.atomic import write_json
+from ..model.attention import frequencies
 from ..routing.mixture import Mixture
 from ..routing.routers import ContextRouter
 from . import proof
@@ -35,6 +35,7 @@ FIELDS = (
 )
 FIELDS += ("head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "qkv_bias", "qk_norm")
 FIELDS += ("cross_document_attention", "pad_token_id", "eos_token_id", "bos_token_id")
+FIELDS += ("hidden_act", "embed_scale", "norm_after", "sliding_window")
 NAMES = (  # of a module's parameters in a candidate -> in modeling_forge.py; {} is the number of the candidate
     (r"(model\.layers\.\d+)\.(?:mlp|addition)\.((?:gate|up|down)_proj\.(?:weight|lora_[AB]))", r"\1.candidates.{}.\2"),
     (r"lm_head\.(weight)", r"heads.{}.\1"),
@@ -57,7 +58,14 @@ def write(folder: Path, model: Mixture, tokenizer: Tokenizer, described: dict[st
             "this trunk is a mixture of experts: the exported code has no modules for it. Export the trunk, or the trunk with one "
             "module, or use forge_common.generate."
         )
+    if model.config.rope_scaling and model.config.rope_scaling["rope_type"] == "dynamic":
+        raise UserError(
+            "this trunk has the rope_type dynamic, whose angles depend on the length of the text: the exported code has fixed ones. "
+            "Use forge_common.generate, or export the trunk with one module."
+        )
     tensors = {name: parameter.detach() for name, parameter in model.candidates[0].named_parameters()}
+    if model.config.family == "gemma":  # whose norms multiply with 1 + weight
+        tensors |= {name: 1 + tensor for name, tensor in tensors.items() if name.endswith("norm.weight")}
     shared = {id(parameter) for parameter in model.candidates[0].parameters()}
     modules = []
     for number, (name, candidate) in enumerate(zip(model.names[1:], list(model.candidates)[1:], strict=True), 1):
@@ -142,18 +150,18 @@ def _exported_name(module: str, key: str, number: int) -> str:
 
 
 def _config(model: Mixture, modules: list[dict[str, Any]]) -> dict[str, Any]:
-    """config.json: Llama's fields, the modules and the router."""
-    config = model.config
-    fields = dataclasses.asdict(config)
+    """config.json: the trunk's sizes, the modules and the router."""
+    inv_freq, attention_scaling = frequencies(model.config, model.config.max_position_embeddings)
     router: ContextRouter = model.router
-    return {name: fields[name] for name in FIELDS} | {
+    return {name: getattr(model.config, name) for name in FIELDS} | {
         "model_type": "forge",
         "architectures": ["ForgeForCausalLM"],
         "auto_map": {
             "AutoConfig": "configuration_forge.ForgeConfig",
             "AutoModelForCausalLM": "modeling_forge.ForgeForCausalLM",
         },
-        "rope_parameters": {"rope_type": "default"} | (config.rope_scaling or {}) | {"rope_theta": config.rope_theta},
+        "inv_freq": inv_freq.tolist(),
+        "attention_scaling": attention_scaling,
         "dtype": "float32",
         "modules": modules,
         "router": {name: getattr(router.tuning, name) for name in NUMBERS} | {"shares": router.shares.tolist()},

@@ -6,8 +6,9 @@ from transformers import PreTrainedConfig
 
 
 class ForgeConfig(PreTrainedConfig):
-    """Sizes under the names of Llama's configuration, and three fields of the assembled model.
+    """Sizes under the names of Llama's configuration, what follows from the trunk's family, and three fields of the assembled model.
 
+    inv_freq, attention_scaling: the angle per position of each pair of a head, and the factor of cos and sin. norm_after: norms as in OLMo2.
     modules: for each one {"name", "kind": "ffn" | "narrow" | "lora", "layers": [numbers], "size": width or rank, "head": bool}.
     router: the weights of the candidates in a mean ("shares", the trunk first) and the numbers of the filter.
     candidates_per_token: 0 for all, weighted.
@@ -27,7 +28,12 @@ class ForgeConfig(PreTrainedConfig):
         head_dim: int = 8,
         max_position_embeddings: int = 64,
         rms_norm_eps: float = 1e-5,
-        rope_parameters: dict[str, Any] | None = None,
+        inv_freq: list[float] | None = None,
+        attention_scaling: float = 1.0,
+        hidden_act: str = "silu",
+        embed_scale: float = 1.0,
+        norm_after: bool = False,
+        sliding_window: int | None = None,
         qkv_bias: bool = False,
         qk_norm: bool = False,
         cross_document_attention: bool = True,
@@ -46,7 +52,12 @@ class ForgeConfig(PreTrainedConfig):
         self.head_dim = head_dim
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
-        self.rope_parameters = rope_parameters or {"rope_type": "default", "rope_theta": 10000.0}
+        self.inv_freq = inv_freq or [1.0] * (head_dim // 2)
+        self.attention_scaling = attention_scaling
+        self.hidden_act = hidden_act
+        self.embed_scale = embed_scale
+        self.norm_after = norm_after
+        self.sliding_window = sliding_window
         self.qkv_bias = qkv_bias
         self.qk_norm = qk_norm
         self.cross_document_attention = cross_document_attention

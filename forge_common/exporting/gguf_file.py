@@ -3,8 +3,8 @@
 D width, H heads, d width of a head, V vocabulary
 """
 
+import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
+from ..model.attention import frequencies
 from ..model.trunk import Trunk
 from . import proof
 
@@ -29,6 +30,7 @@ NAMES = {  # of a layer's parts in the checkpoint -> in the file
     "input_layernorm": "attn_norm",
     "post_attention_layernorm": "ffn_norm",
 }
+ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
@@ -43,10 +45,20 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
         raise UserError(
             "a mixture of experts is not written as GGUF here. Export it as transformers, and convert that with llama.cpp."
         )
+    rope_type = config.rope_scaling["rope_type"] if config.rope_scaling else "default"
+    if config.model_type not in ARCHITECTURES or rope_type not in ("default", "llama3"):
+        raise UserError(
+            f"a {config.model_type} with the rope_type {rope_type} is not written as GGUF here: only {', '.join(ARCHITECTURES)} with default or "
+            "llama3. Export it as transformers, and convert that with llama.cpp's convert_hf_to_gguf.py."
+        )
     split = _split(tokenizer)
-    writer = gguf.GGUFWriter(folder / FILE, config.model_type)
+    architecture = ARCHITECTURES[config.model_type]
+    writer = gguf.GGUFWriter(folder / FILE, architecture)
     writer.add_name(name)
-    writer.add_context_length(config.max_position_embeddings)
+    # The architecture llama has no sliding window: within one, attention is full attention.
+    writer.add_context_length(
+        min(config.max_position_embeddings, config.sliding_window or config.max_position_embeddings)
+    )
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -62,13 +74,14 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
     _add_tokenizer(writer, gguf, tokenizer, config.vocab_size, split, chat_template)
     for key, parameter in trunk.named_parameters():
         tensor = parameter.detach().float()
-        if config.model_type == "llama" and key.split(".")[-2] in ("q_proj", "k_proj"):
+        if architecture == "llama" and key.split(".")[-2] in ("q_proj", "k_proj"):
             # llama.cpp rotates neighbours in Llama, the checkpoint halves: (i, i + d/2) becomes (2 i, 2 i + 1).
             heads = tensor.unflatten(0, (-1, 2, config.head_dim // 2))
             tensor = heads.transpose(1, 2).flatten(0, 2)
         writer.add_tensor(_name(key), tensor.contiguous().numpy())
     if config.rope_scaling:
-        writer.add_tensor("rope_freqs.weight", _rope_factors(trunk).numpy())
+        plain, _ = frequencies(dataclasses.replace(config, rope_scaling=None), 1)
+        writer.add_tensor("rope_freqs.weight", (plain / frequencies(config, 1)[0]).numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -110,17 +123,6 @@ def _name(key: str) -> str:
         return f"{OUTSIDE[part]}.{kind}"
     _, _, layer, inside = part.split(".", 3)
     return f"blk.{layer}.{NAMES[inside]}.{kind}"
-
-
-def _rope_factors(trunk: Trunk) -> torch.Tensor:
-    """[d/2]: by what Llama 3's scaling divides each frequency."""
-    config = trunk.config
-    assert config.rope_scaling is not None
-    low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
-    frequency = config.rope_theta ** (-torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
-    return 1 / (keep + (1 - keep) / config.rope_scaling["factor"])
 
 
 def _split(tokenizer: Tokenizer) -> str:

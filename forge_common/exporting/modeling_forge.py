@@ -49,9 +49,11 @@ class ForgeModel(nn.Module):
             ends = (seen == self.config.eos_token_id).long()
             document = ends.cumsum(-1) - ends  # an EOS belongs to the document that it ends
             mask = mask & (document[:, None, total - length :, None] == document[:, None, None, :])
+        if self.config.sliding_window:
+            mask = mask & torch.ones_like(mask).triu(total - length - self.config.sliding_window + 1)
         mask = mask | torch.eye(total, dtype=torch.bool, device=seen.device)[total - length :]  # padding sees itself
         rope = rotary(self.config, positions)
-        x = self.embed_tokens(seen[:, total - length :])
+        x = self.embed_tokens(seen[:, total - length :]) * self.config.embed_scale
         for layer in self.layers:
             x = layer(x, rope, mask, cache, gates)
         return self.norm(x)

@@ -24,19 +24,56 @@ def _compiled_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def rotary(config: ModelConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, d] for `positions` [T]. Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama."""
-    even = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
-    frequency = config.rope_theta ** (-even / config.head_dim)
-    if config.rope_scaling:
-        # Llama 3.1: low frequencies are divided by factor, high ones kept, those between interpolated.
-        factor = config.rope_scaling["factor"]
-        low, high = config.rope_scaling["low_freq_factor"], config.rope_scaling["high_freq_factor"]
-        turns = config.rope_scaling["original_max_position_embeddings"] * frequency / (2 * math.pi)
-        keep = ((turns - low) / (high - low)).clamp(0, 1)
-        frequency = keep * frequency + (1 - keep) * frequency / factor
-    angle = torch.outer(positions.float(), frequency).repeat(1, 2)
-    return angle.cos(), angle.sin()
+def frequencies(config: ModelConfig, length: int, device: Any = None) -> tuple[torch.Tensor, float]:
+    """The angle per position of each pair [d/2], and the factor of cos and sin, in a sequence of `length` tokens.
+
+    By the steps of Transformers' modeling_rope_utils, so that the float32 values are the same. yarn: Peng et al., arXiv 2309.00071.
+    """
+    d = config.head_dim
+    theta = config.rope_theta
+    rope = config.rope_scaling or {"rope_type": "default", "factor": 1.0}
+    factor = rope["factor"]
+    if rope["rope_type"] == "dynamic" and length > config.max_position_embeddings:
+        theta *= (factor * length / config.max_position_embeddings - (factor - 1)) ** (d / (d - 2))
+    frequency = 1 / theta ** (torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    if rope["rope_type"] in ("default", "dynamic"):
+        return frequency, 1.0
+    if rope["rope_type"] == "linear":
+        return frequency / factor, 1.0
+    # High frequencies are kept, low ones divided by factor, those between interpolated: by the turns in the original context.
+    original = rope["original_max_position_embeddings"]
+    if rope["rope_type"] == "llama3":
+        low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+        keep = ((original * frequency / (2 * math.pi) - low) / (high - low)).clamp(0, 1)
+        return keep * frequency + (1 - keep) * frequency / factor, 1.0
+    turns = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    first, last = (d * math.log(original / (n * 2 * math.pi)) / (2 * math.log(theta)) for n in turns)
+    if rope.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, d - 1)
+    pair = torch.arange(d // 2, device=device, dtype=torch.float32)
+    keep = 1 - ((pair - first) / ((last - first) or 1e-3)).clamp(0, 1)
+    return keep * frequency + (1 - keep) * frequency / factor, _attention_factor(rope)
+
+
+def _attention_factor(rope: dict[str, Any]) -> float:
+    """By what yarn multiplies cos and sin."""
+
+    def grown(by: float) -> float:
+        return 0.1 * by * math.log(rope["factor"]) + 1
+
+    if rope.get("attention_factor") is not None:
+        return rope["attention_factor"]
+    if rope.get("mscale") and rope.get("mscale_all_dim"):
+        return grown(rope["mscale"]) / grown(rope["mscale_all_dim"])
+    return grown(1)
+
+
+def rotary(config: ModelConfig, length: int, past: int = 0, device: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, d] for the positions from `past` to `length` - 1. Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama."""
+    frequency, scale = frequencies(config, length, device)
+    angle = torch.outer(torch.arange(past, length, device=device).float(), frequency).repeat(1, 2)
+    return angle.cos() * scale, angle.sin() * scale
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -59,14 +96,19 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(self.heads * self.head_dim, width, bias=False)
-        self.q_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_normed, self.k_normed = (  # how many numbers are normed together
+            self.head_dim * (heads if config.norm_after else 1) for heads in (self.heads, self.kv_heads)
+        )
+        self.q_norm = nn.RMSNorm(self.q_normed, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache: Cache | None, layer: int):
         """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: of `document_mask`, or None for causal. Appends to the layer's cache."""
         B, T, _ = x.shape
-        q = rotate(self.q_norm(self.q_proj(x).view(B, T, self.heads, self.head_dim)).transpose(1, 2), *rope)
-        k = rotate(self.k_norm(self.k_proj(x).view(B, T, self.kv_heads, self.head_dim)).transpose(1, 2), *rope)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(B, T, self.heads, self.head_dim)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(B, T, self.kv_heads, self.head_dim)
+        q = rotate(q.transpose(1, 2), *rope)
+        k = rotate(k.transpose(1, 2), *rope)
         v = self.v_proj(x).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)
         if cache is not None:
             if layer + 1 < len(cache):
@@ -83,24 +125,30 @@ class Attention(nn.Module):
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
-def document_mask(document: torch.Tensor, past: int = 0, fused: bool = False) -> torch.Tensor | BlockMask:
+def document_mask(
+    document: torch.Tensor, past: int = 0, fused: bool = False, sliding_window: int | None = None
+) -> torch.Tensor | BlockMask:
     """The causal mask that keeps a token within its document, for the queries after the first `past` tokens.
 
     document [B, P + T]: the number of each token's document; [1, P + T] of zeros is plain causal attention. Returns bool
-    [B, 1, T, P + T], True: may attend. fused: the same, as the blocks that flex_attention takes (no `past`).
+    [B, 1, T, P + T], True: may attend. fused: the same, as the blocks that flex_attention takes (no `past`). sliding_window: to how
+    many tokens one attends, itself included.
     """
     if fused:
         # inductor rejects a mask that is made of numbers of its own graph ("convert FlexibleLayout to FixedLayout first").
         outside_of_graphs: Any = torch.compiler.disable  # called here: it imports torch._dynamo, which takes 2 s
-        return outside_of_graphs(_document_blocks)(document)
+        return outside_of_graphs(_document_blocks)(document, sliding_window or document.shape[1])
     length = document.shape[1]
     causal = torch.ones(length - past, length, dtype=torch.bool, device=document.device).tril(past)
+    if sliding_window:
+        causal = causal.triu(past - sliding_window + 1)
     return causal & (document[:, None, past:, None] == document[:, None, None, :])
 
 
-def _document_blocks(document: torch.Tensor) -> BlockMask:
+def _document_blocks(document: torch.Tensor, sliding_window: int) -> BlockMask:
     def may_attend(batch, head, query, key):
-        return (query >= key) & (document[batch, query] == document[batch, key])
+        near = (query >= key) & (query - key < sliding_window)
+        return near & (document[batch, query] == document[batch, key])
 
     length = document.shape[1]
     return create_block_mask(may_attend, document.shape[0], None, length, length, document.device)

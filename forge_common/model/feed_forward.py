@@ -1,4 +1,4 @@
-"""The feed-forwards of a decoder layer: SwiGLU, and Mixtral's mixture of experts of it.
+"""The feed-forwards of a decoder layer: SwiGLU (in Gemma GeGLU), and Mixtral's mixture of experts of it.
 
 B batch, T time, D width, E experts, k experts of a token, R = B * T rows
 """
@@ -11,40 +11,47 @@ from ..loss import balance_sum, z_sum
 from .config import ModelConfig
 
 
-class _SiluProduct(torch.autograd.Function):
-    """silu(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep silu(gate) too.
-
-    With s = sigmoid(gate): d / d gate = up * s * (1 + gate * (1 - s)), d / d up = silu(gate) = gate * s.
-    """
+class _GatedProduct(torch.autograd.Function):
+    """act(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep act(gate) too."""
 
     @staticmethod
-    def forward(ctx, gate, up):
+    def forward(ctx, gate, up, hidden_act):
         ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
+        ctx.hidden_act = hidden_act
+        return _act(gate, hidden_act).mul_(up)
 
     @staticmethod
     def backward(ctx, *grad_outputs):
         (grad,) = grad_outputs
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
+        if ctx.hidden_act == "silu":
+            gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
+        else:
+            gate_grad = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        return gate_grad, _act(gate, ctx.hidden_act).mul_(grad), None
 
 
-def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, elementwise."""
-    return _SiluProduct.apply(gate, up)
+def _act(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
+    return F.silu(x) if hidden_act == "silu" else F.gelu(x, approximate="tanh")
+
+
+def gated_product(gate: torch.Tensor, up: torch.Tensor, hidden_act: str = "silu") -> torch.Tensor:
+    """act(gate) * up, elementwise. hidden_act: silu or gelu_pytorch_tanh."""
+    return _GatedProduct.apply(gate, up, hidden_act)
 
 
 class FeedForward(nn.Module):
-    """SwiGLU. Source: Shazeer, GLU variants, arXiv 2002.05202."""
+    """SwiGLU, or with gelu_pytorch_tanh GeGLU. Source: Shazeer, GLU variants, arXiv 2002.05202."""
 
-    def __init__(self, hidden_size: int, intermediate_size: int):
+    def __init__(self, hidden_size: int, intermediate_size: int, hidden_act: str = "silu"):
         super().__init__()
+        self.hidden_act = hidden_act
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.hidden_act))
 
 
 class Expert(nn.Module):
@@ -57,7 +64,7 @@ class Expert(nn.Module):
         self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x):
-        return self.w2(silu_product(self.w1(x), self.w3(x)))
+        return self.w2(gated_product(self.w1(x), self.w3(x)))
 
 
 class SparseFeedForward(nn.Module):

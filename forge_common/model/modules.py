@@ -32,22 +32,23 @@ from torch import nn
 from ..errors import UserError
 from ..loss import balance_sum, z_sum
 from .config import KINDS, MATRICES, TARGETS
-from .feed_forward import FeedForward, silu_product
+from .feed_forward import FeedForward, gated_product
 from .trunk import Trunk
 
 
 class ParallelFeedForward(nn.Module):
-    """A SwiGLU feed-forward whose output is added to the trunk's; its last matrix is 0 at the start."""
+    """A feed-forward whose output is added to the trunk's; its last matrix is 0 at the start."""
 
-    def __init__(self, hidden_size: int, width: int):
+    def __init__(self, hidden_size: int, width: int, hidden_act: str):
         super().__init__()
+        self.hidden_act = hidden_act
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
         self.down_proj = nn.Linear(width, hidden_size, bias=False)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, normed, y, scored, router):
-        return y + self.down_proj(silu_product(self.gate_proj(normed), self.up_proj(normed))), router
+        return y + self.down_proj(gated_product(self.gate_proj(normed), self.up_proj(normed), self.hidden_act)), router
 
 
 class RoutedExpert(nn.Module):
@@ -190,7 +191,8 @@ def plug_in(
         if body in ("ffn", "attention+ffn"):
             layer.feed_forward.to(device, dtype).requires_grad_(True)
         elif body == "narrow":
-            layer.addition = ParallelFeedForward(config.hidden_size, width or config.intermediate_size // 4)
+            width = width or config.intermediate_size // 4
+            layer.addition = ParallelFeedForward(config.hidden_size, width, config.hidden_act)
             layer.addition.to(device, dtype)
         elif body == "lora":
             for name in (name for name in TARGETS if name in targets):
@@ -273,7 +275,7 @@ def fold(trunk: Trunk) -> None:
         return
     config = trunk.config
     for layer in trunk.model.layers:
-        wide = FeedForward(config.hidden_size, config.intermediate_size + widest).to(trunk.head)
+        wide = FeedForward(config.hidden_size, config.intermediate_size + widest, config.hidden_act).to(trunk.head)
         parts = [layer.mlp] if layer.addition is None else [layer.mlp, layer.addition]
         for name in MATRICES:
             joined = torch.cat([getattr(part, name).weight for part in parts], dim=1 if name == "down_proj" else 0)

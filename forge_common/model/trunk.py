@@ -1,6 +1,6 @@
 """The trunk: a pre-norm decoder with rotary positions, grouped-query attention and SwiGLU, under Hugging Face's names.
 
-The state dict is that of LlamaForCausalLM (or of Qwen2, Qwen3 and Mixtral), so that a trunk is a Transformers checkpoint.
+The state dict is that of LlamaForCausalLM (or of another of config.FAMILIES), so that a trunk is a Transformers checkpoint.
 The loss is computed inside: no logits leave the model in training.
 
 B batch, T time, D width, V vocabulary, d width of a head, L layers, E experts
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,19 +27,39 @@ FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
 PARALLEL = {"mlp", "block_sparse_moe", "addition"}  # side by side in a layer: none is the input of another
 
 
+class GemmaRMSNorm(nn.RMSNorm):
+    """RMSNorm that multiplies with 1 + weight."""
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
+
+
+def rms_norm(config: ModelConfig) -> nn.RMSNorm:
+    """The norm of a residual stream."""
+    norm = GemmaRMSNorm if config.family == "gemma" else nn.RMSNorm
+    return norm(config.hidden_size, config.rms_norm_eps)
+
+
 class DecoderLayer(nn.Module):
     """Attention and a feed-forward, each added to x: `mlp` in a dense model, `block_sparse_moe` in a mixture of experts."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.self_attn = Attention(config)
-        self.input_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm_after = config.norm_after
+        if not self.norm_after:
+            self.input_layernorm = rms_norm(config)
+        self.post_attention_layernorm = rms_norm(config)
+        if self.norm_after:
+            self.post_feedforward_layernorm = rms_norm(config)
         self.sparse = config.num_local_experts > 0
         if self.sparse:
             self.block_sparse_moe = SparseFeedForward(config)
         else:
-            self.mlp = FeedForward(config.hidden_size, config.intermediate_size)
+            self.mlp = FeedForward(config.hidden_size, config.intermediate_size, config.hidden_act)
         self.addition: nn.Module | None = None  # of a module: (normed, y, scored, router) -> (y, router)
 
     @property
@@ -64,8 +85,13 @@ class DecoderLayer(nn.Module):
             return checkpoint(
                 self.forward, x, rope, mask, scored, load, cache, layer, feed, attend, use_reentrant=False
             )
-        x = x + (attend or self.self_attn)(self.input_layernorm(x), rope, mask, cache, layer)
-        y, router = (feed or self.feed)(self.post_attention_layernorm(x), scored, load)
+        attend, feed = attend or self.self_attn, feed or self.feed
+        if self.norm_after:
+            x = x + self.post_attention_layernorm(attend(x, rope, mask, cache, layer))
+            y, router = feed(x, scored, load)
+            return x + self.post_feedforward_layernorm(y), router
+        x = x + attend(self.input_layernorm(x), rope, mask, cache, layer)
+        y, router = feed(self.post_attention_layernorm(x), scored, load)
         return x + y, router
 
 
@@ -78,7 +104,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.layers = cast(Sequence[DecoderLayer], layers)
-        self.norm = nn.RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = rms_norm(config)
         self.fused_document_mask = False  # in training on a GPU (run/kernels.py)
 
     def forward(
@@ -94,6 +120,8 @@ class Decoder(nn.Module):
             cache[:1] = [(seen,)]
         rope, mask = self.rope_and_mask(seen, past)
         x = self.embed_tokens(inputs).to(self.norm.weight.dtype)  # wider than a frozen embedding that is stored in bf16
+        if self.config.embed_scale != 1:
+            x = x * self.config.embed_scale
         routers = []
         if scored is None:
             scored = torch.ones_like(inputs, dtype=torch.bool)
@@ -112,12 +140,16 @@ class Decoder(nn.Module):
 
         The mask is None where plain causal attention needs none.
         """
-        rope = rotary(self.config, torch.arange(past, seen.shape[1], device=seen.device))
+        length = seen.shape[1]
+        rope = rotary(self.config, length, past, seen.device)
+        window = self.config.sliding_window
+        window = window if window and window < length else None
         if self.config.cross_document_attention:
-            return rope, document_mask(torch.zeros_like(seen[:1]), past) if past else None
+            plain = not past and not window
+            return rope, None if plain else document_mask(torch.zeros_like(seen[:1]), past, sliding_window=window)
         ends = (seen == self.config.eos_token_id).long()
         document = ends.cumsum(-1) - ends  # an EOS belongs to the document that it ends
-        return rope, document_mask(document, past, self.fused_document_mask)
+        return rope, document_mask(document, past, self.fused_document_mask, window)
 
 
 class Trunk(nn.Module):

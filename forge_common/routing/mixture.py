@@ -2,7 +2,7 @@
 
 In every layer h += sum_e g_t(e) A_e(norm h) and h += sum_e g_t(e) F_e(norm h), where A_0 and F_0 are the trunk's attention and
 feed-forward (and those of a module in layers where it does not change them). Each A_e has its own queries, keys and values, also of the tokens
-that other candidates serve: n attentions that differ cost n attentions. At the end the candidates' probabilities are mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)].
+that other candidates serve: n attentions that differ cost n attentions. Norms after attention and feed-forward (OLMo2) are of these sums. At the end the candidates' probabilities are mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)].
 
 B batch, T time, P time before the window, E candidates (the trunk first), D width, V vocabulary
 """

@@ -114,14 +114,15 @@ def moments(
     project = projection(config.hidden_size).to(device)
     windows = _windows(documents, sequence_length)
     embedding = tensors["model.embed_tokens.weight"]
-    hidden = [F.embedding(ids.to(embedding.device), embedding).to(device, torch.float32) for ids in windows]
+    embedded = (F.embedding(ids.to(embedding.device), embedding).to(device, torch.float32) for ids in windows)
+    hidden = [x * config.embed_scale for x in embedded]
     load = even_load(config, device)
     second, first = [], []
     for index, layer in enumerate(decoder.layers):
         names = [name for name, _ in layer.named_parameters()]
         weights = {name: tensors[f"model.layers.{index}.{name}"].to(device, torch.float32) for name in names}
         normed: list[torch.Tensor] = []
-        layer.post_attention_layernorm.register_forward_hook(lambda module, args, output, to=normed: to.append(output))
+        layer.feed_forward.register_forward_pre_hook(lambda module, args, to=normed: to.append(args[0]))
         second.append(project.new_zeros(project.shape[1], project.shape[1]))
         first.append(project.new_zeros(project.shape[1]))
         for place, ids in enumerate(windows):

@@ -24,6 +24,14 @@ QWEN2 = dataclasses.replace(LLAMA, rope_scaling=None, qkv_bias=True, tie_word_em
 QWEN3 = dataclasses.replace(
     LLAMA, rope_scaling=None, qk_norm=True, cross_document_attention=True, num_key_value_heads=2
 )
+MISTRAL = dataclasses.replace(LLAMA, rope_scaling=None, family="mistral", sliding_window=9)
+YARN = dataclasses.replace(
+    LLAMA, rope_scaling={"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+)
+OLMO2 = dataclasses.replace(LLAMA, rope_scaling=None, family="olmo2", qk_norm=True, num_key_value_heads=2)
+GEMMA = dataclasses.replace(LLAMA, rope_scaling=None, family="gemma", initializer_range=0.1)
+CASES = {"llama": (LLAMA, 0), "qwen2": (QWEN2, 1), "qwen3": (QWEN3, 2), "mistral": (MISTRAL, 0), "yarn": (YARN, 0)}
+CASES |= {"olmo2": (OLMO2, 0), "gemma": (GEMMA, 0)}
 MODULES = {
     "copy": {"kind": "ffn+head", "layers": [0, 1]},
     "narrow": {"kind": "narrow", "layers": [1], "width": 5},
@@ -51,9 +59,12 @@ def exported(folder: Path, model: Mixture) -> Any:
     return folder
 
 
-@pytest.mark.parametrize(("config", "top_k"), [(LLAMA, 0), (QWEN2, 1), (QWEN3, 2)], ids=["llama", "qwen2", "qwen3"])
-def test_logits_are_those_of_the_mixture(tmp_path, config, top_k):
-    model = mixture(config, top_k)
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_the_mixture(tmp_path, case):
+    model = mixture(*CASES[case])
+    with torch.no_grad():
+        for parameter in model.candidates[0].parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0))
     folder = exported(tmp_path / "exported", model)
     assert assembled_model.prove(folder, model, byte_tokenizer()) < 2e-5
 
@@ -123,6 +134,9 @@ def test_what_the_code_does_not_compute_is_refused(tmp_path):
     sparse.config = dataclasses.replace(LLAMA, num_local_experts=2)
     with pytest.raises(UserError, match="mixture of experts"):
         exported(tmp_path / "sparse", sparse)
+    dynamic = mixture(dataclasses.replace(LLAMA, rope_scaling={"rope_type": "dynamic", "factor": 2.0}))
+    with pytest.raises(UserError, match="rope_type dynamic"):
+        exported(tmp_path / "dynamic", dynamic)
 
 
 @pytest.fixture(scope="module")

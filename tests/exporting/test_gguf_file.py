@@ -18,11 +18,13 @@ SMALL = dataclasses.replace(
     small_artifacts.CONFIG, vocab_size=300, hidden_size=16, num_attention_heads=4, num_key_value_heads=2, head_dim=4
 )
 PLAIN = dataclasses.replace(SMALL, rope_scaling=None, initializer_range=0.3)
+LINEAR = {"rope_type": "linear", "factor": 2.0}
 CONFIGS = {
     "llama": PLAIN,
     "llama3": dataclasses.replace(SMALL, initializer_range=0.3, tie_word_embeddings=False),
     "qwen2": dataclasses.replace(PLAIN, qkv_bias=True, tie_word_embeddings=False),
     "qwen3": dataclasses.replace(PLAIN, qk_norm=True, head_dim=8),
+    "mistral": dataclasses.replace(PLAIN, family="mistral", sliding_window=400, max_position_embeddings=500),
 }
 
 
@@ -45,6 +47,7 @@ def test_a_trunk_as_gguf_gives_the_same_logits_and_tokens(tmp_path, tokenizer, f
     reader = gguf.GGUFReader(tmp_path / "out" / "model.gguf")
     fields = {name: field.contents() for name, field in reader.fields.items()}
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
+    assert fields[f"{fields['general.architecture']}.context_length"] == (400 if family == "mistral" else 64)
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert fields["tokenizer.ggml.tokens"][2:6] == [tokenizer.backend.id_to_token(number) for number in range(2, 6)]
     assert ("rope_freqs.weight" in [tensor.name for tensor in reader.tensors]) == (family == "llama3")
@@ -78,6 +81,13 @@ def test_a_matrix_that_is_written_wrong_is_refused_and_leaves_nothing(tmp_path, 
     message = small_artifacts.refused(export.main, export.Settings(str(folder), "gguf", tmp_path / "out"))
     assert "nothing was written" in message
     assert [path.name for path in tmp_path.iterdir()] == ["trunk"]
+
+
+def test_a_family_that_is_not_written_is_refused_by_name(tmp_path, tokenizer):
+    pytest.importorskip("gguf")
+    for name, change in {"olmo2": {"family": "olmo2", "qk_norm": True}, "linear": {"rope_scaling": LINEAR}}.items():
+        folder = trunk(tmp_path / name, dataclasses.replace(PLAIN, **change), tokenizer)
+        assert name in small_artifacts.refused(export.main, export.Settings(str(folder), "gguf", tmp_path / "out"))
 
 
 def test_a_tokenizer_that_the_format_cannot_name_is_refused(tokenizer):

@@ -167,7 +167,7 @@ def test_the_gates_and_the_mixture_equal_a_reference(assembled_dir):
         gates = torch.from_numpy(reference_gates(model, inputs)).float()
         decoder = model.candidates[0].model
         x = decoder.embed_tokens(tokens[row : row + 1, :-1])
-        rope = rotary(model.config, torch.arange(len(inputs)))
+        rope = rotary(model.config, len(inputs))
         documents = (torch.tensor([-1, *inputs[:-1]]) == model.config.eos_token_id).cumsum(0)
         mask = torch.ones(len(inputs), len(inputs), dtype=torch.bool).tril() & (documents[:, None] == documents)
         for index, layer in enumerate(decoder.layers):
