@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import browser
@@ -16,7 +17,8 @@ import pytest
 import small_artifacts
 from reading_html import CHROMIUM, Page
 
-from forge_common import generate
+from forge_common import chat, generate
+from forge_common.generation.server import Server
 from forge_common.reporting.chat_page import chat_page
 
 TEMPLATE = "{% for m in messages %}{{ m.role[0] + ':' + m.content + '\n' }}{% endfor %}"
@@ -210,7 +212,8 @@ def use(page, server):
     names = page.value("['--c7', '--c0', '--c1'].map(n => getComputedStyle(document.body).getPropertyValue(n).trim())")
     by_name = dict(zip(colours, names, strict=True))
     assert pairs and all(by_name[name] == colour for name, colour in pairs)
-    assert len(set(page.value(shown.format("getComputedStyle(t).backgroundColor")) and [n for n, _ in pairs])) >= 1
+    backgrounds = dict(page.value(shown.format("getComputedStyle(t).backgroundColor")))
+    assert "rgba(0, 0, 0, 0)" not in backgrounds.values()
     assert "weights of the heads  " in page.value("document.querySelector('.token').dataset.tip")
 
     page.click("[value=one]")  # the module is switched off
@@ -235,6 +238,22 @@ def use(page, server):
     page.until("document.getElementById('status').textContent.endsWith('stopped')")
     assert text_of(server, {"prompt": "x", **SHORT}), "the server is free again"
     assert [entry for entry in page.console if "400" not in entry] == []
+
+
+def test_other_addresses_only_when_asked(server):
+    session = SimpleNamespace()
+    assert "Name another port" in small_artifacts.refused(Server, "127.0.0.1", server.port, "", session)
+    assert "cannot be used" in small_artifacts.refused(Server, "127.0.0.1", 70000, "", session)
+    with Server("0.0.0.0", 0, "", session) as everywhere:
+        for host, own in {"192.168.0.9": True, "[fe80::1]": True, "localhost": True, "evil.example": False}.items():
+            assert everywhere.is_own(f"{host}:{everywhere.port}") == own, host
+
+
+def test_flags_that_do_not_fit_the_model(server):
+    assert "Leave out --module" in small_artifacts.refused(chat.main, chat.Settings(str(server.model), Path("x")))
+    trunk = str(server.folder / "trunk")
+    assert "Leave out --top-k" in small_artifacts.refused(chat.main, chat.Settings(trunk, top_k=1))
+    assert "missing is not there" in small_artifacts.refused(chat.main, chat.Settings("missing"))
 
 
 def test_names_are_text():
