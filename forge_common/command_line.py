@@ -19,7 +19,21 @@ FLAG = re.compile(r"--(no-)?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 LENGTH = {"steps", "epochs", "budget"}  # of which a run has one
 IN_ANY_COMMAND = ("help", "help_verbose")
 EPILOG = """--config FILE.yaml reads settings from a file, such as the settings.json of a run: flags go before the file, the file before the
-defaults. --print-config prints all settings as such a file."""
+defaults. --print-config prints all settings as such a file, --print-completion a program for bash that completes flags."""
+# What is sourced of each program adds to one table; the same function serves all. bash 4 or newer.
+COMPLETION = """declare -gA _forge_flags
+_forge_flags[{program}]="{flags}"
+_forge() {{
+  local word program="" current="${{COMP_WORDS[COMP_CWORD]}}"
+  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+    word="${{word##*/}}"
+    if [[ -n $word && -n ${{_forge_flags[$word]-}} ]]; then program="$word"; fi
+  done
+  COMPREPLY=()
+  if [[ -n $program && $current == -* ]]; then COMPREPLY=($(compgen -W "${{_forge_flags[$program]}}" -- "$current")); fi
+}}
+complete -o default -F _forge python python3 accelerate
+"""
 # What other trainers call a setting -> its name here, or what there is instead.
 OTHER_NAMES = {
     "learning_rate": "lr", "max_lr": "lr", "max_time": "budget", "num_epochs": "epochs", "num_train_epochs": "epochs", "max_epochs": "epochs",
@@ -107,7 +121,7 @@ def given_settings(words: list[str]) -> set[str]:
 
 def unknown_flags(words: list[str], kind: type[Any]) -> list[str]:
     """A line for each flag that does not exist, with the one that was probably meant."""
-    fields = {field.name: field.type for field in dataclasses.fields(kind)}
+    fields = flag_types(kind)
     faults = []
     for word in words:
         match = FLAG.fullmatch(word)
@@ -119,8 +133,27 @@ def unknown_flags(words: list[str], kind: type[Any]) -> list[str]:
     return faults
 
 
+def flag_types(kind: type[Any]) -> dict[str, Any]:
+    """Name of each flag -> type of its setting. tyro.conf.arg may give it another name; tyro.conf.Positional has no flag."""
+    types = {}
+    for field in dataclasses.fields(kind):
+        marks = getattr(field.type, "__metadata__", ())
+        if "Positional" not in map(str, marks):
+            types[next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)] = field.type
+    return types
+
+
+def bash_completion(path: Path, kind: type[Any]) -> str:
+    """A program to source in bash that completes the flags of the script or command at `path`; other words are files."""
+    program = f"forge_common.{path.stem}" if path.parent.name == "forge_common" else path.name
+    flags = ["--help", "--config", "--print-config"]
+    on = {field.name for field in dataclasses.fields(kind) if field.default is True}
+    flags += [f"--no-{name}" if name in on else f"--{name}" for name in flag_types(kind)]
+    return COMPLETION.format(program=program, flags=" ".join(flags).replace("_", "-"))
+
+
 def _meant(name: str, kind: type[Any]) -> str:
-    names = [field.name for field in dataclasses.fields(kind)]
+    names = list(flag_types(kind))
     other = OTHER_NAMES.get(name, "")
     if " " in other:
         return f": {other}"

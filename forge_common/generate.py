@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .generation import sampling
 from .settings import read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
@@ -23,7 +24,7 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(sampling.Sampling):
     model: str
     """Trunk or assembled model: folder or hub id (org/name or org/name@revision)."""
     prompt: str | None = None
@@ -42,16 +43,6 @@ class Settings:
     """Candidates (the trunk and the modules) that serve a token; 0: all. None: as the model was assembled."""
     show_routing: bool = False
     """Print the heads' weights and the layers' gates below the text, for each stretch of tokens with the same heaviest head."""
-
-    # -- sampling --
-    max_new_tokens: int = 200
-    """Tokens to generate at most."""
-    temperature: float = 0.8
-    """Temperature of the distribution that tokens are drawn from; 0: always the likeliest token."""
-    top_p: float = 0.95
-    """Share of the probability: tokens are drawn from the likeliest ones that hold it together."""
-    seed: int = 42
-    """Seed of the random numbers."""
 
 
 def main(settings: Settings) -> int:
@@ -78,22 +69,14 @@ def main(settings: Settings) -> int:
         chat(model, tokenizer, settings, device, prompts)
         return 0
     for number, text in enumerate(prompts):
-        prompt = tokenizer.encode_batch([text])[0] or [tokenizer.eos_token_id]
-        if tokenizer.eos_token_id in prompt[-1:] and len(prompt) > 1:
-            prompt = prompt[:-1]
         print("\n" * (number > 0) + text, end="", flush=True)
-        write(model, tokenizer, settings, device, prompt, [])
+        write(model, tokenizer, settings, device, sampling.prompt_ids(tokenizer, text), [])
     return 0
 
 
 def _check(settings: Settings) -> None:
     """UserError for a flag that is wrong by itself."""
-    if not settings.temperature >= 0:
-        raise UserError(f"--temperature is {settings.temperature}. Give 0 (always the likeliest token) or more.")
-    if not 0 < settings.top_p <= 1:
-        raise UserError(f"--top-p is {settings.top_p}. Give a share of the probability above 0, at most 1.")
-    if settings.max_new_tokens < 1:
-        raise UserError(f"--max-new-tokens is {settings.max_new_tokens}. Give at least 1.")
+    sampling.check_sampling(settings)
     if settings.system is not None and not settings.chat:
         raise UserError("--system is a message of a chat. Add --chat, or leave it out.")
     if settings.prompt is None and settings.prompt_file is None and not settings.chat:
@@ -138,27 +121,20 @@ def chat(model: "LanguageModel", tokenizer: "Tokenizer", settings: Settings, dev
     left out.
     """
     from .data.readers.document import Message
+    from .files.untrusted import naming
+    from .generation.conversation import chat_template, conversation_prompt
 
-    template = tokenizer.chat
-    if template is None:
-        raise UserError(
-            f"{settings.model} has no chat template, so --chat cannot be used. Use a model with a template in "
-            "tokenizer_config.json or chat_template.jinja."
-        )
-    system = [] if settings.system is None else [Message("system", settings.system)]
+    template = chat_template(tokenizer, settings.model)
     conversation: list[Message] = []
     cache: list = []
     for turn in _turns(settings, turns):
         conversation.append(Message("user", turn))
-        try:
-            prompt = template.prompt([*system, *conversation])
-            while len(conversation) > 1 and _is_too_long(prompt, model, settings):
-                print("(the oldest turn is left out: the context is full)", file=sys.stderr)
-                conversation = conversation[2:]
-                prompt = template.prompt([*system, *conversation])
-        except ValueError as reason:
-            raise UserError(f"{settings.model}: {reason}. Leave out --system, or use another model.") from None
-        answer = write(model, tokenizer, settings, device, prompt, cache)
+        with naming(settings.model):
+            prompt = conversation_prompt(model, template, settings.system, conversation, settings.max_new_tokens)
+        for _ in range(prompt.left_out):
+            print("(the oldest turn is left out: the context is full)", file=sys.stderr)
+        conversation = conversation[2 * prompt.left_out :]
+        answer = write(model, tokenizer, settings, device, prompt.ids, cache)
         conversation.append(Message("assistant", answer))
 
 
@@ -183,45 +159,22 @@ def _turns(settings: Settings, turns: list[str]) -> Iterator[str]:
         yield line.rstrip("\r\n")
 
 
-def _is_too_long(prompt: list[int], model: "LanguageModel", settings: Settings) -> bool:
-    context = model.config.context
-    return len(prompt) + min(settings.max_new_tokens, context // 2) > context
-
-
 def write(
     model: "LanguageModel", tokenizer: "Tokenizer", settings: Settings, device: Any, prompt: list[int], cache: list
 ) -> str:
-    """Prints what follows `prompt` as it is generated, until a token that ends a text; returns it.
-
-    cache: of an earlier call, or empty. It is emptied where its tokens are not the beginning of `prompt`.
-    """
-    import torch
-
-    from .routing.mixture import Mixture
-
-    generator = torch.Generator(device).manual_seed(settings.seed)
-    ends = set(tokenizer.ends)
-    ids = list(prompt)
-    before = tokenizer.decode(prompt)
-    printed = before
-    heads: list[list[float]] = []
-    layers: list[list[float]] = []
-    for token in sample(model, prompt, settings, generator, cache):
-        if token in ends:
-            break
-        ids.append(token)
-        if isinstance(model, Mixture):
-            assert model.weights is not None and model.gates is not None
-            heads.append(model.weights[0, -1].tolist())
-            layers.append(model.gates[0, -1].tolist())
-        text = tokenizer.decode(ids)
-        if text.startswith(printed) and not text.endswith("\N{REPLACEMENT CHARACTER}"):  # hold back incomplete UTF-8
-            print(text[len(printed) :], end="", flush=True)
-            printed = text
+    """Prints what follows `prompt` as it is generated; returns it. cache: of `sampling.sample`."""
+    if sampling.beyond_context(model, prompt):
+        context = model.config.context
+        print(f"(only the last {context - 1} tokens of the prompt are used: the context is {context})", file=sys.stderr)
+    tokens = []
+    for token in sampling.stream(model, tokenizer, prompt, settings, device, cache):
+        print(token.text, end="", flush=True)
+        tokens.append(token)
     print(flush=True)
     if settings.show_routing:
-        print(routing(model.names, heads, layers, [tokenizer.decode([token]) for token in ids[len(prompt) :]]))
-    return printed[len(before) :]
+        heads, layers = [token.heads for token in tokens], [token.layers for token in tokens]
+        print(routing(model.names, heads, layers, [tokenizer.decode([token.id]) for token in tokens]))
+    return "".join(token.text for token in tokens)
 
 
 def routing(names: Sequence[str], heads: list[list[float]], layers: list[list[float]], pieces: list[str]) -> str:
@@ -242,42 +195,6 @@ def _means(names: Sequence[str], rows: list[list[float]]) -> str:
     """The mean of each column of `rows`, without those below 0.5%."""
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     return ", ".join(f"{name} {mean:.0%}" for name, mean in zip(names, means, strict=True) if mean >= 0.005)
-
-
-def sample(
-    model: "LanguageModel", prompt: list[int], settings: Settings, generator: Any, cache: list | None = None
-) -> Iterator[int]:
-    """Token ids after `prompt`, one at a time, until the context is full.
-
-    cache: of keys and values, filled by an earlier call, or empty. It is emptied where its tokens are not the beginning of `prompt`.
-    """
-    import torch
-
-    context = model.config.context
-    if len(prompt) >= context:
-        print(f"(only the last {context - 1} tokens of the prompt are used: the context is {context})", file=sys.stderr)
-        prompt = prompt[-(context - 1) :]
-    cache = [] if cache is None else cache
-    known = cache[0][0][0].tolist() if cache else []
-    if known != prompt[: len(known)] or len(known) == len(prompt):
-        cache.clear()
-        known = []
-    new = torch.tensor([prompt[len(known) :]], device=generator.device)
-    for _ in range(min(settings.max_new_tokens, context - len(prompt))):
-        logits = model.next_logits(new, cache)[0].float()
-        if not torch.isfinite(logits).all():
-            raise UserError(
-                "the probabilities of the next token are not finite: some weights are too large. Leave out the module with "
-                "these weights; assemble names it."
-            )
-        if settings.temperature == 0:
-            token = int(logits.argmax())
-        else:
-            probabilities, order = (logits / settings.temperature).softmax(-1).sort(descending=True)
-            probabilities[probabilities.cumsum(0) - probabilities > settings.top_p] = 0
-            token = int(order[torch.multinomial(probabilities, 1, generator=generator)])
-        yield token
-        new = torch.tensor([[token]], device=generator.device)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from .command_line import BadConfig, expanded, given_settings, grouped_help, unknown_flags
+from .command_line import BadConfig, bash_completion, expanded, given_settings, grouped_help, unknown_flags
 from .errors import UserError
 
 Settings = TypeVar("Settings")
@@ -166,6 +166,9 @@ def read_settings(
     """
     import tyro
 
+    if "--print-completion" in sys.argv[1:]:
+        print(bash_completion(Path(sys.argv[0]), kind), end="")
+        raise SystemExit(0)
     try:
         words, file = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
     except BadConfig as error:

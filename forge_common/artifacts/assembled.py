@@ -4,7 +4,7 @@ assembled/  assembled.json (router, its numbers, names, digests, licences, versi
             statistics.safetensors where the trunk has none
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,6 +41,32 @@ def is_assembled(place: str) -> bool:
     return (local_folder(place, None) / "assembled.json").is_file()
 
 
+class Assembly(NamedTuple):
+    """The verified parts of an assembled model, from which models with fewer modules are made without reading them again."""
+
+    folder: Path
+    metadata: dict[str, Any]
+    """The content of assembled.json."""
+    trunk: Trunk
+    tokenizer: Tokenizer
+    parts: list[Part]
+    background: Tensors | None
+    """The trunk's statistics."""
+
+    def mixture(self, *, without: Sequence[str] = (), top_k: int | None = None) -> Mixture:
+        """The model without some of its modules, which shares its tensors with the others that are made of this. top_k: of `read_assembled`."""
+        if top_k is not None and top_k < 0:
+            raise UserError(
+                f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all."
+            )
+        names = leave_out([part.name for part in self.parts], without, self.folder)
+        parts = [part for part in self.parts if part.name in names]
+        with naming(self.folder):
+            router = route(self.trunk, self.background, parts, self.metadata)
+        modules = {part.name: part.model for part in parts}
+        return Mixture(self.trunk, modules, router, top_k=self.metadata["top_k"] if top_k is None else top_k)
+
+
 def read_assembled(
     place: str, *, without: tuple[str, ...] = (), top_k: int | None = None
 ) -> tuple[Mixture, Tokenizer, dict[str, Any]]:
@@ -48,11 +74,15 @@ def read_assembled(
 
     without: modules to leave out; they are not read. top_k: instead of the one in assembled.json.
     """
+    assembly = read_assembly(place, without=without)
+    return assembly.mixture(top_k=top_k), assembly.tokenizer, assembly.metadata
+
+
+def read_assembly(place: str, *, without: tuple[str, ...] = ()) -> Assembly:
+    """What `read_assembled` makes its model of."""
     folder = local_folder(place, None)
     metadata = read_metadata(folder / "assembled.json")
     names = leave_out(metadata["modules"], without, folder)
-    if top_k is not None and top_k < 0:
-        raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
     trunk, tokenizer, trunk_metadata = read_trunk(str(folder / "trunk"))
     modules_dir = without_links(folder / "modules")
     parts = read_parts(trunk, trunk_metadata, [modules_dir / name for name in names])
@@ -62,10 +92,7 @@ def read_assembled(
         background = read_statistics(folder, metadata, trunk.config)
     else:
         background = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
-    with naming(folder):
-        router = route(trunk, background, parts, metadata)
-    modules = {part.name: part.model for part in parts}
-    return Mixture(trunk, modules, router, top_k=metadata["top_k"] if top_k is None else top_k), tokenizer, metadata
+    return Assembly(folder, metadata, trunk, tokenizer, parts, background)
 
 
 def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from .page import page, section, table_of_cells
+from .page import candidate_colours, page, section, table_of_cells
 
 SHARES = {"head_weights": "Weights of the heads", "layer_gates": "Gates of the layers"}  # keys of a row of evaluate
 LOSS_OF_FULL_COLOUR = 8.0  # nats
@@ -61,8 +61,7 @@ def _shares(rows: Sequence[dict[str, Any]], key: str, name: str) -> str:
 def _texts(texts: dict[str, Any]) -> list[str]:
     """The colours' key, the switch between them, and each text with a tip at each token."""
     names = next(iter(texts.values()))["names"]
-    # The trunk, the first candidate, is grey; the others have the colours of the curves.
-    colours = [7, *(index % 7 for index in range(len(names) - 1))]
+    colours = candidate_colours(len(names))
     key = (f'<span style="--c:var(--c{c});--a:1">{escape(name)}</span>' for c, name in zip(colours, names, strict=True))
     parts = [
         "<p>The colour is the candidate whose head has the largest weight in the prediction of the token, the stronger the "

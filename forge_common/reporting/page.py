@@ -1,7 +1,7 @@
 """One HTML file without network: sections, tables, and charts that uPlot draws in the browser.
 
 Whatever is not markup of this folder is escaped. A Content-Security-Policy allows the page's own scripts, by their digests, and
-no request: a text that is shown cannot run anything.
+no request (of forge_common.chat's page: those to its server): a text that is shown cannot run anything.
 """
 
 import base64
@@ -16,8 +16,18 @@ FOLDER = Path(__file__).parent
 LIBRARY = FOLDER / "uplot" / "uPlot.iife.min.js"  # 1.6.32 of the npm registry, as it is there
 
 
-def page(title: str, sections: Iterable[str], charts: Sequence[dict[str, Any]] = (), *, running: bool = False) -> str:
-    """The document. charts: those of charts.py, drawn where a section has `curves()`. running: it loads itself again."""
+def page(
+    title: str,
+    sections: Iterable[str],
+    charts: Sequence[dict[str, Any]] = (),
+    *,
+    running: bool = False,
+    program: str | None = None,
+) -> str:
+    """The document. charts: those of charts.py, drawn where a section has `curves()`. running: it loads itself again.
+
+    program: NAME of NAME.js and NAME.css in this folder, for a page that a server has; it may send requests to that server.
+    """
     library, missing = "", ""
     if charts:
         try:
@@ -25,9 +35,14 @@ def page(title: str, sections: Iterable[str], charts: Sequence[dict[str, Any]] =
         except OSError:
             missing = f"<p>The curves are not shown: {escape(str(LIBRARY))} is missing. Restore the checkout.</p>"
     scripts = [library, (FOLDER / "charts.js").read_text(encoding="utf-8")] if library else []
+    styles = [FOLDER / "uplot" / "uPlot.min.css", FOLDER / "page.css"]
+    if program:
+        scripts.append((FOLDER / f"{program}.js").read_text(encoding="utf-8"))
+        styles.append(FOLDER / f"{program}.css")
     digests = " ".join(f"'sha256-{_sha256(script)}'" for script in scripts) or "'none'"
     policy = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {digests}"
-    styles = (FOLDER / "uplot" / "uPlot.min.css", FOLDER / "page.css")
+    if program:
+        policy += "; connect-src 'self'; form-action 'none'; base-uri 'none'"
     return "\n".join(
         (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
@@ -39,7 +54,7 @@ def page(title: str, sections: Iterable[str], charts: Sequence[dict[str, Any]] =
             f"</head>\n<body{' data-running' if running else ''}>\n<main>\n<h1>{escape(title)}</h1>",
             *sections,
             missing,
-            f'</main>\n<script type="application/json" id="charts">{_embedded(list(charts))}</script>',
+            f"</main>\n{embedded('charts', list(charts))}",
             *(f"<script>{script}</script>" for script in scripts),
             "</body>\n</html>\n",
         )
@@ -50,9 +65,10 @@ def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def _embedded(content: Any) -> str:
-    """JSON that ends no script element."""
-    return json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+def embedded(name: str, content: Any) -> str:
+    """An element of this id with JSON that scripts read. Nothing in it ends the element."""
+    text = json.dumps(content, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    return f'<script type="application/json" id="{name}">{text}</script>'
 
 
 def section(heading: str, *parts: str) -> str:
@@ -69,6 +85,11 @@ def cards(values: dict[str, str]) -> str:
     """Numbers with their names, large."""
     pairs = (f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>" for name, value in values.items())
     return f'<dl class="cards">{"".join(pairs)}</dl>'
+
+
+def candidate_colours(number: int) -> list[int]:
+    """The n of the CSS colours --cn of candidates: the trunk, the first one, is grey, the others have the colours of the curves."""
+    return [7, *(index % 7 for index in range(number - 1))]
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = "") -> str:

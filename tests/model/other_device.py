@@ -11,7 +11,7 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from forge_common.generate import Settings, sample
+from forge_common.generation.sampling import Sampling, sample
 from forge_common.model.config import ModelConfig
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
@@ -236,7 +236,7 @@ def test_routers(router, top_k, autocast, other):
 @pytest.mark.parametrize("router", [None, "context", "ridge"])
 def test_generation(router, other):
     """At temperature 0: the device has no random numbers of its own."""
-    settings = Settings("", "", temperature=0, max_new_tokens=6)
+    settings = Sampling(temperature=0, max_new_tokens=6)
     found = []
     for device in (torch.device("cpu"), other):
         model = (assembled(router, 0) if router else make()).to(device).eval()

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from forge_common import assemble, generate, merge
 from forge_common.artifacts.artifact import read_trunk
 from forge_common.artifacts.assembled import read_assembled
-from forge_common.generate import sample
+from forge_common.generation.sampling import sample
 
 SHAPE = [value for value in launch.SHAPE if value not in ("--tokenizer", "bytes")]
 TURNS = ("What is 3 + 4?", "And the fox?")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 
@@ -12,6 +13,7 @@ import yaml
 
 import train_module
 import train_shared
+from forge_common import export, report
 from forge_common.artifacts import artifact
 from forge_common.command_line import OTHER_NAMES, groups, unknown_flags
 from forge_common.errors import UserError
@@ -50,6 +52,11 @@ def read(monkeypatch, tmp_path):
 def test_the_flag_that_was_meant_is_named(word, expected):
     [fault] = unknown_flags([word, "---", "-1", "--no-pack", "--lr", "--data=x"], train_shared.Settings)
     assert fault.endswith(expected)
+
+
+def test_a_flag_with_another_name_than_its_setting_exists():
+    assert unknown_flags(["--as", "gguf"], export.Settings) == []
+    assert unknown_flags(["--paths"], report.Settings) == ["--paths is no flag"], "a word without a flag"
 
 
 def test_the_names_of_other_trainers_lead_to_flags():
@@ -165,3 +172,35 @@ def test_help_has_the_groups_of_the_source():
     ):
         assert printed.rindex("╭─ ", 0, printed.index(f"│ {flag} ")) == printed.index(f"╭─ {box} ─")
     assert "--config FILE.yaml" in printed
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+def test_bash_completes_the_flags_of_scripts_and_commands(tmp_path):
+    """Where the program is a word of the line, as after accelerate launch; not a flag of another program, nor a file."""
+    sourced = tmp_path / "completion.bash"
+    programs = (("train_shared.py",), ("-m", "forge_common.generate"), ("-m", "forge_common.report"))
+    sourced.write_text("".join(launch.run_python(*program, "--print-completion") for program in programs))
+
+    def completed(*words):
+        line = f'source {sourced}; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _forge; echo "${{COMPREPLY[*]}}"'
+        return subprocess.run(
+            ["bash", "-uc", line, "bash", *words], text=True, capture_output=True, check=True
+        ).stdout.split()
+
+    script = ("accelerate", "launch", "--config_file", "x.yaml", "../train_shared.py")
+    assert completed(*script, "--ste") == ["--steps"]
+    assert completed(*script, "--data", "x", "--no-pa") == ["--no-pack"]
+    assert completed("python", "-m", "forge_common.generate", "--s") == ["--seed", "--system", "--show-routing"]
+    assert completed("python", "-m", "forge_common.report", "--") == [
+        "--help",
+        "--config",
+        "--print-config",
+        "--output",
+    ]
+    assert completed(*script, "da") == completed("python", "other.py", "--s") == completed("python", "") == []
+    assert (
+        "complete -o default -F _forge accelerate"
+        in subprocess.run(
+            ["bash", "-c", f"source {sourced}; complete -p accelerate"], text=True, capture_output=True
+        ).stdout
+    )

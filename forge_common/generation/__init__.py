@@ -1,0 +1,4 @@
+"""Text from a model: sampling, conversations, and the server of forge_common.chat.
+
+May import: errors, data, model, routing.
+"""
