@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..loss import nats_per_token
-from ..model.modules import RoutedExpert, put_in
+from ..model.modules import RoutedExpert, layout
 from ..model.trunk import Cache, Trunk
 from .routers import ContextRouter, State
 
@@ -24,21 +24,26 @@ Tensors = dict[str, torch.Tensor]
 
 
 def with_module(trunk: Trunk, tensors: Tensors, kind: str, layers: list[int], **sizes: Any) -> Trunk:
-    """A model with the module, which shares the trunk's parameters (the same objects)."""
-    with torch.device("meta"):
-        model = Trunk(trunk.config)
-    shared = dict(trunk.named_parameters())
-    replaced = {
-        name: nn.Parameter(tensors[name].to(frozen.dtype))
-        for name, frozen in shared.items()
-        if name in tensors and tensors[name].shape == frozen.shape  # put_in refuses another shape
-    }
-    model.load_state_dict(shared | replaced, assign=True)
-    put_in(model, tensors, kind, layers, **sizes)
-    for name, parameter in model.named_parameters():
-        if name in tensors and tensors[name].dtype == parameter.dtype:
-            parameter.data = tensors[name]  # mapped from its file, where put_in has made a copy
+    """A model with the module. What the module leaves as it is, it shares with the trunk. Mapped tensors stay so, and are not read."""
+    model = layout(trunk.config, tensors, kind, layers, **sizes)
+    dtype = torch.promote_types(trunk.head.dtype, torch.float32)
+    own = {name: nn.Parameter(tensor.to(trunk.head.device, dtype)) for name, tensor in tensors.items()}
+    model.load_state_dict(dict(trunk.named_parameters()) | own, assign=True)
+    _share(model.model, trunk.model)
     return model
+
+
+def _share(part: nn.Module, trunk_part: nn.Module) -> None:
+    """Replaces what has only parameters of the trunk by the trunk's: for many modules the objects take more memory than the counts."""
+    for name, child in part.named_children():
+        other = getattr(trunk_part, name, None)
+        if other is None:
+            continue
+        parameters, others = dict(child.named_parameters()), dict(other.named_parameters())
+        if parameters.keys() == others.keys() and all(value is others[key] for key, value in parameters.items()):
+            setattr(part, name, other)
+        else:
+            _share(child, other)
 
 
 class Mixture(nn.Module):
