@@ -14,6 +14,7 @@ import torch
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.hub import local_folder
+from ..files.tensors import drop_pages
 from ..files.untrusted import naming, without_links
 from ..model.modules import RoutedExpert
 from ..model.trunk import Trunk
@@ -149,10 +150,11 @@ def _changes(version: int, before: Mapping[str, str], after: Mapping[str, str]) 
 
 
 def read_part(trunk: Trunk, trunk_metadata: dict[str, Any], folder: Path) -> Part:
-    """The module in a folder, verified against the trunk."""
+    """The module in a folder, verified against the trunk. Its weights are read again, from the mapped file, where they are used."""
     tensors, metadata = read_module(folder, trunk_metadata)
     with naming(folder):
         model = with_module(trunk, tensors, **module_arguments(metadata))
+    drop_pages(tensors)  # verifying has read every byte
     return Part(metadata, model, read_statistics(folder, metadata, trunk.config))
 
 

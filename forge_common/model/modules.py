@@ -31,7 +31,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..loss import balance_sum, z_sum
-from .config import KINDS, MATRICES, TARGETS
+from .config import KINDS, MATRICES, TARGETS, ModelConfig
 from .feed_forward import FeedForward, gated_product
 from .trunk import Trunk
 
@@ -220,11 +220,12 @@ def untie(trunk: Trunk) -> nn.Linear:
     return trunk.lm_head
 
 
-@torch.no_grad()
-def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: Any) -> None:
-    """Loads a module's tensors into `trunk`, in place. UserError where a name or shape is not that of the kind."""
-    with torch.device("meta"):  # compares the shapes before it allocates what an untrusted width or rank asks for
-        bare = Trunk(trunk.config)
+def layout(config: ModelConfig, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: Any) -> Trunk:
+    """A trunk with a module whose tensors have these names and shapes, all on the meta device. UserError where they are not those of the kind."""
+    with torch.device(
+        "meta"
+    ):  # compares the shapes before anything is allocated that an untrusted width or rank asks for
+        bare = Trunk(config)
         names = plug_in(bare, kind, layers, **sizes)
     parameters = dict(bare.named_parameters())
     expected = {name: tuple(parameters[name].shape) for name in names}
@@ -241,6 +242,13 @@ def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: li
                 f"the module's {name} has the shape {tuple(tensors[name].shape)}, the trunk's {shape}. "
                 "Fetch or train the module again."
             )
+    return bare
+
+
+@torch.no_grad()
+def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: Any) -> None:
+    """Loads a module's tensors into `trunk`, in place. UserError where a name or shape is not that of the kind."""
+    layout(trunk.config, tensors, kind, layers, **sizes)
     plug_in(trunk, kind, layers, **sizes)
     parameters = dict(trunk.named_parameters())
     for name, tensor in tensors.items():

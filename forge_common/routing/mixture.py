@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..loss import nats_per_token
-from ..model.modules import RoutedExpert, put_in
+from ..model.modules import RoutedExpert, layout
 from ..model.trunk import Cache, Trunk
 from .routers import ContextRouter, State
 
@@ -24,21 +24,26 @@ Tensors = dict[str, torch.Tensor]
 
 
 def with_module(trunk: Trunk, tensors: Tensors, kind: str, layers: list[int], **sizes: Any) -> Trunk:
-    """A model with the module, which shares the trunk's parameters (the same objects)."""
-    with torch.device("meta"):
-        model = Trunk(trunk.config)
-    shared = dict(trunk.named_parameters())
-    replaced = {
-        name: nn.Parameter(tensors[name].to(frozen.dtype))
-        for name, frozen in shared.items()
-        if name in tensors and tensors[name].shape == frozen.shape  # put_in refuses another shape
-    }
-    model.load_state_dict(shared | replaced, assign=True)
-    put_in(model, tensors, kind, layers, **sizes)
-    for name, parameter in model.named_parameters():
-        if name in tensors and tensors[name].dtype == parameter.dtype:
-            parameter.data = tensors[name]  # mapped from its file, where put_in has made a copy
+    """A model with the module. What the module leaves as it is, it shares with the trunk. Mapped tensors stay so, and are not read."""
+    model = layout(trunk.config, tensors, kind, layers, **sizes)
+    dtype = torch.promote_types(trunk.head.dtype, torch.float32)
+    own = {name: nn.Parameter(tensor.to(trunk.head.device, dtype)) for name, tensor in tensors.items()}
+    model.load_state_dict(dict(trunk.named_parameters()) | own, assign=True)
+    _share(model.model, trunk.model)
     return model
+
+
+def _share(part: nn.Module, trunk_part: nn.Module) -> None:
+    """Replaces what has only parameters of the trunk by the trunk's: for many modules the objects take more memory than the counts."""
+    for name, child in part.named_children():
+        other = getattr(trunk_part, name, None)
+        if other is None:
+            continue
+        parameters, others = dict(child.named_parameters()), dict(other.named_parameters())
+        if parameters.keys() == others.keys() and all(value is others[key] for key, value in parameters.items()):
+            setattr(part, name, other)
+        else:
+            _share(child, other)
 
 
 class Mixture(nn.Module):
@@ -71,7 +76,7 @@ class Mixture(nn.Module):
         """
         inputs, labels = self.candidates[0].split(tokens)
         state = self._start(inputs, before)
-        hidden, gates, _, evidence = self._hidden(inputs, state, None)
+        hidden, gates, _, evidence, only = self._hidden(inputs, state, None)
         ignore = self.config.ignore_index
         flat = hidden.flatten(0, 1)
 
@@ -83,13 +88,13 @@ class Mixture(nn.Module):
         else:
 
             def log_p_under(head: torch.Tensor, users: list[int]) -> torch.Tensor:
-                rows = (gates[..., users] > 0).any(-1).flatten().nonzero().flatten()
+                rows = flat if users == [only] else (gates[..., users] > 0).any(-1).flatten().nonzero().flatten()
                 if len(rows) == len(flat):
                     return -nats_per_token(flat, head, labels.flatten(), ignore).view_as(labels)
                 scores = -nats_per_token(flat[rows], head, labels.flatten()[rows], ignore)
                 return scores.new_zeros(len(flat)).index_copy_(0, rows, scores).view_as(labels)
 
-            used = self._used(gates)
+            used = self._used(gates) if only is None else [only]
             log_p = self._by_head(log_p_under, used)
             self.weights = gates
             weights = gates[..., used]
@@ -107,7 +112,7 @@ class Mixture(nn.Module):
         depth = 1 + len(self.changed_by)
         own_caches: dict[tuple[int, int], Cache] = cache[depth + 1] if cache else {}
         state: State = cache[depth] if cache else self._start(inputs, None)
-        hidden, gates, filtered, evidence = self._hidden(inputs, state, cache, own_caches)
+        hidden, gates, filtered, evidence, only = self._hidden(inputs, state, cache, own_caches)
         last = hidden[:, -1:]
         history = torch.cat((state.history, inputs.cpu()), dim=1)
 
@@ -128,7 +133,7 @@ class Mixture(nn.Module):
             self.weights = weights = self.router.gates(outputs, mixed=True).to(next_log_p)
             state = State(filtered[:, -1], outputs[:, -1], history, next_log_p)
         else:
-            used = self._used(gates[:, -1:])
+            used = self._used(gates[:, -1:]) if only is None else [only]
             next_log_p = self._by_head(next_log_p_under, used)
             self.weights = gates
             weights = gates[..., used]
@@ -150,22 +155,28 @@ class Mixture(nn.Module):
         return State(filtered[:, -1], filtered[:, -1], torch.cat((state.history, before), dim=1))
 
     def _hidden(self, inputs: torch.Tensor, state: State, cache: Cache | None, own_caches: dict | None = None):
-        """hidden [B, T, D], gates [B, T, E] (of the last layer where each has its own), the filter's states and their evidence."""
+        """hidden [B, T, D], gates [B, T, E] (of the last layer where each has its own), the filter's states and their evidence, `_only`."""
         layer_gates: list[torch.Tensor] = []
         gates = filtered = evidence = None
         if isinstance(self.router, ContextRouter):
             filtered, evidence = self.router.route(inputs.cpu(), state)
             gates = self._best(self.router.gates(filtered, mixed=not 0 < self.top_k < len(self.names)))
             gates = gates.to(inputs.device)
+        only = None if gates is None else self._only(gates)
         served: dict = {}  # the same for all layers that the same candidates change
-        feeds = [partial(self._feed, index, gates, layer_gates, served) for index in range(len(self.changed_by))]
-        attends = [
-            partial(self._attend, changed_by, gates, served, own_caches) if changed_by else None
-            for changed_by in self.attention_by
-        ]
+        if only is None:
+            feeds = [partial(self._feed, index, gates, layer_gates, served) for index in range(len(self.changed_by))]
+        else:
+            feeds = [self._function(only, i) if only in by else None for i, by in enumerate(self.changed_by)]
+        attends = None
+        if any(self.attention_by):
+            attends = [
+                partial(self._attend, changed_by, gates, served, own_caches) if changed_by else None
+                for changed_by in self.attention_by
+            ]
         hidden, _ = self.candidates[0].model(inputs, cache=cache, feeds=feeds, attends=attends)
         gates = layer_gates[-1] if gates is None else gates
-        return hidden, gates, gates if filtered is None else filtered, evidence
+        return hidden, gates, gates if filtered is None else filtered, evidence, only
 
     def _attend(self, changed_by, gates, served: dict, own_caches: dict | None, normed, rope, mask, cache, index: int):
         """sum_e g_t(e) A_e(normed), [B, T, D], as `_feed`. With a cache all candidates attend: a later token may need their keys and values."""
@@ -197,15 +208,15 @@ class Mixture(nn.Module):
         if changed_by not in served:
             served[changed_by] = self._served(gates, changed_by)
         if len(served[changed_by]) == 1:  # for all tokens, by a gate of 1
-            return self._function(served[changed_by][0][0], index, load)(normed)[0], None
+            return self._function(served[changed_by][0][0], index)(normed, None, load)[0], None
         flat = normed.flatten(0, 1)
         y = torch.zeros_like(flat)
         for e, gate, rows in served[changed_by]:
-            function = self._function(e, index, load)
+            function = self._function(e, index)
             if rows is None:
-                y += gate.to(y.dtype) * function(normed)[0].flatten(0, 1)
+                y += gate.to(y.dtype) * function(normed, None, load)[0].flatten(0, 1)
             else:
-                part = function(flat[rows][None])[0][0]
+                part = function(flat[rows][None], None, load)[0][0]
                 y.index_add_(0, rows, part.to(y.dtype) if self.top_k == 1 else gate.to(y.dtype) * part)
         return y.view_as(normed), None
 
@@ -226,22 +237,28 @@ class Mixture(nn.Module):
             served.append(((0, *changed_by)[place], gate, None if every else torch.from_numpy(rows).to(gates.device)))
         return served
 
-    def _function(self, e: int, index: int, load) -> Callable:
-        """A candidate's feed-forward, normed -> (y, ...); of a RoutedExpert the expert alone, without its router row."""
+    def _function(self, e: int, index: int) -> Callable:
+        """A candidate's feed-forward, (normed, scored, load) -> (y, ...); of a RoutedExpert the expert alone, without its router row."""
         layer = self.layers[e][index]
         expert = layer.addition
-        if isinstance(expert, RoutedExpert):
-            return lambda normed: (expert.expert(normed), None)
-        return partial(layer.feed, scored=None, load=load)
+        return (lambda normed, *_: (expert.expert(normed), None)) if isinstance(expert, RoutedExpert) else layer.feed
 
     def _best(self, gates: torch.Tensor) -> torch.Tensor:
         """The top_k gates, normalized to 1; the others 0. Of equal ones the first."""
         if not 0 < self.top_k < gates.shape[-1]:
             return gates
         values = gates.float().cpu().numpy()
+        unit = np.eye(values.shape[-1], dtype=values.dtype)
+        if self.top_k == 1:
+            return torch.from_numpy(unit[values.argmax(-1)]).to(gates)
         places = (-values).argsort(axis=-1, kind="stable")[..., : self.top_k]
-        best = values * np.eye(values.shape[-1], dtype=values.dtype)[places].sum(-2)
+        best = values * unit[places].sum(-2)
         return torch.from_numpy(best / best.sum(-1, keepdims=True)).to(gates)
+
+    def _only(self, gates: torch.Tensor) -> int | None:
+        """The candidate that serves all tokens by a gate of 1; None where it is not alone."""
+        used = self._used(gates) if self.top_k == 1 else []
+        return used[0] if len(used) == 1 else None
 
     def _used(self, gates: torch.Tensor) -> list[int]:
         """The candidates with a gate above 0."""
@@ -257,6 +274,8 @@ class Mixture(nn.Module):
         for e, head in heads.items():
             users.setdefault(id(head), []).append(e)
         scores = {key: score(heads[same[0]], same) for key, same in users.items()}
+        if len(heads) == 1:
+            return next(iter(scores.values())).unsqueeze(-1)
         return torch.stack([scores[id(head)] for head in heads.values()], dim=-1)
 
 

@@ -121,7 +121,12 @@ class ContextRouter:
             return found
         every = np.arange(self.unigram_codes.shape[1])
         for token in np.unique(previous[found[0] < 0]):
-            self.pairs_after[:, token] = self.pairs(np.broadcast_to(token, every.shape), every).sum(-1)
+            bucket = bigram_bucket(token, every)
+            self.pairs_after[:, token] = 0  # where a candidate has not counted the token
+            for e in np.flatnonzero(self.unigram_codes[:, token]):  # one candidate's codes fit into a core's cache
+                codes = np.minimum(self.bigram_codes[e].take(bucket), self.unigram_codes[e])
+                codes = np.minimum(codes, self.unigram_codes[e, token])
+                self.pairs_after[e, token] = self.count_of.take(codes).sum()
         return self.pairs_after[:, previous]
 
     def _mean(self, p: np.ndarray) -> np.ndarray:

@@ -29,6 +29,29 @@ KINDS = {"cpp": "attention+ffn+head", "code": "narrow+head", "low": "lora+head"}
 LORA = ("--rank", 4, "--alpha", 6, "--dropout", 0.1, "--targets", "q_proj", "v_proj", "up_proj", "down_proj")
 
 
+# Of each mapped file of weights, by the folder it is in, and of all anonymous memory: bytes in memory after scoring with top-1.
+LOADED = """
+import json, re, sys, torch
+from pathlib import Path
+from forge_common.artifacts.assembled import read_assembled
+model, _, _ = read_assembled(sys.argv[1], top_k=1)
+p = model.router.unigram_p
+model.nats(torch.from_numpy((p[1] / p.mean(0)).argsort())[None, -60:].clone())  # frequent in the first module
+used = [name for name, gate in zip(model.names, model.gates.amax((0, 1))) if gate > 0]
+maps = re.findall(r"/(\\w+)/\\w+[.]safetensors\\n(?:[A-Z].*\\n)*?Rss: +(\\d+)", Path("/proc/self/smaps").read_text())
+anonymous = int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+print(json.dumps({"used": used, "files": {name: int(rss) << 10 for name, rss in maps}, "anonymous": anonymous}))
+"""
+
+
+def run_code(code: str, *arguments: object) -> str:
+    """What a new process prints, whose memory is that of this code alone."""
+    line = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        line, env=launch.environment(), cwd=launch.ROOT, text=True, stdout=subprocess.PIPE, check=True
+    ).stdout
+
+
 def call(command: str, *arguments: object, fails: bool = False) -> str:
     if command == "assemble":
         arguments += ("--allow-copies",)  # two of KINDS are trained on one text
@@ -438,7 +461,7 @@ def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared
 
 
 def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
-    """Peak memory of assembling two and eight modules of 24 MiB, which are read one at a time."""
+    """Of two and eight modules of 24 MiB: the peak of assembling, which reads one at a time, and the memory of the assembled model."""
     tokenizer, draw = byte_tokenizer(), torch.Generator().manual_seed(0)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -479,10 +502,20 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
     )
     peaks = []
     for number in (2, 8):
-        line = [sys.executable, "-c", code, "--trunk", tmp_path / "trunk", "--modules", *folders[:number]]
-        line += ["--output-dir", tmp_path / f"of-{number}"]
-        result = subprocess.run(
-            list(map(str, line)), env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=True
+        flags = (
+            "--trunk",
+            tmp_path / "trunk",
+            "--modules",
+            *folders[:number],
+            "--output-dir",
+            tmp_path / f"of-{number}",
         )
-        peaks.append(int(result.stdout.split("peak ")[1]))
+        peaks.append(int(run_code(code, *flags).split("peak ")[1]))
     assert peaks[1] - peaks[0] < size / 2, (peaks, size)
+    loaded = [json.loads(run_code(LOADED, tmp_path / f"of-{number}")) for number in (2, 8)]
+    for memory in loaded:
+        assert memory["used"] == ["trunk", "m0"]
+        assert memory["files"]["m0"] > size / 2
+        assert all(memory["files"][name] == 0 for name in memory["files"].keys() - {"trunk", "m0"}), memory
+    assert len(loaded[1]["files"]) == 9
+    assert loaded[1]["anonymous"] - loaded[0]["anonymous"] < size / 2, loaded
