@@ -222,10 +222,10 @@ def _leave_process_group() -> None:
         distributed.destroy_process_group()
 
 
-def seconds_of(time: str) -> float | None:
-    """30m -> 1800.0: a positive number with s, m, h or d. None for anything else."""
+def seconds_of(time: str) -> float:
+    """30m -> 1800.0: a number with s, m, h or d. 0 for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", time)
-    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]] or None if match else None
+    return float(match[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86_400}[match[2]] if match else 0.0
 
 
 def is_first_process() -> bool:

@@ -8,6 +8,7 @@ V vocabulary, D width, L layers, d width of the projection
 """
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,10 @@ def count(
     return {name: torch.from_numpy(encode(total)) for name, total in totals.items()}, sample_size
 
 
+def _keep(inputs: list[torch.Tensor], module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    inputs.append(args[0])
+
+
 @torch.no_grad()
 def moments(
     config: ModelConfig,
@@ -122,7 +127,7 @@ def moments(
         names = [name for name, _ in layer.named_parameters()]
         weights = {name: tensors[f"model.layers.{index}.{name}"].to(device, torch.float32) for name in names}
         normed: list[torch.Tensor] = []
-        layer.feed_forward.register_forward_pre_hook(lambda module, args, to=normed: to.append(args[0]))
+        layer.feed_forward.register_forward_pre_hook(partial(_keep, normed))
         second.append(project.new_zeros(project.shape[1], project.shape[1]))
         first.append(project.new_zeros(project.shape[1]))
         for place, ids in enumerate(windows):
