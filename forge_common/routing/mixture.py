@@ -113,11 +113,11 @@ class Mixture(nn.Module):
         own_caches: dict[tuple[int, int], Cache] = cache[depth + 1] if cache else {}
         state: State = cache[depth] if cache else self._start(inputs, None)
         hidden, gates, filtered, evidence, only = self._hidden(inputs, state, cache, own_caches)
-        last = hidden[:, -1:]
+        last = hidden[:, -1]
         history = torch.cat((state.history, inputs.cpu()), dim=1)
 
         def next_log_p_under(head: torch.Tensor, _: list[int]) -> torch.Tensor:
-            return (last @ head.T).float().log_softmax(-1)
+            return (last @ head.T).float().log_softmax(-1)[:, None]
 
         if evidence is not None and not self.top_k:
             next_log_p = self._by_head(next_log_p_under)  # [B, 1, V, E]

@@ -68,7 +68,7 @@ class ContextRouter:
         weights = torch.cat((prior[:1].double(), prior[1:].double() * counted / copies))
         self.shares = (weights / weights.sum()).float()  # [E]: in a mean of all candidates
         self.prior = torch.cat((self.shares * (1 - tuning.unknown), self.shares.new_tensor([tuning.unknown])))  # [S]
-        # In NumPy: for one token, a call of torch costs more than all its numbers.
+        # In NumPy: for one token, a call of torch costs more than all its numbers. `take` costs less than an index.
         self.count_of = decode(torch.arange(256)).numpy()
         self.unigram_codes = torch.stack([tensors["unigrams"] for tensors in statistics]).numpy()
         self.bigram_codes = torch.stack([tensors["bigrams"] for tensors in statistics]).numpy()
@@ -98,10 +98,12 @@ class ContextRouter:
         """p_e(token | previous), both [B, T], from the counts: [E, B, T]; p_e(token) where the previous one is -1."""
         before = np.maximum(previous, 0)
         token = np.maximum(token, 0)
-        unigram = self.unigram_p[:, token]
+        unigram = self.unigram_p.take(token, axis=1)
         pairs = self.pairs(before, token)
         after = self._pairs_after(before)
-        weight = BACKOFF + COLLISIONS * np.maximum(after - self.count_of[self.unigram_codes[:, before]], 0)
+        weight = BACKOFF + COLLISIONS * np.maximum(
+            after - self.count_of.take(self.unigram_codes.take(before, axis=1)), 0
+        )
         total = after + weight
         back = weight * unigram
         shared = self._mean((pairs + back) / total)
@@ -110,13 +112,13 @@ class ContextRouter:
 
     def pairs(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
         """Upper bound of the count of a pair: of its bucket, and of either token: [E, B, T]."""
-        of_bucket = self.bigram_codes[:, bigram_bucket(previous, token)]
-        of_tokens = np.minimum(self.unigram_codes[:, previous], self.unigram_codes[:, token])
-        return self.count_of[np.minimum(of_bucket, of_tokens)]  # codes have the order of their counts
+        of_bucket = self.bigram_codes.take(bigram_bucket(previous, token), axis=1)
+        of_tokens = np.minimum(self.unigram_codes.take(previous, axis=1), self.unigram_codes.take(token, axis=1))
+        return self.count_of.take(np.minimum(of_bucket, of_tokens))  # codes have the order of their counts
 
     def _pairs_after(self, previous: np.ndarray) -> np.ndarray:
         """The sum of `pairs` over all tokens after `previous` [B, T]: [E, B, T]. Each distinct one is summed once and kept."""
-        found = self.pairs_after[:, previous]
+        found = self.pairs_after.take(previous, axis=1)
         if (found[0] >= 0).all():
             return found
         every = np.arange(self.unigram_codes.shape[1])
@@ -127,7 +129,7 @@ class ContextRouter:
                 codes = np.minimum(self.bigram_codes[e].take(bucket), self.unigram_codes[e])
                 codes = np.minimum(codes, self.unigram_codes[e, token])
                 self.pairs_after[e, token] = self.count_of.take(codes).sum()
-        return self.pairs_after[:, previous]
+        return self.pairs_after.take(previous, axis=1)
 
     def _mean(self, p: np.ndarray) -> np.ndarray:
         """The candidates' mean [B, T] of p [E, B, T]."""
