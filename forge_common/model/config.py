@@ -159,9 +159,10 @@ class ModelConfig:
     @property
     def context(self) -> int:
         """The most tokens in a window; dynamic and yarn extend it beyond max_position_embeddings."""
-        rope = self.rope_scaling or {}
-        extended = {"dynamic": self.max_position_embeddings, "yarn": rope.get("original_max_position_embeddings", 0)}
-        return max(self.max_position_embeddings, int(rope.get("factor", 1) * extended.get(rope.get("rope_type"), 0)))
+        rope: dict[str, Any] = self.rope_scaling or {"rope_type": "default"}
+        originals = {"dynamic": self.max_position_embeddings, "yarn": rope.get("original_max_position_embeddings")}
+        original = originals.get(rope["rope_type"])
+        return max(self.max_position_embeddings, int(rope["factor"] * original) if original else 0)
 
     def to_hf(self) -> dict[str, Any]:
         """config.json for AutoModelForCausalLM. UserError for a combination that Transformers cannot express."""

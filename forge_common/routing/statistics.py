@@ -118,11 +118,11 @@ def moments(
     hidden = [x * config.embed_scale for x in embedded]
     load = even_load(config, device)
     second, first = [], []
+    normed: list[torch.Tensor] = []  # of one window at a time
     for index, layer in enumerate(decoder.layers):
         names = [name for name, _ in layer.named_parameters()]
         weights = {name: tensors[f"model.layers.{index}.{name}"].to(device, torch.float32) for name in names}
-        normed: list[torch.Tensor] = []
-        layer.feed_forward.register_forward_pre_hook(lambda module, args, to=normed: to.append(args[0]))
+        layer.feed_forward.register_forward_pre_hook(lambda module, args: normed.append(args[0]))
         second.append(project.new_zeros(project.shape[1], project.shape[1]))
         first.append(project.new_zeros(project.shape[1]))
         for place, ids in enumerate(windows):
