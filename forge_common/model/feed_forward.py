@@ -4,34 +4,12 @@ B batch, T time, D width, E experts, k experts of a token, R = B * T rows
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..loss import balance_sum, z_sum
 from .config import ModelConfig
-
-
-class _SiluProduct(torch.autograd.Function):
-    """silu(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep silu(gate) too.
-
-    With s = sigmoid(gate): d / d gate = up * s * (1 + gate * (1 - s)), d / d up = silu(gate) = gate * s.
-    """
-
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        (grad,) = grad_outputs
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), F.silu(gate).mul_(grad)
-
-
-def silu_product(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up, elementwise."""
-    return _SiluProduct.apply(gate, up)
+from .gated import silu_product
+from .low_rank import LowRankLinear
 
 
 class FeedForward(nn.Module):
@@ -44,7 +22,10 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(silu_product(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if isinstance(self.down_proj, LowRankLinear):
+            return self.down_proj(gate, up)
+        return self.down_proj(silu_product(gate, up))
 
 
 class Expert(nn.Module):

@@ -17,7 +17,8 @@ from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 from forge_common.loss import CHUNK_ROWS
 from forge_common.model.config import PRESETS, ModelConfig
-from forge_common.model.feed_forward import SparseFeedForward, silu_product
+from forge_common.model.feed_forward import SparseFeedForward
+from forge_common.model.gated import silu_product
 from forge_common.model.modules import chosen_layers, plug_in, put_in, untie
 from forge_common.model.trunk import Trunk, even_load, load_of
 from forge_common.optimizers import parameter_groups
