@@ -76,10 +76,32 @@ def rotary(config: ModelConfig, length: int, past: int = 0, device: Any = None) 
     return angle.cos() * scale, angle.sin() * scale
 
 
+class _Rotation(torch.autograd.Function):
+    """`rotate`. Its backward pass is the rotation by the opposite angles; torch's own would keep nothing more, but make five temporary tensors."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        cos, sin = ctx.saved_tensors
+        return _rotated(grad_outputs[0], cos, -sin), None, None
+
+
+def _rotated(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    (first, second), (sin_first, sin_second) = x.chunk(2, dim=-1), sin.chunk(2, dim=-1)
+    y = x * cos
+    y_first, y_second = y.chunk(2, dim=-1)
+    y_first.sub_(second * sin_first)
+    y_second.add_(first * sin_second)
+    return y
+
+
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotates the pairs (i, i + d/2) of x [B, H, T, d] by the angles of each position."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos.to(x.dtype) + torch.cat((-second, first), dim=-1) * sin.to(x.dtype)
+    return _Rotation.apply(x, cos.to(x.dtype), sin.to(x.dtype))
 
 
 class Attention(nn.Module):

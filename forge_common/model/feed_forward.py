@@ -4,40 +4,12 @@ B batch, T time, D width, E experts, k experts of a token, R = B * T rows
 """
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..loss import balance_sum, z_sum
 from .config import ModelConfig
-
-
-class _GatedProduct(torch.autograd.Function):
-    """act(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep act(gate) too."""
-
-    @staticmethod
-    def forward(ctx, gate, up, hidden_act):
-        ctx.save_for_backward(gate, up)
-        ctx.hidden_act = hidden_act
-        return _act(gate, hidden_act).mul_(up)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        (grad,) = grad_outputs
-        gate, up = ctx.saved_tensors
-        if ctx.hidden_act == "silu":
-            gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
-        else:
-            gate_grad = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
-        return gate_grad, _act(gate, ctx.hidden_act).mul_(grad), None
-
-
-def _act(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
-    return F.silu(x) if hidden_act == "silu" else F.gelu(x, approximate="tanh")
-
-
-def gated_product(gate: torch.Tensor, up: torch.Tensor, hidden_act: str = "silu") -> torch.Tensor:
-    """act(gate) * up, elementwise. hidden_act: silu or gelu_pytorch_tanh."""
-    return _GatedProduct.apply(gate, up, hidden_act)
+from .gated import gated_product
+from .low_rank import LowRankLinear
 
 
 class FeedForward(nn.Module):
@@ -51,7 +23,10 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x):
-        return self.down_proj(gated_product(self.gate_proj(x), self.up_proj(x), self.hidden_act))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if isinstance(self.down_proj, LowRankLinear):
+            return self.down_proj(gate, up, self.hidden_act)
+        return self.down_proj(gated_product(gate, up, self.hidden_act))
 
 
 class Expert(nn.Module):

@@ -26,13 +26,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from ..errors import UserError
 from ..loss import balance_sum, z_sum
 from .config import KINDS, MATRICES, TARGETS, ModelConfig
 from .feed_forward import FeedForward, gated_product
+from .low_rank import LowRankHead, LowRankLinear, trained_dtype
 from .trunk import Trunk
 
 
@@ -73,61 +73,6 @@ class RoutedExpert(nn.Module):
         counts = scored.sum().expand(2)
         router = (balance_sum(logits.softmax(-1), even, scored), z_sum(logits, scored), counts)
         return y + p * (self.expert(normed) - y), router
-
-
-class LowRankLinear(nn.Linear):
-    """A frozen matrix plus a low-rank change: W + alpha / R * B A, A [R, in], B [out, R] = 0 at the start.
-
-    dropout: share of the inputs of A that are 0 in training, as in PEFT. Source: LoRA, arXiv 2106.09685.
-    """
-
-    def __init__(self, frozen: nn.Linear, rank: int, alpha: float, dropout: float):
-        nn.Module.__init__(self)
-        self.in_features = frozen.in_features
-        self.out_features = frozen.out_features
-        self.weight = frozen.weight
-        self.bias = frozen.bias
-        self.scale = alpha / rank
-        self.dropout = dropout
-        self.lora_A, self.lora_B = _low_rank(frozen.weight, rank)
-
-    def forward(self, input):
-        kept = F.dropout(input, self.dropout, self.training) if self.dropout else input
-        y = input @ self.weight.T + (kept @ self.lora_A.T * self.scale) @ self.lora_B.T
-        return y if self.bias is None else y + self.bias
-
-    @torch.no_grad()
-    def folded(self) -> nn.Linear:
-        """An ordinary layer that computes the same."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        plain.weight = nn.Parameter(self.weight + self.lora_B @ (self.lora_A * self.scale))
-        plain.bias = self.bias
-        return plain
-
-
-class LowRankHead(nn.Module):
-    """weight [V, D] -> weight + alpha / R * B A."""
-
-    def __init__(self, weight: torch.Tensor, rank: int, alpha: float):
-        super().__init__()
-        self.scale = alpha / rank
-        self.lora_A, self.lora_B = _low_rank(weight, rank)
-
-    def forward(self, weight):
-        return weight + self.lora_B @ (self.lora_A * self.scale)
-
-
-def _low_rank(weight: torch.Tensor, rank: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """A [R, in], initialized as in nn.Linear, and B [out, R], zeros."""
-    a = weight.new_empty(rank, weight.shape[1], dtype=_trained_dtype(weight))
-    b = weight.new_zeros(weight.shape[0], rank, dtype=_trained_dtype(weight))
-    nn.init.uniform_(a, -(weight.shape[1] ** -0.5), weight.shape[1] ** -0.5)
-    return nn.Parameter(a), nn.Parameter(b)
-
-
-def _trained_dtype(weight: torch.Tensor) -> torch.dtype:
-    """At least float32, on a trunk whose matrices may be stored in bf16: small updates would be lost in it."""
-    return torch.promote_types(weight.dtype, torch.float32)
 
 
 def chosen_layers(spec: str, num_hidden_layers: int) -> list[int]:
@@ -184,7 +129,7 @@ def plug_in(
         )
     rank = rank or 16
     trunk.requires_grad_(False)
-    device, dtype = trunk.head.device, _trained_dtype(trunk.head)
+    device, dtype = trunk.head.device, trained_dtype(trunk.head)
     for layer in (trunk.model.layers[index] for index in layers):
         if body == "attention+ffn":
             layer.self_attn.to(device, dtype).requires_grad_(True)
@@ -211,7 +156,7 @@ def untie(trunk: Trunk) -> nn.Linear:
     """The trunk's own output head; where it is tied, it becomes a copy of the embedding first."""
     if trunk.lm_head is None:
         weight = trunk.model.embed_tokens.weight
-        dtype = _trained_dtype(weight)
+        dtype = trained_dtype(weight)
         head = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device=weight.device, dtype=dtype)
         with torch.no_grad():
             head.weight.copy_(weight)

@@ -6,9 +6,10 @@ from ..files.atomic import write_text
 from .length import MANY_PASSES
 
 FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
+PROCESS = 400 << 20  # bytes of a process on a CPU: Python, torch and the other libraries, the tokenizer; measured
 
 
-def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: int, tracking: str) -> str:
+def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: int, device: Any, tracking: str) -> str:
     """The lines that a run prints first: data, parameters, updates, epochs, estimated memory of a device (MiB), tracking."""
     training = corpora.training
     positions = settings.steps * settings.batch_size
@@ -17,6 +18,7 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
     windows, labels = training.size, sum(source.labels for source in training.sources)
     states, activations, logits = memory(model, settings)
+    process = PROCESS if device.type == "cpu" else 0
     seen = positions * T / total  # tokens for each parameter
     hint = (
         f"hint        {seen:.2g} tokens for each parameter: a smaller model would take less time and hardly learn less"
@@ -31,8 +33,9 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
             f"{positions / windows:.2f} epochs of {windows:,} windows ({labels:,} tokens)",
             *_repetition(training, positions),
             *([hint] if trained == total and seen < FEW_TOKENS else []),
-            f"memory      about {(states + activations + logits) / 2**20:,.0f} MiB a device: {states / 2**20:,.0f} weights, "
-            f"gradients and optimizer, {activations / 2**20:,.0f} activations, {logits / 2**20:,.0f} logits",
+            f"memory      about {(states + activations + logits + process) / 2**20:,.0f} MiB a device: {states / 2**20:,.0f} weights, "
+            f"gradients and optimizer, {activations / 2**20:,.0f} activations, {logits / 2**20:,.0f} logits"
+            + (f", {process / 2**20:,.0f} Python and libraries" if process else ""),
             f"tracking    {tracking}",
         )
     )
@@ -50,15 +53,48 @@ def memory(model: Any, settings: Any) -> tuple[int, int, int]:
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
     parameters = list(model.parameters())
     states = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
-    # Of a layer: two norms' inputs, q, k, v and attention's result, two gates, their product.
-    layer = 6 * config.hidden_size + 3 * config.intermediate_size + 2 * config.num_key_value_heads * config.head_dim
-    layers = layer * config.num_hidden_layers
+    kept = kept_by_layers(model)
+    layers = sum(kept)
     if settings.activation_checkpointing:  # each layer's input, and one layer at a time
-        layers = layer + config.hidden_size * config.num_hidden_layers
-    activations = parameters[0].element_size() * B * T * (layers + 4 * config.hidden_size)
+        layers = max(kept) + config.hidden_size * config.num_hidden_layers
+    size = (
+        model.model.norm.weight.element_size()
+    )  # of the residual stream; the matrices of a frozen trunk may be in bf16
+    activations = size * B * T * (layers + 4 * config.hidden_size)
     if not config.cross_document_attention and not model.model.fused_document_mask:
         activations += B * T * T  # the mask of documents
-    return states, activations, 2 * model.chunk_rows * config.vocab_size * 4
+    return states, activations, model.chunk_rows * config.vocab_size * 4
+
+
+def kept_by_layers(model: Any) -> list[int]:
+    """Numbers that each layer keeps for the backward pass, for each token.
+
+    Frozen matrices keep no input, and nothing is kept before the first part that is trained. A low-rank change of down_proj keeps its
+    factors gate and up alone. Not counted: what has the rank, or one number a token.
+    """
+    config, kept = model.config, []
+    width, experts = config.hidden_size, config.num_experts_per_tok if config.num_local_experts else 1
+    heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
+    reached = model.model.embed_tokens.weight.requires_grad  # whether the backward pass reaches the input of this part
+    for layer in model.model.layers:
+        trained = [name.split(".") for name, parameter in layer.named_parameters() if parameter.requires_grad]
+        names = {part for name in trained for part in name}
+        # The inputs of the norms (trained ones keep the normalized input too), of the first matrices, and of q_norm and k_norm.
+        size = width * len(names & {"input_layernorm", "post_attention_layernorm"})
+        size += width * bool(names & {"q_proj", "k_proj", "v_proj"}) + width * reached
+        if reached or "self_attn" in names:
+            size += heads * (2 + config.qk_norm * (1 + ("q_norm" in names)))  # q, k, v and the result
+        reached = reached or bool(names & {"self_attn", "input_layernorm"})
+        size += width * reached + width * experts * bool(names & {"gate_proj", "up_proj", "experts"})
+        feed_forward = layer.block_sparse_moe.experts[0].w2 if layer.sparse else layer.mlp.down_proj
+        if reached or names & {"mlp", "block_sparse_moe"}:
+            size += config.intermediate_size * experts * (2 + feed_forward.weight.requires_grad)  # gate, up, product
+            size += width * experts * layer.sparse  # what each expert returns
+        if layer.addition is not None:
+            size += sum(3 * len(p) for name, p in layer.addition.named_parameters() if name.endswith("up_proj.weight"))
+        reached = reached or bool(names)
+        kept.append(size)
+    return kept
 
 
 def _repetition(training: Any, positions: int) -> list[str]:

@@ -6,6 +6,7 @@ import edits
 import launch
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_model import make, text
 
@@ -80,6 +81,38 @@ def test_without_alpha_and_dropout_it_has_the_bits_of_before():
     assert isinstance(layer, LowRankLinear)
     assert torch.equal(layer.train()(x), x @ layer.weight.T + (x @ layer.lora_A.T) @ layer.lora_B.T)
     assert torch.equal(layer.folded().weight, layer.weight + layer.lora_B @ layer.lora_A)
+
+
+@pytest.mark.parametrize("factors", [1, 2], ids=["input", "gated product"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_values_and_gradients_are_those_of_the_formula(factors, bias):
+    """W x + alpha / R * B A x, where x is the input or silu(gate) * up; the frozen matrix has no gradient."""
+    draw = torch.Generator().manual_seed(0)
+    layer = LowRankLinear(torch.nn.Linear(6, 5, bias=bias).double().requires_grad_(False), 3, alpha=7, dropout=0)
+    torch.nn.init.normal_(layer.lora_B, generator=draw)
+    parts = torch.randn(factors, 2, 4, 6, dtype=torch.float64, generator=draw).requires_grad_()
+    inputs = [part.detach().requires_grad_() for part in parts]
+    x = inputs[0] if factors == 1 else F.silu(inputs[0]) * inputs[1]
+    wanted = F.linear(x, layer.weight + 7 / 3 * layer.lora_B @ layer.lora_A, layer.bias)
+    found = layer(*inputs)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    leaves = [*inputs, layer.lora_A, layer.lora_B]
+    upstream = torch.randn(2, 4, 5, dtype=torch.float64, generator=draw)
+    gradients = (torch.autograd.grad(y, leaves, upstream, retain_graph=True) for y in (found, wanted))
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-12, atol=1e-12)
+
+
+def test_a_feed_forward_keeps_its_input_gate_and_up_alone():
+    """And R numbers for each matrix, of 2 rows of 40 tokens."""
+    layer = changed("tied")[0].model.layers[2].mlp
+    x, own, kept = torch.randn(2, 40, 32, requires_grad=True), {p.data_ptr() for p in layer.parameters()}, {}
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.update({t.data_ptr(): t}) or t, lambda t: t):
+        y = layer(x)
+    sizes = sorted(tensor.numel() for place, tensor in kept.items() if place not in own)
+    width = layer.gate_proj.out_features
+    assert sizes == sorted([*[80 * 4] * 3, x.numel(), 80 * width, 80 * width])
+    assert y.shape == x.shape
 
 
 def test_dropout_is_of_the_change_alone_and_off_in_validation():

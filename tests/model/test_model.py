@@ -14,8 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from forge_common.errors import UserError
 from forge_common.loss import CHUNK_ROWS
+from forge_common.model.attention import rotary, rotate
 from forge_common.model.config import PRESETS, ModelConfig
-from forge_common.model.feed_forward import SparseFeedForward, gated_product
+from forge_common.model.feed_forward import SparseFeedForward
+from forge_common.model.gated import gated_product
 from forge_common.model.modules import chosen_layers, plug_in, put_in, untie
 from forge_common.model.trunk import Trunk, even_load, load_of
 from forge_common.optimizers import parameter_groups
@@ -505,6 +507,21 @@ def test_activation_checkpointing_keeps_less_and_changes_no_bit(kind, module, au
     for name, gradient in expected.items():
         assert (gradient is None and found[name] is None) or torch.equal(gradient, found[name]), name
     assert less < 0.4 * usual
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_rotation_has_torchs_bits_and_keeps_the_angles_alone(dtype):
+    draw = torch.Generator().manual_seed(0)
+    x, upstream = torch.randn(2, 3, 5, 7, 8, generator=draw).to(dtype)
+    cos, sin = (part.to(dtype) for part in rotary(make("tied").config, torch.arange(7)))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        found = rotate(x.requires_grad_(), cos, sin)
+    assert set(kept) == {cos.shape}
+    first, second = x.chunk(2, dim=-1)
+    expected = x * cos + torch.cat((-second, first), dim=-1) * sin
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(y, x, upstream)[0] for y in (found, expected)))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

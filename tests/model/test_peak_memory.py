@@ -1,5 +1,6 @@
 """A trunk is in memory once: when it is read, and when a module on it is published."""
 
+import argparse
 import re
 import subprocess
 import sys
@@ -8,11 +9,15 @@ import edits
 import launch
 import pytest
 import torch
+from test_model import make, saved_bytes, text
 
 from forge_common.artifacts import artifact
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.model.config import ModelConfig
+from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
+from forge_common.run.ledger import Ledger
+from forge_common.run.plan import memory
 
 SIZES = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8}
 START = "open('/proc/self/clear_refs', 'w').write('5'); before = status('VmRSS')"  # VmHWM starts from here
@@ -49,6 +54,42 @@ def test_reading_a_trunk_makes_no_second_copy(large):
     line = [sys.executable, "-c", READ, large[0], "float32"]
     done = subprocess.run(line, env=launch.environment(), cwd=launch.ROOT, text=True, capture_output=True, check=True)
     assert 0.9 < float(done.stdout) < 1.15
+
+
+KINDS = {"whole": None, "ffn of the last two": ("ffn", [2, 3]), "attention+ffn": ("attention+ffn", [1, 3])}
+KINDS |= {name: (name, range(4)) for name in ("ffn", "narrow", "lora", "expert")}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", ["tied", "qwen3", "mixtral"])
+def test_the_plan_estimates_what_the_backward_pass_needs(family, kind):
+    trunk = make(family, hidden_size=64, intermediate_size=192, num_hidden_layers=4)
+    if KINDS[kind]:
+        name, layers = KINDS[kind]
+        if family == "mixtral" and name in ("lora", "expert"):
+            pytest.skip("for a dense trunk")
+        plug_in(trunk, name, list(layers), rank=1)
+    tokens = text(4, 65)
+    kept, _ = saved_bytes(trunk, tokens)
+    settings = argparse.Namespace(sequence_length=64, micro_batch_size=4, activation_checkpointing=False)
+    assert memory(trunk, settings)[1] == pytest.approx(kept, rel=0.08)
+
+
+def test_an_update_of_a_low_rank_module_has_the_peak_of_the_plan():
+    """Live tensors of the second update, where the optimizer has its state: weights, activations, logits. 12 layers hide the temporary ones."""
+    trunk = make("tied", hidden_size=64, intermediate_size=192, num_hidden_layers=12)
+    plug_in(trunk, "lora", list(range(12)), rank=2)
+    trained, tokens = [p for p in trunk.parameters() if p.requires_grad], text(8, 65)
+    optimizer = torch.optim.AdamW(trained, fused=True)
+    with Ledger() as ledger:
+        for parameter in trunk.parameters():
+            ledger.add(parameter)
+        for _ in range(2):
+            trunk(tokens).objective.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    settings = argparse.Namespace(sequence_length=64, micro_batch_size=8, activation_checkpointing=False)
+    assert ledger.peak == pytest.approx(sum(memory(trunk, settings)), rel=0.1)
 
 
 def small_module(trunk, domain, cache, output) -> tuple:

@@ -1,0 +1,36 @@
+"""act(gate) * up, the product inside a gated feed-forward: SwiGLU with silu, GeGLU with gelu."""
+
+import torch
+import torch.nn.functional as F
+
+
+class _GatedProduct(torch.autograd.Function):
+    """act(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep act(gate) too."""
+
+    @staticmethod
+    def forward(ctx, gate, up, hidden_act):
+        ctx.save_for_backward(gate, up)
+        ctx.hidden_act = hidden_act
+        return _act(gate, hidden_act).mul_(up)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return *gated_product_backward(grad_outputs[0], *ctx.saved_tensors, ctx.hidden_act), None
+
+
+def gated_product_backward(grad, gate, up, hidden_act: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up for that of act(gate) * up."""
+    if hidden_act == "silu":
+        gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
+    else:
+        gate_grad = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+    return gate_grad, _act(gate, hidden_act).mul_(grad)
+
+
+def _act(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
+    return F.silu(x) if hidden_act == "silu" else F.gelu(x, approximate="tanh")
+
+
+def gated_product(gate: torch.Tensor, up: torch.Tensor, hidden_act: str = "silu") -> torch.Tensor:
+    """act(gate) * up, elementwise. hidden_act: silu or gelu_pytorch_tanh."""
+    return _GatedProduct.apply(gate, up, hidden_act)
