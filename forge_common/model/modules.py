@@ -31,7 +31,8 @@ from torch import nn
 from ..errors import UserError
 from ..loss import balance_sum, z_sum
 from .config import KINDS, MATRICES, TARGETS, ModelConfig
-from .feed_forward import FeedForward, gated_product
+from .feed_forward import FeedForward
+from .gated import gated_product
 from .low_rank import LowRankHead, LowRankLinear, trained_dtype
 from .trunk import Trunk
 
