@@ -59,9 +59,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"), (None, False)),
     **dict.fromkeys(("partial_rotary_factor", "logit_scale", "logits_scaling"), (None, 1)),
     **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (None, 1)),
-    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "clip_qkv"), (None,)),
-    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), (None,)),
-    **dict.fromkeys(("original_max_position_embeddings", "quantization_config"), (None,)),
+    **dict.fromkeys(("attention_multiplier", "query_pre_attn_scalar", "clip_qkv", "quantization_config"), (None,)),
+    **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping", "original_max_position_embeddings"), (None,)),
 }
 _ID = integer(-1, 1 << 31)
 FIELDS: dict[str, Field] = {  # of a config.json; no model is near the bounds, beyond them sizes and positions overflow
@@ -227,9 +226,7 @@ def _refuse_others(where: str, name: str, value: Any, allowed: tuple[Any, ...]) 
     """UserError where `value` is none of those that are implemented."""
     if value not in allowed:
         choice = " or ".join("null" if one is None else json.dumps(one) for one in allowed)
-        raise UserError(
-            f"{where}: {name} {quoted(value)} is not implemented. Choose a checkpoint where it is {choice}."
-        )
+        raise UserError(f"{where}: {name} {quoted(value)} is not implemented. Choose a checkpoint with {choice}.")
 
 
 def _rope(config: dict[str, Any], where: str, theta: float) -> tuple[float, dict[str, Any] | None]:
