@@ -3,8 +3,8 @@
     python benchmarks/routing_cost.py --model runs/growth/assembled --text held-out.txt [--rounds 15] [--modules 1 16 64]
     python benchmarks/routing_cost.py --random 512 8 16384
 
-Each round measures the processor time of all three, one after the other: of scoring (Mixture.nats, a batch of windows) and of
-generation (Mixture.next_logits with a cache, token by token, on the same text for all). A ratio is the median of the
+Each round measures the processor time of all three: of scoring (Mixture.nats, a batch of windows), one after the other, and of
+generation (Mixture.next_logits with a cache, on the same text for all), token by token in turn. A ratio is the median of the
 ratios in each round, (min-max). --random measures a trunk with random weights (width, layers, vocabulary) and two modules on text
 that is drawn from their counts. --modules also measures the memory of that many copies of the first module, in new processes.
 Set OMP_NUM_THREADS=1: the processor time of more threads includes their waiting.
@@ -14,6 +14,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -113,46 +114,56 @@ def draw(width: int, layers: int, vocabulary: int) -> tuple[Mixture, torch.Tenso
     return Mixture(trunk, modules, router), torch.cat([document for pair in pairs for document in pair])
 
 
-def scoring(model: Any, windows: torch.Tensor) -> float:
-    """Seconds of processor time."""
-    started = time.process_time()
-    model.nats(windows)
-    return time.process_time() - started
+def scoring(model_of: Callable[[str], Any], names: list[str], windows: torch.Tensor) -> dict[str, float]:
+    """Seconds of processor time of each model."""
+    seconds = {}
+    for name in names:
+        model, started = model_of(name), time.process_time()
+        model.nats(windows)
+        seconds[name] = time.process_time() - started
+    return seconds
 
 
-def generation(model: Any, ids: torch.Tensor, prompt: int) -> float:
-    """Seconds of processor time to pass ids [1, T] one by one after the first `prompt`, which are not timed."""
-    cache: list[Any] = []
-    model.next_logits(ids[:, :prompt], cache)
-    started = time.process_time()
+def generation(model_of: Callable[[str], Any], names: list[str], ids: torch.Tensor, prompt: int) -> dict[str, float]:
+    """Seconds of processor time of each model to pass ids [1, T] one by one after the first `prompt`, which are not timed.
+
+    The models take turns with every token, so that what else the machine does is the same for all.
+    """
+    caches: dict[str, list[Any]] = {name: [] for name in names}
+    for name in names:
+        model_of(name).next_logits(ids[:, :prompt], caches[name])
+    seconds = dict.fromkeys(names, 0.0)
     for t in range(prompt, ids.shape[1]):
-        model.next_logits(ids[:, t : t + 1], cache)
-    return time.process_time() - started
+        for name in names if t % 2 else names[::-1]:
+            model, started = model_of(name), time.process_time()
+            model.next_logits(ids[:, t : t + 1], caches[name])
+            seconds[name] += time.process_time() - started
+    return seconds
 
 
 def measure(settings: Settings, mixture: Mixture, ids: torch.Tensor) -> None:
     """Prints ms a token and the ratios to the trunk."""
     mixture.eval()
-    trunk = mixture.candidates[0]
+
+    def model_of(name: str) -> Any:
+        mixture.top_k = TOP_K.get(name, 0)
+        return mixture.candidates[0] if name == "trunk" else mixture
+
+    names = ["trunk", *TOP_K]
     length = settings.window + 1
     windows = ids[: len(ids) // length * length].view(-1, length)
     windows = windows[:: max(1, len(windows) // settings.windows)][: settings.windows]
     one = ids[None, : settings.prompt + settings.generated]
     works = {
-        "scoring": (windows[:, 1:].numel(), lambda model: scoring(model, windows)),
-        "generation": (settings.generated, lambda model: generation(model, one, settings.prompt)),
+        "scoring": (windows[:, 1:].numel(), lambda: scoring(model_of, names, windows)),
+        "generation": (settings.generated, lambda: generation(model_of, names, one, settings.prompt)),
     }
     for work, (tokens, call) in works.items():
-        found: dict[str, list[float]] = {"trunk": [], **{name: [] for name in TOP_K}}
-        for index in range(settings.rounds + 1):
-            for name, values in found.items():
-                mixture.top_k = TOP_K.get(name, 0)
-                model = trunk if name == "trunk" else mixture
-                seconds = call(model)
-                if index:  # the first round is warm-up
-                    values.append(1000 * seconds / tokens)
-        for name, values in found.items():
-            ratios = [value / base for value, base in zip(values, found["trunk"], strict=True)]
+        call()  # a warm-up
+        rounds = [call() for _ in range(settings.rounds)]
+        for name in names:
+            values = [1000 * seconds[name] / tokens for seconds in rounds]
+            ratios = [seconds[name] / seconds["trunk"] for seconds in rounds]
             print(f"{work:<11} {name:<10} {spread(values)} ms a token, {spread(ratios)} of the trunk's")
 
 
