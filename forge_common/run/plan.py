@@ -80,7 +80,7 @@ def kept_by_layers(model: Any) -> list[int]:
         trained = [name.split(".") for name, parameter in layer.named_parameters() if parameter.requires_grad]
         names = {part for name in trained for part in name}
         # The inputs of the norms (trained ones keep the normalized input too), of the first matrices, and of q_norm and k_norm.
-        size = width * len(names & {"input_layernorm", "post_attention_layernorm"})
+        size = width * sum(name.endswith("layernorm") for name in names)
         size += width * bool(names & {"q_proj", "k_proj", "v_proj"}) + width * reached
         if reached or "self_attn" in names:
             size += heads * (2 + config.qk_norm * (1 + ("q_norm" in names)))  # q, k, v and the result

@@ -34,7 +34,7 @@ def counted_run(shared, altered, tmp_path_factory):
         if engine == "fsdp2":
             how |= launch.fsdp2()
         more = ("--preset", "tiny", "--tokenizer", "bytes", *flags(SIZES | {"batch_size": batch_size}), "--steps", 3)
-        more += ("--warmup-steps", 0, "--val-fraction", 0, "--dry-run")
+        more += ("--warmup-steps", 0, "--val-fraction", 0)
         printed = shared(tmp_path_factory.mktemp("run") / "run", *more, script=script, shape=(), **how)
         return max(int(peak) for peak in re.findall(r"PEAK 3 (\d+) ", printed))
 
