@@ -72,8 +72,8 @@ def main(settings: Settings) -> int:
     from forge_common.artifacts.upload import upload
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
-    from forge_common.model.config import check_context, model_config
-    from forge_common.model.presets import preset_sizes
+    from forge_common.model.config import check_context
+    from forge_common.model.presets import model_config, preset_sizes
     from forge_common.model.trunk import Trunk, even_load, load_of
     from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare, release

@@ -31,7 +31,7 @@ def main(settings: Settings) -> int:
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.files.atomic import write_json
-    from forge_common.model.config import model_config
+    from forge_common.model.presets import model_config
     from forge_common.model.trunk import Trunk
     from forge_common.optimizers import parameter_groups
     from forge_common.run.log import peak_memory_mb, process_peak_mb

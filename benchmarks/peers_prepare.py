@@ -26,8 +26,8 @@ def main(settings: Settings) -> int:
 
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.files.atomic import write_json
-    from forge_common.model.config import model_config
     from forge_common.model.modules import chosen_layers, plug_in
+    from forge_common.model.presets import model_config
     from forge_common.model.trunk import Trunk
 
     tokenizer = tokenizer_for(settings)

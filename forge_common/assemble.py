@@ -7,16 +7,14 @@ Nothing is trained. The new folder holds verified copies of all parts. The order
 assembled model is changed in place: its folder is exchanged for a complete new one.
 """
 
-import os
 import shutil
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .errors import UserError
-from .files.atomic import lack_of_room
+from .files.atomic import copy_files
 from .files.hub import local_folder, origins
 from .files.places import ASSEMBLED_FILES, MODULE_FILES, TRUNK_FILES
 from .files.untrusted import naming_source, without_links
@@ -213,7 +211,7 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     copy = temp_dir / "trunk"
     index = "model.safetensors.index.json"
     files = (*TRUNK_FILES, index, *(path.name for path in weight_files(plan.trunk)))
-    _copy(plan.trunk, copy, files, link=plan.stays(plan.trunk))
+    copy_files(plan.trunk, copy, files, link=plan.stays(plan.trunk))
     with naming_source(plan.trunk, copy):
         trunk, tokenizer, trunk_metadata = read_trunk(str(copy))
         background = read_statistics(copy, trunk_metadata, trunk.config)
@@ -259,21 +257,21 @@ def _modules(
     settings: Settings, plan: Plan, trunk: Any, tokenizer: Any, trunk_metadata: dict[str, Any], temp_dir: Path
 ) -> tuple[list["Part"], list["Examined"]]:
     """Copies, verifies and tries the modules, one after the other: the parts that solving the router needs, and the table's rows."""
-    from .artifacts import checks, texts
+    from .artifacts import checks, texts, trial
     from .artifacts.assembled import check_router, read_part
 
     with naming_source(plan.trunk, temp_dir / "trunk"):
-        reference = checks.reference(trunk, temp_dir / "trunk")
+        reference = trial.reference(trunk, temp_dir / "trunk")
     check_data = texts.check_sources(settings.check_data, plan.modules)
     parts = []
     examined = []
     for name, folder in plan.modules.items():
         copy = temp_dir / "modules" / name
-        _copy(folder, copy, MODULE_FILES, link=plan.stays(folder))
+        copy_files(folder, copy, MODULE_FILES, link=plan.stays(folder))
         with naming_source(folder, copy):
             part = read_part(trunk, trunk_metadata, copy)
             check_router(plan.router, part, copy)
-            effect = checks.check_module(part.model, reference, copy)
+            effect = trial.check_module(part.model, reference, copy)
         windows = []
         if name in check_data:
             share = part.metadata.get("val_fraction", 0.0)
@@ -286,22 +284,6 @@ def _modules(
             parts.append(part._replace(model=trunk))
         del part
     return parts, examined
-
-
-def _copy(source: Path, target: Path, names: tuple[str, ...], *, link: bool) -> None:
-    """Copies those of the files that exist, or makes hard links; refuses links, and files for which there is no room."""
-    without_links(source)
-    files = [source / name for name in names if (source / name).is_file()]
-    target.mkdir(parents=True)
-    size = sum(path.stat().st_size for path in files)
-    if not link and size > shutil.disk_usage(target).free:
-        raise UserError(f"{source} cannot be copied: {lack_of_room(target, size)}")
-    for path in files:
-        if link:
-            with suppress(OSError):  # a file system may have no hard links
-                os.link(path, target / path.name)
-                continue
-        shutil.copyfile(path, target / path.name)
 
 
 if __name__ == "__main__":

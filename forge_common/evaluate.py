@@ -228,7 +228,7 @@ def score(
     """
     import torch
 
-    from .artifacts.checks import check_finite
+    from .artifacts.trial import check_finite
     from .labels import is_scored
     from .routing.mixture import Mixture
 

@@ -152,8 +152,8 @@ def _merged(settings: Settings) -> None:
     import torch
 
     from .artifacts.artifact import read_model, read_statistics, write_trunk
-    from .artifacts.checks import check_trial
     from .artifacts.metadata import merged_metadata
+    from .artifacts.trial import check_trial
     from .exporting import gguf_file, proof
     from .files.hub import local_folder, origins
     from .model.modules import fold

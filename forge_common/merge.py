@@ -22,8 +22,8 @@ class Settings:
 
 def main(settings: Settings) -> int:
     from .artifacts.artifact import read_model, write_trunk
-    from .artifacts.checks import check_trial
     from .artifacts.metadata import merged_metadata
+    from .artifacts.trial import check_trial
     from .files.hub import local_folder, origins
     from .model.modules import fold
 

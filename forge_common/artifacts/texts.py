@@ -20,7 +20,7 @@ from ..routing import statistics
 from ..routing.mixture import Mixture
 from ..routing.tuning import CALIBRATED
 from .assembled import Part, route
-from .checks import mean_loss
+from .trial import mean_loss
 
 STATISTICS_TOKENS = 1_000_000  # tokens of text like the trunk's that are counted at most
 CHECKED_TOKENS = 32_768  # tokens of each text of --check-data that are scored at most

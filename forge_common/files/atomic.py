@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from .untrusted import read_bounded
+from .untrusted import read_bounded, without_links
 
 MIB = 1 << 20
 AT_FDCWD = -100  # of Linux: a relative path is one from the working directory
@@ -194,3 +194,19 @@ def amount(size: int) -> str:
     """1536 -> 1.5 KiB."""
     unit = min((max(size, 1).bit_length() - 1) // 10, 4)
     return f"{size / (1 << 10 * unit):,.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[unit]}"
+
+
+def copy_files(source: Path, target: Path, names: tuple[str, ...], *, link: bool) -> None:
+    """Copies those of the files that exist, or makes hard links; refuses links, and files for which there is no room."""
+    without_links(source)
+    files = [source / name for name in names if (source / name).is_file()]
+    target.mkdir(parents=True)
+    size = sum(path.stat().st_size for path in files)
+    if not link and size > shutil.disk_usage(target).free:
+        raise UserError(f"{source} cannot be copied: {lack_of_room(target, size)}")
+    for path in files:
+        if link:
+            with suppress(OSError):  # a file system may have no hard links
+                os.link(path, target / path.name)
+                continue
+        shutil.copyfile(path, target / path.name)

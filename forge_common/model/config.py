@@ -273,28 +273,6 @@ def _consistent(config: ModelConfig, where: str) -> ModelConfig:
     return config
 
 
-def _preset(name: str) -> dict[str, int]:
-    return PRESETS["small" if name == AUTO else name]
-
-
-def model_config(settings: Any, tokenizer: Any) -> ModelConfig:
-    """The sizes of the settings, else of the preset, with the tokenizer's vocabulary and special ids."""
-    sizes: dict[str, Any] = {name: getattr(settings, name) or size for name, size in _preset(settings.preset).items()}
-    return ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        max_position_embeddings=settings.sequence_length,
-        num_local_experts=settings.num_experts,
-        num_experts_per_tok=settings.experts_per_token,
-        tie_word_embeddings=settings.tie_word_embeddings,
-        cross_document_attention=settings.cross_document_attention,
-        router_aux_loss_coef=settings.router_aux_loss_coef,
-        router_z_loss_coef=settings.router_z_loss_coef,
-        **sizes,
-    )
-
-
 def check_context(settings: Any, config: ModelConfig) -> None:
     """UserError where windows are longer than the trunk's context."""
     if settings.sequence_length > config.context:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from small_artifacts import CONFIG, MODULES, assembling, counts, edit, refused
 
 from forge_common import assemble, evaluate, merge
-from forge_common.artifacts import artifact, checks, module_table
+from forge_common.artifacts import artifact, checks, module_table, trial
 from forge_common.files.tensors import digest
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
@@ -94,14 +94,14 @@ def test_weights_that_spoil_the_trunks_own_text_are_refused():
     trunk = Trunk(dataclasses.replace(CONFIG, tie_word_embeddings=False))
     with torch.no_grad():
         trunk.lm_head.weight.mul_(100)
-    own = checks.reference(trunk, "trunk")
+    own = trial.reference(trunk, "trunk")
     assert own.loss < 0.7 * math.log(CONFIG.vocab_size)
-    assert checks.check_module(trunk, own, "same") == checks.Effect(1.0, 0.0)
+    assert trial.check_module(trunk, own, "same") == trial.Effect(1.0, 0.0)
     other = Trunk(trunk.config)
     other.load_state_dict(trunk.state_dict())
     with torch.no_grad():
         other.lm_head.weight.copy_(trunk.lm_head.weight.flip(0))
-    assert "place: on text that the trunk generates, its loss is " in refused(checks.check_module, other, own, "place")
+    assert "place: on text that the trunk generates, its loss is " in refused(trial.check_module, other, own, "place")
 
 
 def test_hidden_states_far_larger_than_the_trunks_are_refused(root, capsys):
@@ -111,7 +111,7 @@ def test_hidden_states_far_larger_than_the_trunks_are_refused(root, capsys):
     message = refused(assemble.main, assembling(root))
     assert message.startswith(f"{root / 'one'}: ") and "times those of the trunk" in message
     seen = float(message.split("up to ")[1].split()[0].replace(",", ""))
-    rewrite(root / "one", lambda tensors: tensors[key].mul_(checks.MOST_GROWTH / 2 / seen))
+    rewrite(root / "one", lambda tensors: tensors[key].mul_(trial.MOST_GROWTH / 2 / seen))
     lines = printed_by(capsys, assembling(root))
     assert any("one: its hidden states are up to 500 times those of the trunk" in line for line in lines)
 
@@ -194,9 +194,9 @@ def test_a_mean_loss_that_is_not_finite_is_refused():
     """What --calibrate and --check-data measure."""
     trunk = Trunk(CONFIG)
     windows = [torch.arange(70, 90).numpy()]
-    assert math.isfinite(checks.mean_loss(trunk, windows, "it"))
+    assert math.isfinite(trial.mean_loss(trunk, windows, "it"))
     trunk.model.embed_tokens.weight.data[70] = float("inf")
-    assert "the loss of it is " in refused(checks.mean_loss, trunk, windows, "it")
+    assert "the loss of it is " in refused(trial.mean_loss, trunk, windows, "it")
 
 
 # ---- Statistics ----
@@ -282,7 +282,7 @@ def test_no_line_is_wider_than_100_columns():
     metadata = {"name": "x" * 64, "kind": "narrow+head", "layers": [0, 7], "tokens_seen": 10**18}
     metadata |= {"losses": {"own": {"before": 1e17, "after": 1e17}}, "licence": "l" * 200}
     modules = [
-        checks.Examined(metadata, 10**12, text_like(0, 900), checks.Effect(1e5, 9.0), (3.0, 4.0)) for _ in range(3)
+        checks.Examined(metadata, 10**12, text_like(0, 900), trial.Effect(1e5, 9.0), (3.0, 4.0)) for _ in range(3)
     ]
     printed = module_table.table(modules, text_like(0, 900), {"x" * 64: "l" * 80})
     assert max(map(len, printed.splitlines())) <= 100
@@ -316,7 +316,7 @@ def test_claimed_losses_are_measured_again(root, text, cache, capsys, tmp_path):
     assert any(
         f"one: its loss on --check-data is {own:.4f}, not below the trunk's {trunk:.4f}" in line for line in lines
     )
-    better = checks.Examined({"name": "a", "losses": {"own": {"after": 3.0}}}, 9, None, checks.Effect(), (5.0, 3.05))
+    better = checks.Examined({"name": "a", "losses": {"own": {"after": 3.0}}}, 9, None, trial.Effect(), (5.0, 3.05))
     assert checks.loss_warnings(better) == []
     assert [found.keyword for found in checks.loss_warnings(better._replace(rescored=(5.0, 3.2)))] == ["loss"]
     for wrong in ("one", "three=x", "one="):

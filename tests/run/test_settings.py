@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_module
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
-from forge_common.model.config import model_config
+from forge_common.model.presets import model_config
 from forge_common.run import launch_checks
 from forge_common.settings import MODEL_SETTINGS
 from forge_common.settings_checks import problems
