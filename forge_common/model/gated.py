@@ -15,7 +15,8 @@ class _GatedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grad_outputs):
-        return *gated_product_backward(grad_outputs[0], *ctx.saved_tensors, ctx.hidden_act), None
+        gate, up = ctx.saved_tensors
+        return *gated_product_backward(grad_outputs[0], gate, up, ctx.hidden_act), None
 
 
 def gated_product_backward(grad, gate, up, hidden_act: str) -> tuple[torch.Tensor, torch.Tensor]:
