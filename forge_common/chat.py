@@ -21,9 +21,9 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
 @dataclass(frozen=True)
 class Settings:
     model: str
-    """Trunk (folder or hub id) or assembled model."""
+    """Trunk or assembled model: folder or hub id (org/name or org/name@revision)."""
     module: Path | None = None
-    """Folder of a module, which is merged into the trunk."""
+    """Module, which is merged into the trunk: folder or hub id."""
     top_k: int | None = None
     """Candidates (the trunk and the modules) that serve a token; 0: all. None: as the model was assembled."""
     port: int = 8000
@@ -35,7 +35,7 @@ class Settings:
 def main(settings: Settings) -> int:
     import torch
 
-    from .artifacts.artifact import local_folder, read_model
+    from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembly
     from .generation.sampling import Sampling
     from .generation.server import LOCAL, Server
@@ -52,7 +52,6 @@ def main(settings: Settings) -> int:
         def make(without: Sequence[str]) -> "LanguageModel":
             return assembly.mixture(without=without, top_k=settings.top_k).to(device).eval()
     else:
-        local_folder(settings.model)  # a model that is not there is the only thing wrong with the flags
         if settings.top_k is not None:
             raise UserError(f"{settings.model} is not an assembled model. Leave out --top-k.")
         model, tokenizer, _, _ = read_model(settings.model, settings.module)
