@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .errors import UserError
 from .files.atomic import copy_files
 from .files.hub import local_folder, origins
-from .files.places import ASSEMBLED_FILES, MODULE_FILES, TRUNK_FILES
+from .files.places import ASSEMBLED_FILES, MODULE_FILES
 from .files.untrusted import naming_source, without_links
 from .routing.tuning import ROUTERS
 from .settings import ReadingSettings, read_settings, run_main
@@ -205,13 +205,11 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     from .artifacts.assembled import check_digests, new_metadata, route
     from .artifacts.card import model_card
     from .files.atomic import write_json
-    from .files.tensors import digest, weight_files
+    from .files.tensors import digest, trunk_files
     from .routing.statistics import decode
 
     copy = temp_dir / "trunk"
-    index = "model.safetensors.index.json"
-    files = (*TRUNK_FILES, index, *(path.name for path in weight_files(plan.trunk)))
-    copy_files(plan.trunk, copy, files, link=plan.stays(plan.trunk))
+    copy_files(plan.trunk, copy, trunk_files(plan.trunk), link=plan.stays(plan.trunk))
     with naming_source(plan.trunk, copy):
         trunk, tokenizer, trunk_metadata = read_trunk(str(copy))
         background = read_statistics(copy, trunk_metadata, trunk.config)

@@ -46,11 +46,11 @@ def main(settings: Settings) -> int:
     if is_assembled(settings.model):
         if settings.module:
             raise UserError(f"{settings.model} is an assembled model, which has its modules. Leave out --module.")
-        assembly = read_assembly(settings.model)
+        assembly = read_assembly(settings.model, top_k=settings.top_k)
         names, tokenizer = ["trunk", *(part.name for part in assembly.parts)], assembly.tokenizer
 
         def make(without: Sequence[str]) -> "LanguageModel":
-            return assembly.mixture(without=without, top_k=settings.top_k).to(device).eval()
+            return assembly.mixture(without).to(device).eval()
     else:
         if settings.top_k is not None:
             raise UserError(f"{settings.model} is not an assembled model. Leave out --top-k.")
@@ -70,11 +70,13 @@ def main(settings: Settings) -> int:
     if settings.host not in LOCAL:
         print(f"warning     anyone who reaches {settings.host}:{server.port} can use the model", file=sys.stderr)
     host = settings.host if settings.host not in ("0.0.0.0", "::") else LOCAL[0]
-    print(f"chat        http://{f'[{host}]' if ':' in host else host}:{server.port} (Ctrl-C ends it)", flush=True)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     with server:
         try:
+            print(
+                f"chat        http://{f'[{host}]' if ':' in host else host}:{server.port} (Ctrl-C ends it)", flush=True
+            )
             server.serve_forever()
         except KeyboardInterrupt:
             session.stopping.set()

@@ -53,19 +53,16 @@ class Assembly(NamedTuple):
     parts: list[Part]
     background: Tensors | None
     """The trunk's statistics."""
+    top_k: int
 
-    def mixture(self, *, without: Sequence[str] = (), top_k: int | None = None) -> Mixture:
-        """The model without some of its modules, which shares its tensors with the others that are made of this. top_k: of `read_assembled`."""
-        if top_k is not None and top_k < 0:
-            raise UserError(
-                f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all."
-            )
+    def mixture(self, without: Sequence[str] = ()) -> Mixture:
+        """The model without some of its modules, which shares its tensors with the others that are made of this."""
         names = leave_out([part.name for part in self.parts], without, self.folder)
         parts = [part for part in self.parts if part.name in names]
         with naming(self.folder):
             router = route(self.trunk, self.background, parts, self.metadata)
         modules = {part.name: part.model for part in parts}
-        return Mixture(self.trunk, modules, router, top_k=self.metadata["top_k"] if top_k is None else top_k)
+        return Mixture(self.trunk, modules, router, top_k=self.top_k)
 
 
 def read_assembled(
@@ -75,12 +72,14 @@ def read_assembled(
 
     without: modules to leave out; they are not read. top_k: instead of the one in assembled.json.
     """
-    assembly = read_assembly(place, without=without)
-    return assembly.mixture(top_k=top_k), assembly.tokenizer, assembly.metadata
+    assembly = read_assembly(place, without=without, top_k=top_k)
+    return assembly.mixture(), assembly.tokenizer, assembly.metadata
 
 
-def read_assembly(place: str, *, without: tuple[str, ...] = ()) -> Assembly:
+def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | None = None) -> Assembly:
     """What `read_assembled` makes its model of."""
+    if top_k is not None and top_k < 0:
+        raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
     folder = local_folder(place, None)
     metadata = read_metadata(folder / "assembled.json")
     names = leave_out(metadata["modules"], without, folder)
@@ -93,7 +92,8 @@ def read_assembly(place: str, *, without: tuple[str, ...] = ()) -> Assembly:
         background = read_statistics(folder, metadata, trunk.config)
     else:
         background = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
-    return Assembly(folder, metadata, trunk, tokenizer, parts, background)
+    top_k = metadata["top_k"] if top_k is None else top_k
+    return Assembly(folder, metadata, trunk, tokenizer, parts, background, top_k)
 
 
 def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:

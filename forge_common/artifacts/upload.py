@@ -9,7 +9,7 @@ from ..errors import UserError
 from ..files.atomic import read_json
 from ..files.hub import PATTERNS, in_a_line
 from ..files.places import ASSEMBLED_FILES, EXPORT_FILES, MODULE_FILES, TRUNK_FILES, hub_id, published
-from ..files.tensors import read_tensors, verify, weight_files
+from ..files.tensors import read_tensors, trunk_files, verify
 from ..files.untrusted import read_bounded, without_links
 from .artifact import STATISTICS, read_module, read_module_metadata, read_statistics, read_trunk
 from .assembled import read_assembled
@@ -72,7 +72,7 @@ def verified_files(folder: Path) -> list[str]:
     without_links(folder)
     if (folder / "assembled.json").exists():
         _, _, metadata = read_assembled(str(folder))
-        trunk = [f"trunk/{name}" for name in _of_trunk(folder / "trunk")]
+        trunk = [f"trunk/{name}" for name in trunk_files(folder / "trunk")]
         modules = [f"modules/{name}/{file}" for name in metadata["modules"] for file in MODULE_FILES]
         names = [*ASSEMBLED_FILES, *trunk, *modules]
     elif (folder / "module.json").exists():
@@ -85,7 +85,7 @@ def verified_files(folder: Path) -> list[str]:
     elif (folder / "forge.json").exists():
         trunk, _, metadata = read_trunk(str(folder))
         read_statistics(folder, metadata, trunk.config)
-        names = _of_trunk(folder)
+        names = trunk_files(folder)
     elif (folder / "README.md").is_file() and any((folder / name).exists() for name in EXPORTS):
         if (folder / "adapter_config.json").exists():
             _check_base(read_json(folder / "adapter_config.json"), folder)
@@ -95,10 +95,6 @@ def verified_files(folder: Path) -> list[str]:
             f"{folder} is not what train_shared.py, train_module.py, assemble, merge or export publish. Name such a folder."
         )
     return [name for name in dict.fromkeys(names) if (folder / name).is_file()]
-
-
-def _of_trunk(folder: Path) -> list[str]:
-    return [*TRUNK_FILES, "model.safetensors.index.json", *(path.name for path in weight_files(folder))]
 
 
 def _check_base(adapter: dict[str, Any], folder: Path) -> None:

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 
 from ..errors import UserError
 from .atomic import read_json
+from .places import TRUNK_FILES
 from .untrusted import quoted
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
@@ -135,3 +136,8 @@ def weight_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
     raise UserError(f"{folder} has no model.safetensors{hint}. Export the model with safetensors.")
+
+
+def trunk_files(folder: Path) -> tuple[str, ...]:
+    """The names of the files that a trunk may consist of; weight files that are there, the others may be."""
+    return (*TRUNK_FILES, "model.safetensors.index.json", *(path.name for path in weight_files(folder)))

@@ -168,9 +168,7 @@ def untie(trunk: Trunk) -> nn.Linear:
 
 def layout(config: ModelConfig, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: Any) -> Trunk:
     """A trunk with a module whose tensors have these names and shapes, all on the meta device. UserError where they are not those of the kind."""
-    with torch.device(
-        "meta"
-    ):  # compares the shapes before anything is allocated that an untrusted width or rank asks for
+    with torch.device("meta"):  # nothing is allocated that an untrusted width or rank asks for
         bare = Trunk(config)
         names = plug_in(bare, kind, layers, **sizes)
     parameters = dict(bare.named_parameters())

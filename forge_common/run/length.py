@@ -31,7 +31,7 @@ def sized(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]], acce
     """
     if not presets:
         return settings
-    if earlier := _earlier(settings):
+    if earlier := _earlier(settings, accelerator):
         return dataclasses.replace(settings, preset=earlier["preset"])
     windows = settings.steps * settings.batch_size or (settings.epochs or MANY_PASSES) * corpora.training.size
     if not settings.steps and settings.epochs is None:
@@ -73,7 +73,7 @@ def resolved(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> Any:
 
 def _within_budget(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> int:
     """Updates that --budget allows, validations included; of a run that continues, those that it has."""
-    if earlier := _earlier(settings):
+    if earlier := _earlier(settings, accelerator):
         accelerator.print(f"length      {earlier['steps']:,} updates, as when this run began")
         return earlier["steps"]
     micro_batch, how = _micro_batch_seconds(settings, corpora, trunk, accelerator)
@@ -122,8 +122,12 @@ def _mean(value: float, accelerator: Any) -> float:
     return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))
 
 
-def _earlier(settings: Any) -> dict[str, Any]:
-    """The settings of the run that this one continues, or {}."""
+def _earlier(settings: Any, accelerator: Any) -> dict[str, Any]:
+    """The settings of the run that this one continues, or {}, as the main process finds them. A collective."""
+    found: list[dict[str, Any]] = [{}]
     file = Path(settings.output_dir) / "settings.json"
-    continues = settings.resume != "never" and complete(checkpoints_of(settings)) and file.is_file()
-    return read_json(file) if continues else {}
+    if accelerator.is_main_process and settings.resume != "never" and complete(checkpoints_of(settings)):
+        found = [read_json(file) if file.is_file() else {}]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(found)
+    return found[0]

@@ -57,9 +57,7 @@ def memory(model: Any, settings: Any) -> tuple[int, int, int]:
     layers = sum(kept)
     if settings.activation_checkpointing:  # each layer's input, and one layer at a time
         layers = max(kept) + config.hidden_size * config.num_hidden_layers
-    size = (
-        model.model.norm.weight.element_size()
-    )  # of the residual stream; the matrices of a frozen trunk may be in bf16
+    size = model.model.norm.weight.element_size()  # as in the residual stream; a frozen trunk's matrices may be in bf16
     activations = size * B * T * (layers + 4 * config.hidden_size)
     if not config.cross_document_attention and not model.model.fused_document_mask:
         activations += B * T * T  # the mask of documents

@@ -92,6 +92,16 @@ def test_no_common_file_system_is_refused(machines, line):
     assert not (one / "run" / "metrics.jsonl").exists()
 
 
+def test_no_common_file_system_is_refused_to_a_run_that_continues(machines, line):
+    """The main process alone has the length of the run; the other does not time a micro-batch, for which it would wait forever."""
+    one, two = machines
+    (one / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (one / "run" / "settings.json").write_text('{"steps": 2, "preset": "tiny"}')
+    words = line("run", "--steps", 0, "--budget", "1h")
+    printed = refused((one, words), (two, words), folder=two / "run")
+    assert "which another process does not see" in printed and printed.count("2 updates, as when this run began") == 2
+
+
 def test_another_general_sample_is_refused(machines, trunk, tmp_path):
     one, two = machines
     for folder, word in zip(machines, ("is", "was"), strict=True):

@@ -254,6 +254,7 @@ def test_flags_that_do_not_fit_the_model(server):
     trunk = str(server.folder / "trunk")
     assert "Leave out --top-k" in small_artifacts.refused(chat.main, chat.Settings(trunk, top_k=1))
     assert "missing is not there" in small_artifacts.refused(chat.main, chat.Settings("missing"))
+    assert "--top-k -1 is negative" in small_artifacts.refused(chat.main, chat.Settings(str(server.model), top_k=-1))
 
 
 def test_names_are_text():
