@@ -6,6 +6,7 @@ model each module can be switched off, and the colour of a token is the candidat
 
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,17 +71,17 @@ def main(settings: Settings) -> int:
     if settings.host not in LOCAL:
         print(f"warning     anyone who reaches {settings.host}:{server.port} can use the model", file=sys.stderr)
     host = settings.host if settings.host not in ("0.0.0.0", "::") else LOCAL[0]
+
+    def end(*_: object) -> None:  # an exception in this thread could close a connection that is just being accepted
+        session.stopping.set()
+        threading.Thread(target=server.shutdown).start()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, end)
+    print(f"chat        http://{f'[{host}]' if ':' in host else host}:{server.port} (Ctrl-C ends it)", flush=True)
     with server:
-        try:
-            print(
-                f"chat        http://{f'[{host}]' if ':' in host else host}:{server.port} (Ctrl-C ends it)", flush=True
-            )
-            server.serve_forever()
-        except KeyboardInterrupt:
-            session.stopping.set()
-            session.busy.acquire(timeout=10)  # no thread computes while the process ends
+        server.serve_forever()
+        session.busy.acquire(timeout=10)  # no thread computes while the process ends
     return 0
 
 

