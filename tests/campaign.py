@@ -182,7 +182,8 @@ class Campaign:
 def kill(running: subprocess.Popen | launch.Background, folder: Path, whom: str, draw: random.Random) -> bool:
     """SIGKILL; waits until no process of the run is left. Returns whether it hit a save."""
     if isinstance(running, launch.Background):  # without a launcher, which would end the other ranks by SIGTERM
-        for pid in [draw.choice(running.pids)] if whom == "trainer" else running.pids:
+        pids = [pid for pid in running.pids if pid not in running.codes]  # one rank may have ended before the other
+        for pid in [draw.choice(pids)] if whom == "trainer" else pids:
             os.kill(pid, signal.SIGKILL)
         half = bool(list((folder / "checkpoints").glob(".tmp-step-*")))
         running.terminate()

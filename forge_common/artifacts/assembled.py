@@ -92,8 +92,8 @@ def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | Non
         background = read_statistics(folder, metadata, trunk.config)
     else:
         background = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
-    top_k = metadata["top_k"] if top_k is None else top_k
-    return Assembly(folder, metadata, trunk, tokenizer, parts, background, top_k)
+    served = metadata["top_k"] if top_k is None else top_k
+    return Assembly(folder, metadata, trunk, tokenizer, parts, background, served)
 
 
 def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
