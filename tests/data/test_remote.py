@@ -352,7 +352,7 @@ def hub(tmp_path):
         server.server_close()
 
 
-@pytest.mark.parametrize("commits", [FILES, TABLES], ids=["jsonl", "parquet"])
+@pytest.mark.parametrize("commits", [pytest.param(FILES, marks=pytest.mark.soak), TABLES], ids=["jsonl", "parquet"])
 def test_a_new_commit_on_the_hub_is_a_new_fingerprint_and_a_new_text(hub, commits):
     server, prepared = hub(commits)
     old = prepared("hf:org/tiny")

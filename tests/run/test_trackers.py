@@ -163,6 +163,7 @@ def test_with_a_server_that_refuses_the_run_is_recorded_offline(mode, start):
     assert run.is_complete(4)
 
 
+@pytest.mark.soak
 def test_a_failed_run_is_not_delayed(start, altered):
     """It does not close its log, and it ends while wandb.init waits for the server."""
     script = altered("train_shared.py", edits.BACKWARD, edits.scaled_by('float("inf")'))
@@ -171,6 +172,7 @@ def test_a_failed_run_is_not_delayed(start, altered):
         assert "It is disabled" in run.end(code=1, after="train_shared.py: error:")
 
 
+@pytest.mark.soak
 def test_a_stopped_run_keeps_its_exit_code(start):
     """A server that stops to answer during the run: metrics.jsonl has every row, and `wandb sync` sends what W&B has stored.
 
