@@ -2,10 +2,12 @@ import os
 import shutil
 import subprocess
 import sysconfig
+import time
 from pathlib import Path
 
 import launch
 import pytest
+import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -14,62 +16,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 FUZZ = int(os.environ.get("FORGE_FUZZ", "1"))
-RAGGED = (
-    "abc",
-    "ast",
-    "bisect",
-    "calendar",
-    "cmd",
-    "codeop",
-    "colorsys",
-    "contextlib",
-    "copy",
-    "csv",
-    "dis",
-    "enum",
-    "fileinput",
-    "fnmatch",
-    "ftplib",
-    "functools",
-    "genericpath",
-    "getopt",
-    "getpass",
-    "gettext",
-    "glob",
-    "gzip",
-    "heapq",
-    "hmac",
-    "keyword",
-    "linecache",
-    "lzma",
-    "netrc",
-    "ntpath",
-    "numbers",
-    "opcode",
-    "operator",
-    "pprint",
-    "queue",
-    "quopri",
-    "random",
-    "reprlib",
-    "sched",
-    "secrets",
-    "shelve",
-    "shlex",
-    "signal",
-    "stat",
-    "statistics",
-    "struct",
-    "tabnanny",
-    "textwrap",
-    "this",
-    "timeit",
-    "token",
-    "types",
-    "uuid",
-    "warnings",
-    "weakref",
-)
+RAGGED = """
+    abc ast bisect calendar cmd codeop colorsys contextlib copy csv dis enum fileinput fnmatch ftplib functools
+    genericpath getopt getpass gettext glob gzip heapq hmac keyword linecache lzma netrc ntpath numbers opcode
+    operator pprint queue quopri random reprlib sched secrets shelve shlex signal stat statistics struct tabnanny
+    textwrap this timeit token types uuid warnings weakref
+""".split()  # noqa: SIM905 (sixty lines otherwise)
 
 
 def excerpts_of_library(folder: Path) -> Path:
@@ -80,8 +32,6 @@ def excerpts_of_library(folder: Path) -> Path:
 
 def excerpts_of_headers(folder: Path) -> Path:
     """Text of another domain, of ragged lengths: C++ headers of torch."""
-    import torch
-
     return _excerpts(sorted((Path(torch.__file__).parent / "include" / "c10" / "util").glob("*.h"))[:60], folder)
 
 
@@ -93,6 +43,23 @@ def _excerpts(files: list[Path], folder: Path) -> Path:
         if not copy.exists():
             copy.write_text(source[: 150 + (number * 997) % 1350], encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models that are too small for two threads, which wait for each other on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The seconds that time.perf_counter returns, which only the test advances: [seconds]."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    return now
 
 
 @pytest.fixture(scope="session")

@@ -26,6 +26,8 @@ from forge_common.routing.mixture import Mixture, with_module
 from forge_common.routing.routers import UniformRouter
 from forge_common.routing.statistics import moments
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 LENGTH = 160  # tokens; the context before it is scaled, or the window, is 64
 SIZES = "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "vocab_size"
 LLAMA_3 = {
@@ -83,14 +85,6 @@ MODULES = [
     for case in itertools.product(DIFFERENT, ("ffn", "attention+ffn+head", "lora+head", "narrow"))
     if case != ("Mixtral 8x7B", "narrow")  # which a Mixtral checkpoint cannot express
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

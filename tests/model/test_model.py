@@ -24,6 +24,8 @@ from forge_common.optimizers import parameter_groups
 from forge_common.routing.mixture import Mixture, with_module
 from forge_common.routing.routers import UniformRouter
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZES = {
     "vocab_size": 258,
     "hidden_size": 32,
@@ -54,15 +56,6 @@ KINDS = {
     "gemma": {"family": "gemma", "head_dim": 12, "num_key_value_heads": 1, "rope_theta": 500.0},
 }
 every_kind = pytest.mark.parametrize("kind", KINDS)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """These models are too small for two threads, which wait for each other on a busy machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config_of(kind="llama", **changes):

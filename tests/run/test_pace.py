@@ -58,14 +58,6 @@ def test_a_warm_up_longer_than_the_run_is_refused():
         resolved(settings(warmup_steps=99), corpora(1000), None, ACCELERATOR)
 
 
-@pytest.fixture
-def clock(monkeypatch):
-    """The seconds that time.perf_counter returns, which only the test advances: [seconds]."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    return now
-
-
 @pytest.mark.parametrize(
     ("budget", "val_every", "steps"),
     [

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import time
 import types
 
 import pytest
@@ -34,14 +33,6 @@ def settings(folder, **changes):
     fixed = {"output_dir": folder, "dry_run": False, "patience": 0, "sequence_length": 32, "dtype": "float32"}
     fixed |= {"sample_prompt": (), "log_every": 10, "steps": 6}
     return types.SimpleNamespace(**fixed | changes)
-
-
-@pytest.fixture
-def clock(monkeypatch):
-    """The seconds that time.perf_counter returns, which only the test advances: [seconds]."""
-    now = [0.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    return now
 
 
 @pytest.mark.parametrize(

@@ -46,11 +46,8 @@ class Artifacts:
 
 
 @pytest.fixture(scope="module")
-def artifacts(tmp_path_factory):
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield Artifacts(tmp_path_factory.mktemp("artifacts"))
-    torch.set_num_threads(before)
+def artifacts(tmp_path_factory, one_thread):
+    return Artifacts(tmp_path_factory.mktemp("artifacts"))
 
 
 @contextmanager
