@@ -5,7 +5,8 @@
 One module after the other is broken in each way, beside the good others. A row has the two excesses of `assemble`'s trial (nats per token
 above the trunk's loss: on text that the trunk generates, and on text drawn from the module's own counts), the largest change of a domain's
 loss against the model without the module, with all gates and with top-1, and the loss that --check-data would measure on the module's domain
-less the trunk's. Each module's domain is the local corpus of its name. --foreign DIR: a module trained on ids of another tokenizer.
+less the trunk's. Each module's domain is the local corpus of its name. --foreign DIR: a module
+trained on the ids of another tokenizer.
 """
 
 import sys
@@ -36,6 +37,8 @@ class Settings:
     """Local corpora that are scored; each module is called as its own."""
     foreign: Path | None = None
     """Module of the kind of the others, whose weights take the place of each one's."""
+    ways: tuple[str, ...] = ()
+    """Rows to measure: keys of WAYS, or foreign. None: all."""
     max_tokens: int = 6000
     """Tokens of a domain that are scored at most."""
 
@@ -98,7 +101,8 @@ def main(settings: Settings) -> None:
         model = Mixture(trunk, {part.name: part.model for part in named}, router, top_k=top_k).eval()
         return {name: evaluate.score(model, column, scoring, "cpu")["loss"] for name, column in columns.items()}
 
-    ways = WAYS | ({"trained on other ids": None} if settings.foreign else {})
+    ways = WAYS | ({"foreign": None} if settings.foreign else {})
+    ways = {way: change for way, change in ways.items() if way in (settings.ways or ways)}
     print("| module | weights | its own text | trunk's text | all gates | top-1 | real text |\n|" + " --- |" * 7)
     for place, (name, part) in zip(settings.modules, parts.items(), strict=True):
         others = {other: one for other, one in parts.items() if other != name}
