@@ -2,6 +2,7 @@
 
     PYTHONPATH=.pretrained python benchmarks/pretrained_memory.py [--trunk runs/pretrained/trunk] [--rounds 3] [--updates 3]
     PYTHONPATH=.pretrained python benchmarks/pretrained_memory.py --checkpointing         # both compute activations again
+    PYTHONPATH=.pretrained python benchmarks/pretrained_memory.py --bf16 --updates 1      # both have the frozen weights in bf16
 
 Each measurement is a new process, and a round measures every contender once. Both train rank 16 on the three matrices of every
 feed-forward, from the same initial values, with fused AdamW in float32. Times are those between the first and the last update, so at
@@ -9,6 +10,7 @@ least 2 updates are needed. Peak is the largest resident set of the whole proces
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -52,6 +54,8 @@ class Settings:
     """Threads of a process."""
     checkpointing: bool = False
     """Compute the activations of each layer again in the backward pass."""
+    bf16: bool = False
+    """Frozen weights in bf16, computed in bf16: --trunk-dtype bf16; PEFT's model is loaded in bf16, its changes are in float32 as by default."""
     child: str | None = None
     """Internal: what this process is."""
 
@@ -64,7 +68,7 @@ def flags(settings: Settings, folder: Path) -> list[str]:
     values |= {"sequence-length": settings.sequence_length, "val-every": 0, "val-tokens": settings.val_tokens}
     values |= {"general-tokens": 0, "log-every": 1, "tracker": "none", "resume": "never"}
     line = [str(part) for name, value in values.items() for part in (f"--{name}", value)]
-    return line + ["--activation-checkpointing"] * settings.checkpointing
+    return line + ["--activation-checkpointing"] * settings.checkpointing + ["--trunk-dtype", "bf16"] * settings.bf16
 
 
 def prepare(settings: Settings) -> None:
@@ -91,7 +95,8 @@ def train_peft(settings: Settings) -> None:
     from peft import LoraConfig, get_peft_model  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
-    options = {"attn_implementation": "sdpa", "dtype": torch.float32, "use_cache": False}
+    dtype = torch.bfloat16 if settings.bf16 else torch.float32
+    options = {"attn_implementation": "sdpa", "dtype": dtype, "use_cache": False}
     model: Any = AutoModelForCausalLM.from_pretrained(settings.trunk, **options)
     count = model.config.num_hidden_layers
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=RANK, target_modules=MATRICES))
@@ -123,7 +128,7 @@ def train_peft(settings: Settings) -> None:
     with torch.no_grad():
         for window in torch.from_numpy(np.load(settings.output_dir / FILES[1])):
             logits = model(input_ids=window[None, :-1].clamp(min=0)).logits[0]
-            nats += F.cross_entropy(logits, window[1:], reduction="sum", ignore_index=-100).item()
+            nats += F.cross_entropy(logits.float(), window[1:], reduction="sum", ignore_index=-100).item()
             tokens += int((window[1:] != -100).sum())
     (folder / "result.json").write_text(json.dumps({"loss": nats / tokens}))
 
@@ -136,6 +141,7 @@ def measure(settings: Settings, contender: str) -> dict[str, float]:
     if contender == "peft":
         line = [sys.executable, __file__, *sys.argv[1:], "--child", "peft"]
     environment = os.environ | {"OMP_NUM_THREADS": str(settings.threads)}
+    environment |= {"ACCELERATE_MIXED_PRECISION": "bf16"} if settings.bf16 else {}
     with open(settings.output_dir / f"{contender}.log", "w", encoding="utf-8") as log:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT, env=environment)
         moments: list[tuple[float, float]] = []
@@ -150,7 +156,9 @@ def measure(settings: Settings, contender: str) -> dict[str, float]:
             ended, status, usage = os.wait4(process.pid, os.WNOHANG)
     if status or len(moments) != settings.updates:
         raise SystemExit(f"{contender} ended with {status} after {len(moments)} updates. See {log.name}.")
-    processor, wall = ((moments[-1][i] - moments[0][i]) / (len(moments) - 1) for i in (0, 1))
+    processor, wall = (
+        (moments[-1][i] - moments[0][i]) / (len(moments) - 1) if len(moments) > 1 else math.nan for i in (0, 1)
+    )
     training = [json.loads(row) for row in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     if contender == "peft":
         after = json.loads((folder / "result.json").read_text())["loss"]
@@ -175,7 +183,9 @@ def main(settings: Settings) -> None:
         order = ("ours", "peft") if number % 2 == 0 else ("peft", "ours")
         rounds.append({contender: measure(settings, contender) for contender in order})
         with open(settings.output_dir / "results.json", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"checkpointing": settings.checkpointing, **rounds[-1]}) + "\n")
+            file.write(
+                json.dumps({"checkpointing": settings.checkpointing, "bf16": settings.bf16, **rounds[-1]}) + "\n"
+            )
     print("| | peak, MiB | processor s an update | wall s an update | loss of the last update | held-out loss |")
     print("| --- | --- | --- | --- | --- | --- |")
     for contender, name in (("ours", "train_module.py --kind lora"), ("peft", "PEFT LoRA")):

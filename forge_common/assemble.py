@@ -269,7 +269,7 @@ def _modules(
         with naming_source(folder, copy):
             part = read_part(trunk, trunk_metadata, copy)
             check_router(plan.router, part, copy)
-            effect = trial.check_module(part.model, reference, copy)
+            effect = trial.check_module(part.model, reference, copy, part.statistics)
         windows = []
         if name in check_data:
             share = part.metadata.get("val_fraction", 0.0)

@@ -4,7 +4,7 @@ A digest shows that the bytes are the author's, not that they are good.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,29 +12,39 @@ import numpy as np
 import torch
 
 from ..errors import UserError
+from ..files.tensors import Tensors
 from ..model.modules import RoutedExpert
 from ..model.trunk import Cache, DecoderLayer, Trunk
+from ..routing.routers import ContextRouter
+from ..routing.tuning import Tuning
 
 TRIAL_WINDOWS = 4
 TRIAL_TOKENS = 32
 GENERATED = (8, 64)  # windows and tokens of the text that the trunk generates
+CLAIMED = (8, 32)  # of the text that is likely by a module's counts too
 MOST_EXCESS = 4.0  # nats per token above the trunk's loss on that text; more is refused. Random weights had 4.3 to 7.3
+MOST_CLAIMED = 1.5  # of the same on text that is likely by its counts; more is refused. Working modules had 0.0 to 0.2
 MOST_GROWTH = 1000.0  # of the hidden states; more is refused
 
 
 class Reference(NamedTuple):
-    """What modules are compared with: the trunk's hidden states for random ids, and its loss on text that it generated itself."""
+    """What modules are compared with: the trunk, its hidden states for random ids, and its loss on text that it generated itself."""
 
+    trunk: Trunk
     sizes: list[float]
     generated: torch.Tensor
     loss: float
 
 
 class Effect(NamedTuple):
-    """growth: how many times as large as the trunk's the hidden states are. excess: nats per token on the trunk's own text."""
+    """growth: how many times as large as the trunk's the hidden states are. excess, claimed: nats per token above the trunk's loss.
+
+    excess: on the trunk's own text. claimed: on text that is likely by the module's counts too.
+    """
 
     growth: float = 1.0
     excess: float = 0.0
+    claimed: float = 0.0
 
 
 @torch.no_grad()
@@ -60,22 +70,17 @@ def check_trial(model: Trunk, place: Any) -> list[float]:
 def reference(trunk: Trunk, place: Any) -> Reference:
     """The trunk's trial, and text that it generates: no other text is at hand, and a module must not spoil the trunk's own."""
     sizes = check_trial(trunk, place)
-    windows, length = GENERATED
-    generator = torch.Generator().manual_seed(0)
-    assert trunk.config.eos_token_id is not None
-    tokens = next_token = torch.full((windows, 1), trunk.config.eos_token_id)
-    cache: Cache = []
-    for _ in range(min(length, trunk.config.max_position_embeddings - 1)):
-        p = trunk.next_logits(next_token, cache).float().softmax(-1)
-        next_token = torch.multinomial(p, 1, generator=generator)
-        tokens = torch.cat((tokens, next_token), dim=1)
-    return Reference(sizes, tokens, mean_loss(trunk, list(tokens.numpy()), "the trunk on text that it generated"))
+    tokens = _drawn(trunk, GENERATED)
+    return Reference(
+        trunk, sizes, tokens, mean_loss(trunk, list(tokens.numpy()), "the trunk on text that it generated")
+    )
 
 
-def check_module(model: Trunk, trunk: Reference, place: Any) -> Effect:
-    """Refuses a module whose weights would spoil every text, even with a small gate: the trial, and the trunk's own text.
+def check_module(model: Trunk, trunk: Reference, place: Any, statistics: Tensors | None = None) -> Effect:
+    """Refuses a module whose weights would spoil every text, even with a small gate, or the text that its counts claim.
 
-    A module of another domain is somewhat worse on the trunk's text, a broken one far worse.
+    A module of another domain is somewhat worse on the trunk's text, a broken one far worse. A module with broken weights and true
+    statistics is worse than the trunk on the text that the router gives it.
     """
     growth = max(own / max(other, 1e-9) for own, other in zip(check_trial(model, place), trunk.sizes, strict=True))
     if growth > MOST_GROWTH:
@@ -89,7 +94,43 @@ def check_module(model: Trunk, trunk: Reference, place: Any) -> Effect:
             f"{place}: on text that the trunk generates, its loss is {excess:.1f} nats per token above the trunk's; those of "
             "working modules are at most 1 above. Its weights are broken: do not use this artifact."
         )
-    return Effect(growth, excess)
+    claimed = 0.0 if statistics is None else excess_on_claimed(model, trunk.trunk, statistics, place)
+    if claimed > MOST_CLAIMED:
+        raise UserError(
+            f"{place}: on text that its own counts call likely, its loss is {claimed:.1f} nats per token above the trunk's; those of "
+            "working modules are at most 0.3 above. Its weights do not fit its statistics: do not use this artifact."
+        )
+    return Effect(growth, excess, claimed)
+
+
+def excess_on_claimed(model: Trunk, trunk: Trunk, statistics: Tensors, place: Any) -> float:
+    """Nats per token of a module above the trunk, on text drawn from the product of the trunk's probabilities and those of its counts.
+
+    The context router gives the module such text. Drawn from the counts alone it would be nonsense, on which good modules are worse too.
+    """
+    router = ContextRouter([statistics], torch.ones(1), trunk.config.eos_token_id, Tuning())
+    every = np.arange(trunk.config.vocab_size)[None]
+
+    def by_counts(last: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(router.pair_p(last.numpy().repeat(every.shape[1], 1), every.repeat(len(last), 0))[0])
+
+    windows = list(_drawn(trunk, CLAIMED, by_counts).numpy())
+    of_trunk = mean_loss(trunk, windows, f"the trunk on text that the counts of {place} call likely")
+    return mean_loss(model, windows, f"{place} on text that its counts call likely") - of_trunk
+
+
+def _drawn(trunk: Trunk, size: tuple[int, int], weight: Callable[[torch.Tensor], Any] = lambda last: 1) -> torch.Tensor:
+    """Ids that the trunk generates, size: windows and tokens after an EOS. weight: of the probabilities [B, V], by the last ids [B, 1]."""
+    windows, length = size
+    generator = torch.Generator().manual_seed(0)
+    assert trunk.config.eos_token_id is not None
+    tokens = last = torch.full((windows, 1), trunk.config.eos_token_id)
+    cache: Cache = []
+    for _ in range(min(length, trunk.config.max_position_embeddings - 1)):
+        p = trunk.next_logits(last, cache).float().softmax(-1) * weight(last)
+        last = torch.multinomial(p, 1, generator=generator)
+        tokens = torch.cat((tokens, last), dim=1)
+    return tokens
 
 
 def _sizes(model: Trunk, tokens: torch.Tensor, feeds: list[Any] | None, place: Any) -> list[float]:

@@ -73,7 +73,7 @@ def write(folder: Path, model: Mixture, tokenizer: Tokenizer, described: dict[st
         modules.append(_entry(name, own))
         for key, parameter in own.items():
             scale = _scale(described[name]) if key.endswith("lora_B") else 1.0
-            tensors[_exported_name(name, key, number)] = parameter.detach() * scale
+            tensors[_exported_name(name, key, number)] = parameter.detach().float() * scale  # stored in bf16 perhaps
     tensors["router.unigram_codes"] = torch.from_numpy(model.router.unigram_codes)
     tensors["router.bigram_codes"] = torch.from_numpy(model.router.bigram_codes)
     stored = {

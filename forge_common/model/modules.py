@@ -189,6 +189,40 @@ def layout(config: ModelConfig, tensors: dict[str, torch.Tensor], kind: str, lay
     return bare
 
 
+class WidenedHead(nn.Module):
+    """The head's weight in `dtype`, in place, from its first use on."""
+
+    def __init__(self, dtype: torch.dtype):
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, weight):
+        weight.data = weight.data.to(self.dtype)
+        return weight
+
+
+def widen_on_use(model: Trunk, names: list[str], dtype: torch.dtype) -> None:
+    """The parameters `names` get the type of the computation where they are first used: a module in bf16 that serves no token is not read.
+
+    A part widens its own before its forward pass; the head, which has none, in Trunk.head.
+    """
+
+    def widen(part: nn.Module, name: str) -> None:
+        def before_forward(*_):
+            parameter = part.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
+            handle.remove()
+
+        handle = part.register_forward_pre_hook(before_forward)
+
+    for path in (path for path in names if model.get_parameter(path).dtype != dtype):
+        if path == "lm_head.weight":
+            model.head_change = WidenedHead(dtype)
+        else:
+            owner, _, name = path.rpartition(".")
+            widen(model.get_submodule(owner), name)
+
+
 @torch.no_grad()
 def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: Any) -> None:
     """Loads a module's tensors into `trunk`, in place. UserError where a name or shape is not that of the kind."""

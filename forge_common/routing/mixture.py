@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ..loss import nats_per_token
-from ..model.modules import RoutedExpert, layout
+from ..model.modules import RoutedExpert, layout, widen_on_use
 from ..model.trunk import Cache, Trunk
 from .routers import ContextRouter, State
 
@@ -26,9 +26,9 @@ Tensors = dict[str, torch.Tensor]
 def with_module(trunk: Trunk, tensors: Tensors, kind: str, layers: list[int], **sizes: Any) -> Trunk:
     """A model with the module. What the module leaves as it is, it shares with the trunk. Mapped tensors stay so, and are not read."""
     model = layout(trunk.config, tensors, kind, layers, **sizes)
-    dtype = torch.promote_types(trunk.head.dtype, torch.float32)
-    own = {name: nn.Parameter(tensor.to(trunk.head.device, dtype)) for name, tensor in tensors.items()}
+    own = {name: nn.Parameter(tensor.to(trunk.head.device)) for name, tensor in tensors.items()}
     model.load_state_dict(dict(trunk.named_parameters()) | own, assign=True)
+    widen_on_use(model, list(own), torch.promote_types(trunk.head.dtype, torch.float32))
     _share(model.model, trunk.model)
     return model
 

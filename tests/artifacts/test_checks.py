@@ -16,6 +16,7 @@ from forge_common.artifacts import artifact, checks, module_table, trial
 from forge_common.files.tensors import digest
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
+from forge_common.routing import statistics
 from forge_common.routing.statistics import encode
 
 HUGE = 3e38  # finite in float32 and in bfloat16
@@ -102,6 +103,37 @@ def test_weights_that_spoil_the_trunks_own_text_are_refused():
     with torch.no_grad():
         other.lm_head.weight.copy_(trunk.lm_head.weight.flip(0))
     assert "place: on text that the trunk generates, its loss is " in refused(trial.check_module, other, own, "place")
+
+
+def test_weights_that_spoil_the_text_of_the_modules_counts_are_refused():
+    """Rows of the head for 40 tokens are wrong: refused where the module's counts are of these tokens, not where they are of others."""
+    torch.manual_seed(0)
+    trunk = Trunk(dataclasses.replace(CONFIG, tie_word_embeddings=False))
+    with torch.no_grad():
+        trunk.lm_head.weight.mul_(60)
+    other = Trunk(trunk.config)
+    other.load_state_dict(trunk.state_dict())
+    with torch.no_grad():
+        other.lm_head.weight[100:140] = trunk.lm_head.weight[100:140].flip(0)
+    own = trial.reference(trunk, "trunk")
+
+    def counted(first: int) -> dict[str, torch.Tensor]:
+        ids = torch.randint(first, first + 40, (40, 500), generator=torch.Generator().manual_seed(0))
+        return statistics.count(list(ids.numpy()), CONFIG.vocab_size, 1, 2)[0]
+
+    assert trial.check_module(trunk, own, "same", counted(100)).claimed == 0
+    assert trial.check_module(other, own, "place").excess < trial.MOST_EXCESS
+    assert abs(trial.check_module(other, own, "place", counted(180)).claimed) < checks.LARGE_CLAIMED
+    message = refused(trial.check_module, other, own, "place", counted(100))
+    assert message.startswith("place: on text that its own counts call likely, its loss is ")
+
+
+def test_a_loss_above_the_trunks_on_the_text_of_the_counts_is_a_warning():
+    def keywords(claimed: float) -> list[str]:
+        module = checks.Examined({"name": "a"}, 9, None, trial.Effect(1.0, 0.0, claimed))
+        return [warned.keyword for warned in checks.weight_warnings(module)]
+
+    assert keywords(checks.LARGE_CLAIMED) == [] and keywords(checks.LARGE_CLAIMED + 0.1) == ["text"]
 
 
 def test_hidden_states_far_larger_than_the_trunks_are_refused(root, capsys):

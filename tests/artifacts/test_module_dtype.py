@@ -48,10 +48,31 @@ def test_it_computes_as_the_module_of_the_same_values_in_float32(root, tmp_path)
         merge.main(merge.Settings(str(root / "trunk"), root / "two", place / "merged"))
         assemble.main(dataclasses.replace(assembling(root), output_dir=place / "assembled"))
         models = [load(root / "two")[1], load(place / "merged")[1], load(place / "assembled")[1]]
+        results.append([model.nats(TOKENS) for model in models])
         dtypes = {parameter.dtype for model in models for parameter in model.parameters()}
         assert dtypes == {torch.float32}
-        results.append([model.nats(TOKENS) for model in models])
     assert same(*results)
+
+
+def test_only_a_module_that_serves_is_widened(root):
+    """Modules in bf16 stay as they are stored until they serve a token; then they compute the same as in float32, head included."""
+    for name in MODULES:
+        written(root, name, "bf16")
+    assemble.main(assembling(root))
+    model = load(root / "new" / "assembled")[1]
+    shared = {id(parameter) for parameter in model.candidates[0].parameters()}
+    own = [[p for p in candidate.parameters() if id(p) not in shared] for candidate in model.candidates]
+
+    def dtypes(e: int) -> set[torch.dtype]:
+        return {parameter.dtype for parameter in own[e]}
+
+    model.top_k = 1
+    for used, unused in ((1, 2), (2, None)):
+        model._best = lambda gates, used=used: torch.eye(3)[used].expand_as(gates)
+        alone = artifact.read_model(str(root / "trunk"), root / model.names[used])[0]
+        assert torch.allclose(model.nats(TOKENS), alone.nats(TOKENS), rtol=0, atol=1e-6)
+        assert dtypes(used) == {torch.float32}
+        assert unused is None or dtypes(unused) == {torch.bfloat16}
 
 
 def test_another_dtype_than_the_metadata_says_is_refused(root):
