@@ -35,8 +35,10 @@ NOT_CODE = {"site-packages", "dist-packages", "test", "tests", "testing", "idlel
 NOT_CODE |= {"ensurepip", "encodings", "pydoc_data", "__pycache__", "_vendor", "_distutils", "node_modules"}
 
 GENERATED = re.compile(r"@generated|torchgen|DO NOT EDIT|[Gg]enerated (?:by|from)|[Aa]uto-?generated")
-# A string on lines of its own, after the colon of a header or first in its file. Ten times as fast as `ast`.
-DOCSTRING = re.compile(r'(?::[ \t]*(?:#[^\n]*)?\n\s*|\A(?:#[^\n]*\n|\s)*)[rRuU]?"""(.*?)"""', re.DOTALL)
+# A string on lines of its own, first in its file or after the colon of a header. Some twenty times as fast as `ast`, also because the
+# second pattern begins with a character that is searched for.
+FIRST_DOCSTRING = re.compile(r'(?:#[^\n]*\n|\s)*[rRuU]?"""(.*?)"""', re.DOTALL)
+DOCSTRING = re.compile(r':[ \t]*(?:#[^\n]*)?\n\s*[rRuU]?"""(.*?)"""', re.DOTALL)
 
 Named = Iterator[tuple[str, str]]  # (name, text)
 
@@ -115,15 +117,22 @@ def _files(root: Path, below: str, suffixes: set[str], keep: Callable[[str], boo
         if here.endswith(os.path.join("ATen", "ops")):
             continue  # generated, and by far the largest folder of the headers
         for name in names:
-            path = Path(here, name)
-            if path.suffix not in suffixes or not keep(name) or not path.is_file() or path.stat().st_size not in SIZES:
+            if os.path.splitext(name)[1] not in suffixes or not keep(name):
+                continue
+            path = os.path.join(here, name)
+            if not os.path.isfile(path) or os.path.getsize(path) not in SIZES:
                 continue
             try:
-                text = path.read_text(encoding="utf-8")
+                with open(path, encoding="utf-8") as file:
+                    text = file.read()
             except (OSError, UnicodeDecodeError):
                 continue
-            if "\0" not in text and not GENERATED.search(text, 0, 2048):
-                yield path.relative_to(root).as_posix(), text
+            if "\0" not in text and not _is_generated(text[:2048]):
+                yield Path(path).relative_to(root).as_posix(), text
+
+
+def _is_generated(head: str) -> bool:
+    return any(part in head for part in ("enerated", "torchgen", "DO NOT EDIT")) and bool(GENERATED.search(head))
 
 
 def _topics() -> Named:
@@ -153,7 +162,9 @@ def _docstrings() -> Named:
         if folder.name in NOT_DOCUMENTED or not (folder / "__init__.py").is_file():
             continue
         for name, source in _files(_site(), folder.name, {".py"}):
-            docstrings = (_dedented(match[1]) for match in DOCSTRING.finditer(source))
+            first = FIRST_DOCSTRING.match(source)
+            found = [*([first] if first else []), *DOCSTRING.finditer(source, first.end() if first else 0)]
+            docstrings = (_dedented(match[1]) for match in found)
             text = "\n\n".join(docstring for docstring in docstrings if len(docstring) >= 80)
             if len(text) >= 400:
                 yield name, text + "\n"
