@@ -34,7 +34,7 @@ demo: $(READY)
 	rm -rf $(DEMO)/assembled
 	$(BIN)/python -m forge_common.assemble --trunk $(DEMO)/trunk/trunk --modules $(DEMO)/python/module $(DEMO)/cpp/module \
 		--output-dir $(DEMO)/assembled
-	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/assembled --without python cpp --spliced 64 --max-tokens 20000 \
+	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/assembled --without python cpp --spliced 64 --max-tokens 40000 \
 		--data docs=local:docs python=local:python cpp=local:cpp --cache-dir $(DEMO)/cache \
 		--json $(DEMO)/losses.json --svg $(DEMO)/losses.svg --report $(DEMO)/report.html
 	printf '%s\n' "This package provides" "def main" "#include" > $(DEMO)/prompts.txt

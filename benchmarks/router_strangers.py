@@ -18,6 +18,7 @@ from script_process import ROOT
 sys.path.insert(0, str(ROOT))
 
 from recipe_baselines import Ensemble
+from recipe_rates import Rates
 from recipe_texts import HOME as DOMAINS
 
 from forge_common import evaluate
@@ -47,8 +48,11 @@ class Models:
             settings.folder / "trunk" / "trunk", metadata, self.trunk.eval().config
         )
         self.settings = evaluate.Settings("", (), cache_dir=data / "cache", max_tokens=settings.max_tokens, spliced=64)
+        rates = Rates(data / "rates.json", (), 0)
         self.parts = {
-            name: assembled.read_part(self.trunk, metadata, settings.folder / f"head-{name}-0.001" / "module")
+            name: assembled.read_part(
+                self.trunk, metadata, settings.folder / f"head-{name}-{rates.best(f'head-{name}'):g}" / "module"
+            )
             for name in sorted(DOMAINS)
         }
         self.source = str(data / "data" / "python.module.jsonl")

@@ -20,7 +20,6 @@ from ..files.untrusted import quoted, read_bounded
 from .chat import ChatTemplate
 from .readers.document import nearest
 from .tokenizer_limits import FILE_BYTES, LARGEST_VOCABULARY, bounded_parts, check_encoding
-from .word_ids import WordIds, word_ids
 
 PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
 SMALLEST_VOCABULARY = 2 + 256
@@ -49,7 +48,6 @@ class Tokenizer:
     prefix: tuple[int, ...] = field(init=False)
     suffix: tuple[int, ...] = field(init=False)
     digest: str = field(init=False)  # SHA-256 of the backend's JSON (keys sorted) and the two ids
-    _word_ids: WordIds | None = field(init=False, repr=False, compare=False)
 
     def __post_init__(self):
         # Files of sentence encoders truncate to 512 tokens: text would be lost silently.
@@ -58,23 +56,19 @@ class Tokenizer:
         self.backend.encode_special_tokens = True
         inside, whole = self.backend.encode("x", add_special_tokens=False).ids, self.backend.encode("x").ids
         start = next(i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside)
-        parts = json.loads(self.backend.to_str())
-        facts = {"tokenizer": parts, "eos": self.eos_token_id, "pad": self.pad_token_id}
+        facts = {"tokenizer": json.loads(self.backend.to_str()), "eos": self.eos_token_id, "pad": self.pad_token_id}
         canonical = json.dumps(facts, sort_keys=True, ensure_ascii=True)
         for name, value in {
             "vocab_size": max(self.backend.get_vocab(with_added_tokens=True).values()) + 1,
             "prefix": tuple(whole[:start]),
             "suffix": tuple(whole[start + len(inside) :]),
             "digest": hashlib.sha256(canonical.encode()).hexdigest(),
-            "_word_ids": word_ids(self.backend, parts),
         }.items():
             object.__setattr__(self, name, value)
 
     def encode_batch(self, texts: list[str], *, continued: bool = False) -> list[list[int]]:
         """Ids of each text, in parallel. `continued`: without prefix and suffix, for the middle of a document."""
         with _refusing("the tokenizer cannot encode a text"):
-            if continued and self._word_ids:
-                return self._word_ids.encode_batch(texts)
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=not continued)
         return [encoding.ids for encoding in encodings]
 

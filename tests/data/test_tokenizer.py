@@ -1,15 +1,13 @@
 """Tokenizers: exact round trips, no special id from a text, and the same ids after saving and loading."""
 
 import json
-from random import Random
 
 import pytest
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, resolve, train_tokenizer
-from forge_common.data.word_ids import PLAIN, WordIds, word_ids
 from forge_common.errors import UserError
 
 SAMPLES = [
@@ -76,71 +74,6 @@ def test_round_trip_and_no_special_id_from_text(tmp_path, kind):
         assert all(0 <= token < tokenizer.vocab_size for token in ids)
         assert tokenizer.decode(ids) == text
         assert tokenizer.encode_batch([text], continued=True) == [ids[len(prefix) :]]
-
-
-def test_words_have_the_ids_that_the_library_gives_them(monkeypatch):
-    """Each plain character between letters, digits, spaces, marks and itself; then texts of any characters, cut at any place."""
-    tokenizer = train_tokenizer(
-        iter([*TEXTS, "I've we'll it's 've_ll'll 's\n\n  x\n \ty –– 'ß 77 --' ²² a²" * 50]), 450
-    )
-    plain = [chr(code) for code in range(0x2800) if PLAIN.fullmatch(chr(code))]
-    assert len(plain) > 1500 and not set("\x1c\x85\xa0²½\u2003\u2028\u2074\u2460\u2776") & set(plain)
-    around = ["a{0}b", "1{0}2", " {0}a", "\n{0}  {0} {0}1{0}", "_{0}'{0}s{0}'ll '{0}", "{0}{0}\t{0}\n\n{0} "]
-    texts = [form.format(character) for character in plain for form in around]
-    random = Random(0)
-    pieces = [
-        "'s",
-        "'",
-        "'ve",
-        " ",
-        "  ",
-        "\n",
-        "\r\n",
-        "\t",
-        "a",
-        "ß",
-        "7",
-        "²",
-        "三",
-        "_",
-        "(",
-        "–",
-        "\x1c",
-        "\xa0",
-        "<eos>",
-    ]
-    texts += ["".join(random.choices(pieces, k=random.randint(0, 12))) for _ in range(4000)] + [*SAMPLES, *TEXTS]
-    expected = [encoding.ids for encoding in tokenizer.backend.encode_batch_fast(texts, add_special_tokens=False)]
-    by_words = WordIds(tokenizer.backend)
-    assert by_words.encode_batch(texts) == expected
-    monkeypatch.setattr("forge_common.data.word_ids.MAX_CHARACTERS", 100)  # forgets the words
-    halves = len(texts) // 2
-    assert (
-        by_words.encode_batch(texts[halves:]) + by_words.encode_batch(texts[:halves])
-        == expected[halves:] + expected[:halves]
-    )
-
-
-def test_words_are_split_only_for_tokenizers_that_split_like_this(monkeypatch):
-    monkeypatch.setattr("os.cpu_count", lambda: 2)
-
-    def splits(**changes):
-        backend = trained().backend
-        for name, value in changes.items():
-            setattr(backend, name, value)
-        return word_ids(backend, json.loads(backend.to_str())) is not None
-
-    assert splits()
-    assert not splits(normalizer=normalizers.Lowercase())
-    assert not splits(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=True))
-    assert not splits(pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False))
-    assert not splits(pre_tokenizer=pre_tokenizers.Whitespace())
-    assert not splits(model=models.BPE(dropout=0.1))
-    backend = trained().backend
-    backend.add_tokens(["fox jumps"])  # not special: found in a text, across words
-    assert word_ids(backend, json.loads(backend.to_str())) is None
-    monkeypatch.setattr("os.cpu_count", lambda: 64)
-    assert not splits()
 
 
 @pytest.mark.parametrize("kind", ["bytes", "trained", "pretrained"])
