@@ -74,7 +74,7 @@ test: $(READY) .pretrained/.ready
 # (docs/ENGINES.md); and a device that refuses to mix with the CPU.
 engines: $(READY) .engines/.ready
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "engines or not soak" tests/engine/test_engines.py tests/engine/test_deepspeed.py \
-		tests/model/test_other_device.py tests/run/test_plan_command.py
+		tests/engine/test_compiled_engines.py tests/model/test_other_device.py tests/run/test_plan_command.py
 
 # On a machine with an NVIDIA GPU (docs/ENGINES.md): exactness, resuming, every precision, torch.compile, FSDP2, evaluation.
 gpu: $(READY)

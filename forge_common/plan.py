@@ -11,7 +11,6 @@ import dataclasses
 import re
 import types
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .errors import UserError
@@ -37,8 +36,8 @@ class Settings(ModuleSettings):
     """one device, ddp (accelerate_configs/multi_gpu.yaml) or fsdp2 (fsdp2.yaml); all with mixed_precision bf16."""
 
     # -- model --
-    trunk: Path | None = None
-    """Folder with the trunk's config.json; weights are not read. None: --preset."""
+    trunk: str | None = None
+    """Folder or hub id (org/name@revision) of the trunk, of which config.json alone is fetched and read. None: --preset."""
     preset: str = "small"
     """Sizes: tiny, small, base or large as in train_shared.py, llama-3-8b or llama-3-70b."""
     hidden_size: int | None = None
@@ -134,9 +133,11 @@ def problems(settings: Settings) -> list[str]:
 def config_of(settings: Settings) -> ModelConfig:
     """The sizes of --trunk, else of --preset and the flags."""
     from .files.atomic import read_json
+    from .files.hub import local_folder
 
     if settings.trunk:
-        config = ModelConfig.from_hf(read_json(settings.trunk / "config.json"), str(settings.trunk / "config.json"))
+        file = local_folder(settings.trunk, files=("config.json",)) / "config.json"
+        config = ModelConfig.from_hf(read_json(file), str(file))
     else:
         names = PRESETS["small"]
         llama = settings.preset in PUBLISHED

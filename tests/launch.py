@@ -52,6 +52,23 @@ def fsdp2() -> dict[str, str]:
     return {k: v for k, v in environment.items() if k.startswith(("FSDP_", "ACCELERATE_USE_FSDP"))} | ENGINES_ON_CPU
 
 
+def deepspeed(stage: int) -> dict[str, str]:
+    """The environment in which accelerate runs that file, on CPUs."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    flags = ["--config_file", str(ROOT / f"accelerate_configs/deepspeed_zero{stage}.yaml"), "train_shared.py"]
+    arguments, defaults, _ = _validate_launch_command(launch_command_parser().parse_args(flags))
+    arguments.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)  # as accelerate launch
+    environment = prepare_deepspeed_cmd_env(arguments)[1]
+    chosen = {
+        k: v for k, v in environment.items() if k.startswith(("ACCELERATE_DEEPSPEED", "ACCELERATE_USE_DEEPSPEED"))
+    }
+    chosen |= {k: environment[k] for k in ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "ACCELERATE_GRADIENT_CLIPPING")}
+    path = os.pathsep.join((ENGINES_ON_CPU["PYTHONPATH"], str(ROOT / ".engines")))
+    return chosen | ENGINES_ON_CPU | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": path}
+
+
 def environment(**extra: str) -> dict[str, str]:
     """This process's environment with the interpreter's own programs first and one thread."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

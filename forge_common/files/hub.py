@@ -18,10 +18,10 @@ PATTERNS = (  # of the files of a trunk, a module or an assembled model
 )
 
 
-def local_folder(place: str | Path, kind: str | None = "trunk") -> Path:
+def local_folder(place: str | Path, kind: str | None = "trunk", files: tuple[str, ...] = PATTERNS) -> Path:
     """The folder of an artifact: `place`, or that of the output directory of a run (`published`), or of a hub id, which is fetched.
 
-    kind: trunk or module; None: an assembled model too. UserError where there is no such folder and no such repository.
+    kind: trunk or module; None: an assembled model too. files: names or patterns of what is fetched of a hub id. UserError where there is no such folder and no such repository.
     """
     folder = published(Path(place), kind) if kind else Path(place)
     if folder.is_dir():
@@ -32,17 +32,17 @@ def local_folder(place: str | Path, kind: str | None = "trunk") -> Path:
     repository = hub_id(str(place))
     if not repository:
         raise UserError(f"{place} is not there{nearest(str(place))}. {what}")
-    return _fetched(*repository)
+    return _fetched(*repository, files)
 
 
 @cache
-def _fetched(repository: str, revision: str | None) -> Path:
+def _fetched(repository: str, revision: str | None, files: tuple[str, ...]) -> Path:
     """The hub is asked once: all that a process reads of a repository is of one commit."""
     from huggingface_hub import errors, snapshot_download
 
     place = f"{repository}@{revision}" if revision else repository
     try:
-        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(PATTERNS)))
+        folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except errors.RevisionNotFoundError:
         raise UserError(
             f"{place} is no folder here, and {repository} on the hub has no revision {revision or 'main'}. Name a branch, a tag or "

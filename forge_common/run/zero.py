@@ -16,11 +16,7 @@ import torch
 from ..errors import UserError
 from ..files.tensors import Tensors
 
-OLDEST = (
-    0,
-    19,
-    8,
-)  # of DeepSpeed: the first that was run, and whose ZeRO-3 and float32 discard a gradient that is not finite
+OLDEST = (0, 19, 8)  # the first that was run, and whose ZeRO-3 and float32 discard a gradient that is not finite
 
 
 def configure(accelerator: Any, settings: Any) -> None:
@@ -37,8 +33,12 @@ def configure(accelerator: Any, settings: Any) -> None:
             f"DeepSpeed {version} applies gradients that are not finite. Install {'.'.join(map(str, OLDEST))} or newer."
         )
     if plugin.zero_stage not in (2, 3):
+        raise UserError(f"DeepSpeed's zero_stage is {plugin.zero_stage}. Use 2 or 3, or multi_gpu.yaml without it.")
+    backend = accelerator.state.dynamo_plugin.backend.value.lower()
+    if plugin.zero_stage == 3 and backend != "no":  # the head's weight is used outside its module: it would be empty
         raise UserError(
-            f"DeepSpeed's zero_stage is {plugin.zero_stage}. Use 2 or 3, or accelerate_configs/multi_gpu.yaml."
+            f"--dynamo_backend {backend}: torch.compile does not find the weights that ZeRO-3 gathers. Leave it out, or use "
+            "accelerate_configs/fsdp2.yaml or deepspeed_zero2.yaml."
         )
     if accelerator.mixed_precision not in ("no", "bf16"):
         raise UserError(

@@ -166,6 +166,33 @@ def test_others_assemble_by_name_without_the_files_and_publish_in_turn(hub, runs
     assert "int" in printed, "from the cache"
 
 
+def test_a_trunk_of_the_hub_is_planned_for_without_its_weights(hub, runs, as_user, tmp_path):
+    """From a cache of its own, in which afterwards there is config.json alone; the sizes are those of the run's own folder."""
+    more = (
+        "--devices",
+        "1xL40S",
+        "--engine",
+        "one",
+        "--sequence-length",
+        64,
+        "--batch-size",
+        1,
+        "--micro-batch-size",
+        1,
+    )
+    plans = [
+        as_user(tmp_path, "-m", "forge_common.plan", "--trunk", place, *more)
+        for place in ("org/trunk@v1", runs / "trunk")
+    ]
+    sizes = [re.findall(r": ([\d,]+ parameters.*)", printed) for printed in plans]
+    assert sizes[0] and sizes[0] == sizes[1]
+    assert "org/trunk@v1: " in plans[0]
+    fetched = tmp_path / "hub" / "models--org--trunk" / "snapshots" / hub.commit_of("org/trunk", "v1")
+    assert [path.name for path in fetched.iterdir()] == ["config.json"]
+    printed = as_user(tmp_path, "-m", "forge_common.plan", "--trunk", "org/trnk", *more, fails=True)
+    assert "the hub has no repository org/trnk" in printed and "Traceback" not in printed
+
+
 def test_what_cannot_be_fetched_or_is_damaged_is_one_message(hub, runs, as_user, tmp_path):
     for name in ("org/empty", "org/private", "org/damaged-trunk"):
         hub.repositories[name] = hub_server.Repository(private=name == "org/private")

@@ -86,6 +86,16 @@ def test_fsdp2_resumes_with_the_same_bits(trained, shared, tmp_path):
     assert launch.without_times(straight) == launch.without_times(folder)
 
 
+def test_a_run_of_fsdp2_is_continued_and_published_compiled(trained, shared, tmp_path):
+    """torch.compile with the backend that runs the captured graphs with torch's own operations: the same bits."""
+    straight, folder = trained("dense", "float32", 2), tmp_path / "run"
+    launch.copy_until(straight, folder, 2)
+    assert "at update 2" in shared(folder, *MORE, processes=2, ACCELERATE_DYNAMO_BACKEND="EAGER", **FSDP2)
+    assert launch.same_bits(launch.weights(straight, STEPS), launch.weights(folder, STEPS))
+    assert launch.same_bits(published(straight), published(folder))
+    assert launch.without_times(straight) == launch.without_times(folder)
+
+
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)], ids=["FSDP2 to 1", "1 to FSDP2"])
 def test_a_run_resumes_under_another_engine(before, after, trained, shared, tmp_path):
     """In float64 to 1e-12: sums over two processes and over one are rounded differently, so not the same bits."""
