@@ -125,7 +125,10 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache: Cache | None, layer: int):
-        """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: of `document_mask`, or None for causal. Appends to the layer's cache."""
+        """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: of `document_mask`, `as_bias` of it, or None for causal.
+
+        Appends to the layer's cache.
+        """
         B, T, _ = x.shape
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.q_normed)).view(B, T, self.heads, self.head_dim)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.k_normed)).view(B, T, self.kv_heads, self.head_dim)
@@ -165,6 +168,20 @@ def document_mask(
     if sliding_window:
         causal = causal.triu(past - sliding_window + 1)
     return causal & (document[:, None, past:, None] == document[:, None, None, :])
+
+
+def as_bias(mask: torch.Tensor | BlockMask | None, x: torch.Tensor) -> torch.Tensor | BlockMask | None:
+    """A bool mask as numbers that are added to the scores, 0 or -inf, in the type that attention computes in for x.
+
+    One for all layers: each would make its own of a bool mask, and keep it for the backward pass.
+    """
+    if not isinstance(mask, torch.Tensor):
+        return mask
+    device = x.device.type
+    dtype = (
+        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
+    )
+    return torch.zeros(mask.shape, dtype=dtype, device=x.device).masked_fill_(~mask, -math.inf)
 
 
 def _document_blocks(document: torch.Tensor, sliding_window: int) -> BlockMask:

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..labels import CONTEXT, is_scored
 from ..loss import Sums, chunk_rows, head_cross_entropy, nats_per_token
-from .attention import Attention, Cache, document_mask, rotary
+from .attention import Attention, Cache, as_bias, document_mask, rotary
 from .config import ModelConfig
 from .feed_forward import FeedForward, SparseFeedForward
 
@@ -122,6 +122,7 @@ class Decoder(nn.Module):
         x = self.embed_tokens(inputs).to(self.norm.weight.dtype)  # wider than a frozen embedding that is stored in bf16
         if self.config.embed_scale != 1:
             x = x * self.config.embed_scale
+        mask = as_bias(mask, x)
         routers = []
         if scored is None:
             scored = torch.ones_like(inputs, dtype=torch.bool)

@@ -53,20 +53,19 @@ def memory(model: Any, settings: Any) -> tuple[int, int, int]:
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
     parameters = list(model.parameters())
     states = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
-    masked = not config.cross_document_attention and not model.model.fused_document_mask
-    kept = kept_by_layers(model, T if masked else 0)
+    kept = kept_by_layers(model)
     layers = sum(kept)
     if settings.activation_checkpointing:  # each layer's input, and one layer at a time
         layers = max(kept) + config.hidden_size * config.num_hidden_layers
     size = model.model.norm.weight.element_size()  # as in the residual stream; a frozen trunk's matrices may be in bf16
     activations = size * B * T * (layers + 4 * config.hidden_size)
-    if masked:
-        activations += B * T * T  # the mask of documents, of which each layer makes one in numbers
+    if not config.cross_document_attention and not model.model.fused_document_mask:
+        activations += size * B * T * T  # the mask of documents, as numbers
     return states, activations, model.chunk_rows * config.vocab_size * 4
 
 
-def kept_by_layers(model: Any, mask: int) -> list[int]:
-    """Numbers that each layer keeps for the backward pass, for each token. mask: a token's row of the mask of documents, in tokens; 0: none.
+def kept_by_layers(model: Any) -> list[int]:
+    """Numbers that each layer keeps for the backward pass, for each token.
 
     Frozen matrices keep no input, and nothing is kept before the first part that is trained. A low-rank change of down_proj keeps its
     factors gate and up alone. Not counted: what has the rank, or one number a token.
@@ -83,7 +82,6 @@ def kept_by_layers(model: Any, mask: int) -> list[int]:
         size += width * bool(names & {"q_proj", "k_proj", "v_proj"}) + width * reached
         if reached or "self_attn" in names:
             size += heads * (2 + config.qk_norm * (1 + ("q_norm" in names)))  # q, k, v and the result
-            size += mask  # as numbers that are added to the scores
         reached = reached or bool(names & {"self_attn", "input_layernorm"})
         size += width * reached + width * experts * bool(names & {"gate_proj", "up_proj", "experts"})
         feed_forward = layer.block_sparse_moe.experts[0].w2 if layer.sparse else layer.mlp.down_proj

@@ -63,7 +63,7 @@ KINDS |= {name: (name, range(4)) for name in ("ffn", "narrow", "lora", "expert")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["tied", "within documents", "qwen3", "mixtral"])
 def test_the_plan_estimates_what_the_backward_pass_needs(family, kind):
-    within = family == "within documents"  # each layer keeps the mask: T numbers a token
+    within = family == "within documents"  # one mask for all layers: T numbers a token
     sizes = {
         "hidden_size": 64,
         "intermediate_size": 192,
