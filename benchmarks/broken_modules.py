@@ -1,12 +1,13 @@
-"""What a module with honest statistics and broken weights does to an assembled model, and which check of `assemble` notices it.
+"""What a module with honest statistics and broken weights does to an assembled model, and which check of `assemble`
+notices it.
 
     python benchmarks/broken_modules.py --trunk runs/demo/trunk/trunk --modules runs/demo/*/module --cache-dir runs/demo/cache
 
-One module after the other is broken in each way, beside the good others. A row has the two excesses of `assemble`'s trial (nats per token
-above the trunk's loss: on text that the trunk generates, and on text drawn from the module's own counts), the largest change of a domain's
-loss against the model without the module, with all gates and with top-1, and the loss that --check-data would measure on the module's domain
-less the trunk's. Each module's domain is the local corpus of its name. --foreign DIR: a module
-trained on the ids of another tokenizer.
+One module after the other is broken in each way, beside the good others. A row has the two excesses of `assemble`'s
+trial (nats per token above the trunk's loss: on text that the trunk generates, and on text drawn from the module's own
+counts), the largest change of a domain's loss against the model without the module, with all gates and with top-1, and
+the loss that --check-data would measure on the module's domain less the trunk's. Each module's domain is the local
+corpus of its name. --foreign DIR: a module trained on the ids of another tokenizer.
 """
 
 import sys

@@ -2,11 +2,11 @@
 
     python benchmarks/document_mask.py [--steps 300] [--seeds 1 2]
 
-Both train on the same windows with the same seeds and the same number of updates, by train_shared.py as users run it. The
-trunks are then scored by `python -m forge_common.evaluate` on held-out documents, each alone in its windows, so that the
-scoring is the same for both. Results are kept in OUTPUT_DIR/results.json. The same command continues where it was
-interrupted, an interrupted run from its last checkpoint (its tokens/s is then measured at two different times). Only windows that
-contain the end of a document can differ: count them before you interpret a difference.
+Both train on the same windows with the same seeds and the same number of updates, by train_shared.py as users run it.
+The trunks are then scored by `python -m forge_common.evaluate` on held-out documents, each alone in its windows, so
+that the scoring is the same for both. Results are kept in OUTPUT_DIR/results.json. The same command continues where it
+was interrupted, an interrupted run from its last checkpoint (its tokens/s is then measured at two different times).
+Only windows that contain the end of a document can differ: count them before you interpret a difference.
 """
 
 import json

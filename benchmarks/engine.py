@@ -2,13 +2,13 @@
 
     python benchmarks/engine.py [--seconds 600] [--config accelerate_configs/single_gpu.yaml]
 
-"ours" is train_shared.py as users run it, without validation; "baseline" is benchmarks/engine_baseline.py. Both are launched the
-same way (threads, device, precision) and make the same updates on the same windows. They alternate, each measurement in a
-new process. A pair gives one ratio, and the result is the median of the ratios. Run it on a machine that does nothing
-else. All measurements are kept in OUTPUT_DIR/engine.json.
+"ours" is train_shared.py as users run it, without validation; "baseline" is benchmarks/engine_baseline.py. Both are
+launched the same way (threads, device, precision) and make the same updates on the same windows. They alternate, each
+measurement in a new process. A pair gives one ratio, and the result is the median of the ratios. Run it on a machine
+that does nothing else. All measurements are kept in OUTPUT_DIR/engine.json.
 
-speed   all log intervals except the first, in both; saving and publishing come after the last one.
-memory  on a CPU the peak of the process's resident set, in total (some hundreds of MB of it are libraries) and above its
+speed   all log intervals except the first, in both; saving and publishing come after the last one. memory  on a CPU the
+peak of the process's resident set, in total (some hundreds of MB of it are libraries) and above its
         value just before the first update (model built, windows open), read from outside; on a GPU the
         allocator's peak.
 """

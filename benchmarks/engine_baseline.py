@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python benchmarks/engine_baseline.py ...the flags of train_shared.py...
 
-No accelerate, no logging, no schedule, no checkpoints. The windows are in memory before the first update, and the logits
-of a micro-batch exist as a whole, as F.cross_entropy needs them. The measurements are written at the end, under the names
-that train_shared.py uses. With --trunk-from it starts from the weights of a checkpoint. One process; device and precision
-come from the environment of `accelerate launch`.
+No accelerate, no logging, no schedule, no checkpoints. The windows are in memory before the first update, and the
+logits of a micro-batch exist as a whole, as F.cross_entropy needs them. The measurements are written at the end, under
+the names that train_shared.py uses. With --trunk-from it starts from the weights of a checkpoint. One process; device
+and precision come from the environment of `accelerate launch`.
 
 B batch, T time, V vocabulary
 """

@@ -3,9 +3,9 @@
     python benchmarks/gpu.py [--rounds 2] [--only compiled "plain loop, compiled"]
 
 The scripts make dry runs: six updates, of which the last four are timed, and nothing is published. The plain loop is
-benchmarks/engine_baseline.py, with the mask of documents as a tensor [T, T]. Each measurement is a new process; the rounds
-repeat the whole list. MFU refers to the data sheet's dense 16-bit peak, with the FLOPs that the model needs (no recomputation,
-nothing for frozen weights). All measurements are kept in OUTPUT_DIR/gpu.json.
+benchmarks/engine_baseline.py, with the mask of documents as a tensor [T, T]. Each measurement is a new process; the
+rounds repeat the whole list. MFU refers to the data sheet's dense 16-bit peak, with the FLOPs that the model needs (no
+recomputation, nothing for frozen weights). All measurements are kept in OUTPUT_DIR/gpu.json.
 """
 
 import json

@@ -3,9 +3,9 @@
     python benchmarks/growth.py [--rounds 2] [--only context experts] [--megabytes 1000] [--small]
     python benchmarks/growth.py --show     (the tables of what was measured, in Markdown)
 
-docs/GROWTH.md says what is measured and how. Each measurement is a new process of the scripts and commands; the rounds repeat the
-whole list. Everything measured is kept in OUTPUT_DIR/growth.json: the same command continues an interrupted measurement. It
-ends with the tables, what is more than 15% from its line, and OUTPUT_DIR/growth.svg.
+docs/GROWTH.md says what is measured and how. Each measurement is a new process of the scripts and commands; the rounds
+repeat the whole list. Everything measured is kept in OUTPUT_DIR/growth.json: the same command continues an interrupted
+measurement. It ends with the tables, what is more than 15% from its line, and OUTPUT_DIR/growth.svg.
 """
 
 import hashlib

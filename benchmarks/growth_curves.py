@@ -82,8 +82,8 @@ def name_of(point: Point, start: Point) -> str:
 def theory(point: Point) -> dict[str, float]:
     """What the cost of a point should be proportional to, or MiB that it should take.
 
-    Training: FLOPs of an update, bytes that the optimizer moves, MiB above the weights by the run's plan. Modules: FLOPs of
-    a token, with all candidates and with one, MiB of the parts and of a module.
+    Training: FLOPs of an update, bytes that the optimizer moves, MiB above the weights by the run's plan. Modules:
+    FLOPs of a token, with all candidates and with one, MiB of the parts and of a module.
     """
     import torch
 

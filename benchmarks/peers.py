@@ -4,8 +4,9 @@
     python benchmarks/peers.py --show     (the table of what was measured, in Markdown)
 
 docs/PERFORMANCE.md says what is compared and how. Each measurement is a new process; the rounds repeat the whole list.
-Everything measured is kept in OUTPUT_DIR/peers.json: the same command continues an interrupted measurement. It ends with the
-table, the goals, OUTPUT_DIR/peers.svg, and an error where contenders that train the same thing do not have the same loss.
+Everything measured is kept in OUTPUT_DIR/peers.json: the same command continues an interrupted measurement. It ends
+with the table, the goals, OUTPUT_DIR/peers.svg, and an error where contenders that train the same thing do not have the
+same loss.
 """
 
 import json

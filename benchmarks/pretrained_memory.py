@@ -4,9 +4,10 @@
     PYTHONPATH=.pretrained python benchmarks/pretrained_memory.py --checkpointing         # both compute activations again
     PYTHONPATH=.pretrained python benchmarks/pretrained_memory.py --bf16 --updates 1      # both have the frozen weights in bf16
 
-Each measurement is a new process, and a round measures every contender once. Both train rank 16 on the three matrices of every
-feed-forward, from the same initial values, with fused AdamW in float32. Times are those between the first and the last update, so at
-least 2 updates are needed. Peak is the largest resident set of the whole process: ours publishes its module, PEFT's does not.
+Each measurement is a new process, and a round measures every contender once. Both train rank 16 on the three matrices
+of every feed-forward, from the same initial values, with fused AdamW in float32. Times are those between the first and
+the last update, so at least 2 updates are needed. Peak is the largest resident set of the whole process: ours publishes
+its module, PEFT's does not.
 """
 
 import json
@@ -55,7 +56,9 @@ class Settings:
     checkpointing: bool = False
     """Compute the activations of each layer again in the backward pass."""
     bf16: bool = False
-    """Frozen weights in bf16, computed in bf16: --trunk-dtype bf16; PEFT's model is loaded in bf16, its changes are in float32 as by default."""
+    """Frozen weights in bf16, computed in bf16: --trunk-dtype bf16; PEFT's model is loaded in bf16, its changes are in
+    float32 as by default.
+    """
     child: str | None = None
     """Internal: what this process is."""
 

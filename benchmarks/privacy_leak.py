@@ -2,12 +2,13 @@
 
     python benchmarks/privacy_leak.py
 
-Sentences that end in a random secret are planted in K documents of a local corpus. The corpus is counted as train_module.py
-does, for several --statistics-min-documents. The reader knows the tokenizer, the sentence before the secret and the
-published counts (8-bit codes). It predicts one token after another: among the tokens that occur and whose pair has a
-bucket that is not empty, the one with the most frequent pair (or, for the second reader, the most frequent relative to the
-token). The result of the better reader is printed. A guessed secret can also be checked: it may have been in the text if none
-of its buckets is empty. Secrets that were never planted are the control: what is read or confirmed of them is chance.
+Sentences that end in a random secret are planted in K documents of a local corpus. The corpus is counted as
+train_module.py does, for several --statistics-min-documents. The reader knows the tokenizer, the sentence before the
+secret and the published counts (8-bit codes). It predicts one token after another: among the tokens that occur and
+whose pair has a bucket that is not empty, the one with the most frequent pair (or, for the second reader, the most
+frequent relative to the token). The result of the better reader is printed. A guessed secret can also be checked: it
+may have been in the text if none of its buckets is empty. Secrets that were never planted are the control: what is read
+or confirmed of them is chance.
 """
 
 import random

@@ -25,8 +25,9 @@ def soup(models: list[Trunk]) -> Trunk:
 class Ensemble:
     """Whole models side by side, one pass per model; weights by the probability that each gave the document so far.
 
-    With an even prior, as in Branch-Train-Merge (arXiv 2208.03306). `router` provides the filter. counts: the weights hear what
-    the assembled model's output weights do: also the router's counts and its prior, and the text before a window.
+    With an even prior, as in Branch-Train-Merge (arXiv 2208.03306). `router` provides the filter. counts: the weights
+    hear what the assembled model's output weights do: also the router's counts and its prior, and the text before a
+    window.
     """
 
     names, weights = ("ensemble",), None  # its gates are not reported

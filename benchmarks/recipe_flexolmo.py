@@ -1,7 +1,7 @@
 """train_module.py with FlexOlmo's initial router (arXiv 2507.07024), which it has no flag for; recipes.py runs it.
 
-The router's row starts as the difference of two embeddings: of the module's text and of the trunk's. ROWS names a file with one row
-for each layer.
+The router's row starts as the difference of two embeddings: of the module's text and of the trunk's. ROWS names a file
+with one row for each layer.
 
 L layers, D width
 """

@@ -45,11 +45,12 @@ class Difference(NamedTuple):
 
 
 def difference(pairs: list[dict[str, tuple[Row, Row]]]) -> Difference:
-    """Nats per token of the first row of each pair minus the second's. pairs: of each seed, by domain; the documents are the same.
+    """Nats per token of the first row of each pair minus the second's. pairs: of each seed, by domain; the documents
+    are the same.
 
-    In each domain it is a ratio of sums over the documents, and the domains count equally. The squares of two errors are added: that over
-    documents of the mean over the seeds (of a ratio estimate, from each document's own difference), and that over seeds. What is
-    random in both is counted twice, so that the sum is rather too large.
+    In each domain it is a ratio of sums over the documents, and the domains count equally. The squares of two errors
+    are added: that over documents of the mean over the seeds (of a ratio estimate, from each document's own
+    difference), and that over seeds. What is random in both is counted twice, so that the sum is rather too large.
     """
     domains = list(pairs[0])
     over_documents = 0.0
@@ -140,7 +141,9 @@ def _minus(seeds: list[Rows], domains: list[str], name: str, other: str) -> Diff
 
 
 def _against(seeds: list[Rows], domains: list[str], other: str, wanted: float) -> list[str]:
-    """A line of the goals: the assembled model minus another one is at most `wanted`, beyond 2 standard errors of 0 where below 0."""
+    """A line of the goals: the assembled model minus another one is at most `wanted`, beyond 2 standard errors of 0
+    where below 0.
+    """
     having = [rows for rows in seeds if all((m, d) in rows for m in (ASSEMBLED, other) for d in domains)]
     found = _minus(having, domains, ASSEMBLED, other) if having else None
     if found is None:

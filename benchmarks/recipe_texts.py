@@ -116,7 +116,9 @@ def export_training(folder: Path, domains: Iterable[str]) -> None:
 
 
 def export_texts(folder: Path, training: Path, domains: Iterable[str], scored: int) -> None:
-    """Excerpts of at most `scored` documents of each of these domains and parts; the other domains' module text; the random splits."""
+    """Excerpts of at most `scored` documents of each of these domains and parts; the other domains' module text; the
+    random splits.
+    """
 
     def write(temp_dir: Path) -> None:
         for domain in domains:

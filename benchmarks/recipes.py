@@ -2,11 +2,11 @@
 
     python benchmarks/recipes.py [--seeds 1 2] [--workers 1] [--smoke]
 
-Three groups of domains are divided by the hash of each document into the trunk's text, the modules' text, the text that settings
-are selected on (tune) and the text that is reported (test). Every recipe gets the same trunk, the same number of tokens and the same grid of
-rates, by the scripts as users run them. Seeds follow one another. Every run and every row is kept in OUTPUT_DIR: the same
-command continues where it was interrupted, an interrupted run from its last checkpoint. It writes table.md and chart.svg there after
-every seed, and after every stage of one.
+Three groups of domains are divided by the hash of each document into the trunk's text, the modules' text, the text that
+settings are selected on (tune) and the text that is reported (test). Every recipe gets the same trunk, the same number
+of tokens and the same grid of rates, by the scripts as users run them. Seeds follow one another. Every run and every
+row is kept in OUTPUT_DIR: the same command continues where it was interrupted, an interrupted run from its last
+checkpoint. It writes table.md and chart.svg there after every seed, and after every stage of one.
 """
 
 import os

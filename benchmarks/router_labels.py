@@ -2,9 +2,9 @@
 
     python benchmarks/router_labels.py [--vocabulary 2048 | --tokenizer runs/pretrained/trunk]
 
-The text is that of this machine: the four local corpora, Python packages as code bases, and other types of files as foreign text.
-Modules are counted on documents that are not tested. A module "has" a token where its domain's modules together have the largest
-gate; "gate" is their mean gate. Prints a table in Markdown: about five minutes on one core.
+The text is that of this machine: the four local corpora, Python packages as code bases, and other types of files as
+foreign text. Modules are counted on documents that are not tested. A module "has" a token where its domain's modules
+together have the largest gate; "gate" is their mean gate. Prints a table in Markdown: about five minutes on one core.
 """
 
 import hashlib

@@ -2,8 +2,9 @@
 
     python benchmarks/router_strangers.py [--folder runs/compare/seed-1] [--max-tokens 8000]
 
-The strangers' weights are those of the module cpp, so that what is measured is the router. `assemble` refuses copied statistics and broken
-weights; here nothing is refused. About five minutes on one core; the text is `make compare`'s test part.
+The strangers' weights are those of the module cpp, so that what is measured is the router. `assemble` refuses copied
+statistics and broken weights; here nothing is refused. About five minutes on one core; the text is `make compare`'s
+test part.
 """
 
 import sys

@@ -3,11 +3,11 @@
     python benchmarks/routing_cost.py --model runs/growth/assembled --text held-out.txt [--rounds 15] [--modules 1 16 64]
     python benchmarks/routing_cost.py --random 512 8 16384
 
-Each round measures the processor time of all three: of scoring (Mixture.nats, a batch of windows), one after the other, and of
-generation (Mixture.next_logits with a cache, on the same text for all), token by token in turn. A ratio is the median of the
-ratios in each round, (min-max). --random measures a trunk with random weights (width, layers, vocabulary) and two modules on text
-that is drawn from their counts. --modules also measures the memory of that many copies of the first module, in new processes.
-Set OMP_NUM_THREADS=1: the processor time of more threads includes their waiting.
+Each round measures the processor time of all three: of scoring (Mixture.nats, a batch of windows), one after the other,
+and of generation (Mixture.next_logits with a cache, on the same text for all), token by token in turn. A ratio is the
+median of the ratios in each round, (min-max). --random measures a trunk with random weights (width, layers, vocabulary)
+and two modules on text that is drawn from their counts. --modules also measures the memory of that many copies of the
+first module, in new processes. Set OMP_NUM_THREADS=1: the processor time of more threads includes their waiting.
 """
 
 import json

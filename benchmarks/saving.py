@@ -2,9 +2,10 @@
 
     python benchmarks/saving.py [--presets small base] [--output-dir runs/saving]
 
-Each round trains the same number of updates of a trunk three times: without a checkpoint; with one that the loop waits for (as
-every checkpoint was before, and the last one of a run is); and with one that a thread writes beside the updates. Every checkpoint is verified.
-It runs on the device that accelerate chooses, with one window in an update. Run it on a machine that does nothing else.
+Each round trains the same number of updates of a trunk three times: without a checkpoint; with one that the loop waits
+for (as every checkpoint was before, and the last one of a run is); and with one that a thread writes beside the
+updates. Every checkpoint is verified. It runs on the device that accelerate chooses, with one window in an update. Run
+it on a machine that does nothing else.
 """
 
 import itertools

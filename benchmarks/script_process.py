@@ -36,8 +36,8 @@ def run(
     """Runs a command to its end, its output into `log`; a failure ends this process with the last lines of it.
 
     `started`: a file that the script writes just before its first update; the result is then the resident set (MiB) of
-    the launcher's child, or of the command if that is Python, as seen from outside when the file appears. Nothing is polled
-    from then on. `variables`: more of the environment.
+    the launcher's child, or of the command if that is Python, as seen from outside when the file appears. Nothing is
+    polled from then on. `variables`: more of the environment.
     """
     plain = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "WANDB_"))}
     path = f"{BIN}{os.pathsep}{os.environ['PATH']}"

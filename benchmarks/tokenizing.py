@@ -2,9 +2,10 @@
 
     python benchmarks/tokenizing.py        # a minute on 2 cores; exit code 1 if a ratio is below 0.8
 
-Ours: a .jsonl and a .parquet file, read, checked, hashed, tokenized, split and written by data/store.py. Alone: encode_batch_fast of
-the same texts, already in memory, in batches of 1,024. They take turns. Printed are the median and the best repetition of
-each in MB of UTF-8 per second, and the ratio of the best ones, which other work on the machine disturbs least.
+Ours: a .jsonl and a .parquet file, read, checked, hashed, tokenized, split and written by data/store.py. Alone:
+encode_batch_fast of the same texts, already in memory, in batches of 1,024. They take turns. Printed are the median and
+the best repetition of each in MB of UTF-8 per second, and the ratio of the best ones, which other work on the machine
+disturbs least.
 """
 
 import argparse

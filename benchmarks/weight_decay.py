@@ -2,11 +2,12 @@
 
     python benchmarks/weight_decay.py
 
-Trains a trunk of 0.2 M parameters, mostly on local:docs, and modules of kind ffn+head for local:python and local:cpp by train_module.py, for each seed
-and variant: AdamW's decay to zero, none, and the same decay to the weights that the module started with (a copy of the script, with a hook
-before each step). Decay 0.9 shrinks in 150 updates as much as 0.1 does in 1,350. Prints the held-out losses of the module's own
-domain and of the trunk's, and the size of the change relative to the trunk's weights. About five minutes on one core; the same command
-continues an interrupted run. Each run is a fork of this process, which saves the time to import the libraries.
+Trains a trunk of 0.2 M parameters, mostly on local:docs, and modules of kind ffn+head for local:python and local:cpp by
+train_module.py, for each seed and variant: AdamW's decay to zero, none, and the same decay to the weights that the
+module started with (a copy of the script, with a hook before each step). Decay 0.9 shrinks in 150 updates as much as
+0.1 does in 1,350. Prints the held-out losses of the module's own domain and of the trunk's, and the size of the change
+relative to the trunk's weights. About five minutes on one core; the same command continues an interrupted run. Each run
+is a fork of this process, which saves the time to import the libraries.
 """
 
 import json

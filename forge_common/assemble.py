@@ -3,8 +3,8 @@
     python -m forge_common.assemble --trunk runs/trunk/trunk --modules runs/law/module runs/code/module --output-dir runs/all
     python -m forge_common.assemble --model runs/all --add runs/perl/module --replace runs/law-2/module --remove code
 
-Nothing is trained. The new folder holds verified copies of all parts. The order of --modules does not matter. With --model, an
-assembled model is changed in place: its folder is exchanged for a complete new one.
+Nothing is trained. The new folder holds verified copies of all parts. The order of --modules does not matter. With
+--model, an assembled model is changed in place: its folder is exchanged for a complete new one.
 """
 
 import shutil
@@ -54,7 +54,10 @@ class Settings(ReadingSettings):
     router: str | None = None
     """Router: a name in ROUTERS of forge_common/routing/tuning.py. None: context, or the router of --model."""
     top_k: int | None = None
-    """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module. None: 0, or as in --model."""
+    """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module.
+
+    None: 0, or as in --model.
+    """
     trunk_data: tuple[str, ...] = ()
     """Sources of text like the trunk's, for the statistics of a trunk that has none. None: local:docs, a general text."""
     calibrate: tuple[str, ...] = ()
@@ -254,7 +257,9 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
 def _modules(
     settings: Settings, plan: Plan, trunk: Any, tokenizer: Any, trunk_metadata: dict[str, Any], temp_dir: Path
 ) -> tuple[list["Part"], list["Examined"]]:
-    """Copies, verifies and tries the modules, one after the other: the parts that solving the router needs, and the table's rows."""
+    """Copies, verifies and tries the modules, one after the other: the parts that solving the router needs, and the
+    table's rows.
+    """
     from .artifacts import checks, texts, trial
     from .artifacts.assembled import check_router, read_part
 
@@ -275,7 +280,8 @@ def _modules(
             share = part.metadata.get("val_fraction", 0.0)
             windows = texts.check_windows(check_data[name], settings, tokenizer, trunk.config, share)
         examined.append(checks.examined(part, trunk, effect, windows))
-        # To calibrate takes all modules in memory at once, to solve the ridge system all statistics; otherwise one module is enough.
+        # To calibrate takes all modules in memory at once, to solve the ridge system all statistics; otherwise one
+        # module is enough.
         if settings.calibrate:
             parts.append(part)
         elif plan.router == "ridge":

@@ -1,7 +1,8 @@
 """A local page to talk with a model: python -m forge_common.chat --model DIR
 
-It is at http://127.0.0.1:8000 until Ctrl-C. A model with a chat template has conversations; any model continues a text. Of an assembled
-model each module can be switched off, and the colour of a token is the candidate whose head had the largest weight.
+It is at http://127.0.0.1:8000 until Ctrl-C. A model with a chat template has conversations; any model continues a text.
+Of an assembled model each module can be switched off, and the colour of a token is the candidate whose head had the
+largest weight.
 """
 
 import signal

@@ -2,10 +2,10 @@
 
 OUTPUT/checkpoints/step-00000100/  model.safetensors (the trained tensors only), optimizer.bin, scaler.pt (fp16),
                                    random_states_*.pkl, progress.json, manifest.json (size and SHA-256 of every file)
-The format is the same under every engine and for any number of processes: what an engine divides is gathered first (run/engines.py).
-A folder gets its name only when it is complete and synced. No other files are opened, and those that torch pickles only after the
-manifest was verified, and with weights_only=True, so that a manipulated pickle is refused. Checkpoints are private to the
-run; artifacts are what is published.
+The format is the same under every engine and for any number of processes: what an engine divides is gathered first
+(run/engines.py). A folder gets its name only when it is complete and synced. No other files are opened, and those that
+torch pickles only after the manifest was verified, and with weights_only=True, so that a manipulated pickle is refused.
+Checkpoints are private to the run; artifacts are what is published.
 """
 
 import dataclasses
@@ -81,9 +81,9 @@ def newest(accelerator: Any, folder: Path) -> Path | None:
 def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
     """Loads the newest checkpoint that verifies, if there is one, and returns its progress.
 
-    fresh: the progress of this run before its first update, returned where there is nothing to resume. UserError, with the
-    differences, where the checkpoint has other settings or data; nothing in memory has changed then. A dry run loads
-    nothing. A collective.
+    fresh: the progress of this run before its first update, returned where there is nothing to resume. UserError, with
+    the differences, where the checkpoint has other settings or data; nothing in memory has changed then. A dry run
+    loads nothing. A collective.
     """
     folder = checkpoints_of(settings)
     path = None if settings.resume == "never" or settings.dry_run else newest(accelerator, folder)

@@ -1,9 +1,10 @@
 """Losses of a model on named texts: python -m forge_common.evaluate --model DIR [--module DIR...] --data NAME=SOURCE...
 
---model is a trunk or an assembled model. Of an assembled model the rows of the table are the trunk, each module, all of them
-together, and all without each module of --without. Each document is scored by itself, cut into windows where it is longer
-than the context, so that a loss does not depend on other documents and has a standard error over the documents. Of a source that a
-trunk or a module was trained on, according to their metadata, the documents that they held out are scored; of others, all.
+--model is a trunk or an assembled model. Of an assembled model the rows of the table are the trunk, each module, all of
+them together, and all without each module of --without. Each document is scored by itself, cut into windows where it is
+longer than the context, so that a loss does not depend on other documents and has a standard error over the documents.
+Of a source that a trunk or a module was trained on, according to their metadata, the documents that they held out are
+scored; of others, all.
 """
 
 import math
@@ -54,7 +55,10 @@ class Settings(ReadingSettings):
 
     # -- scoring --
     val_fraction: float | None = None
-    """Share of the documents, by the hash of their content, that is scored; 1: all. None: what was held out of a source, else all."""
+    """Share of the documents, by the hash of their content, that is scored; 1: all.
+
+    None: what was held out of a source, else all.
+    """
     max_tokens: int = 0
     """Tokens of a source that are scored at most; 0: all."""
     sequence_length: int | None = None
@@ -223,8 +227,8 @@ def score(
 ) -> dict[str, Any]:
     """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte.
 
-    Of an assembled model also the credits of its candidates: the means over the tokens of the layers' gates and of the heads'
-    weights. UserError for a loss that is not finite. `report` is called with the number of tokens of each batch.
+    Of an assembled model also the credits of its candidates: the means over the tokens of the layers' gates and of the
+    heads' weights. UserError for a loss that is not finite. `report` is called with the number of tokens of each batch.
     """
     import torch
 

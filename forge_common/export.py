@@ -1,12 +1,13 @@
-"""Exports a trunk, a trunk with a module or an assembled model to what other programs load, and makes a module of a PEFT adapter.
+"""Exports a trunk, a trunk with a module or an assembled model to what other programs load, and makes a module of a
+PEFT adapter.
 
     python -m forge_common.export --model runs/all --as transformers --output-dir exported/all
     python -m forge_common.export --model runs/trunk/trunk --module runs/code/module --as gguf --output-dir exported/code
     python -m forge_common.export --model runs/trunk/trunk --module runs/code/module --as peft --output-dir exported/adapter
     python -m forge_common.export --model ORG/NAME --peft ADAPTER --name code --as module --output-dir runs/code/module
 
-The result is loaded again by Transformers (with PEFT, or from GGUF) and compared with the model here on real text. It has its name only
-if no logit differs by more than 1e-4 (docs/EXPORT.md).
+The result is loaded again by Transformers (with PEFT, or from GGUF) and compared with the model here on real text. It
+has its name only if no logit differs by more than 1e-4 (docs/EXPORT.md).
 """
 
 from collections.abc import Callable
@@ -105,7 +106,9 @@ def _check(settings: Settings) -> None:
 
 
 def _publish(settings: Settings, title: str, facts: dict[str, Any], write: Callable[[Path], float]) -> None:
-    """Publishes what `write` writes to a folder; it returns the largest difference of a logit, which must be small and is on the card."""
+    """Publishes what `write` writes to a folder; it returns the largest difference of a logit, which must be small and
+    is on the card.
+    """
     from .artifacts.card import model_card
     from .exporting import proof
     from .files.atomic import publish

@@ -3,8 +3,8 @@
     python -m forge_common.generate --model DIR --prompt TEXT
     python -m forge_common.generate --model DIR --chat
 
-With --chat each line of the standard input is a turn of the user, and the model answers in the form of its chat template. It ends
-with the input (Ctrl-D).
+With --chat each line of the standard input is a turn of the user, and the model answers in the form of its chat
+template. It ends with the input (Ctrl-D).
 """
 
 import json
@@ -84,7 +84,10 @@ def _check(settings: Settings) -> None:
 
 
 def read_prompts(settings: Settings) -> list[str]:
-    """The texts of --prompt and --prompt-file. UserError for a file that cannot be read, or a line that is not JSON where it must be."""
+    """The texts of --prompt and --prompt-file.
+
+    UserError for a file that cannot be read, or a line that is not JSON where it must be.
+    """
     prompts = [] if settings.prompt is None else [settings.prompt]
     path = settings.prompt_file
     if path is None:
@@ -115,10 +118,11 @@ def read_prompts(settings: Settings) -> list[str]:
 
 
 def chat(model: "LanguageModel", tokenizer: "Tokenizer", settings: Settings, device: Any, turns: list[str]) -> None:
-    """Answers `turns`, then (unless they are from --prompt-file) the lines of the standard input, each with the conversation so far.
+    """Answers `turns`, then (unless they are from --prompt-file) the lines of the standard input, each with the
+    conversation so far.
 
-    Keys and values of what the conversation shares with the last one are kept. Where it no longer fits the context, its oldest turns are
-    left out.
+    Keys and values of what the conversation shares with the last one are kept. Where it no longer fits the context, its
+    oldest turns are left out.
     """
     from .data.readers.document import Message
     from .files.untrusted import naming
@@ -178,7 +182,9 @@ def write(
 
 
 def routing(names: Sequence[str], heads: list[list[float]], layers: list[list[float]], pieces: list[str]) -> str:
-    """A line for each stretch of tokens with the same heaviest head: its tokens, the means of heads' weights and layers' gates, the text."""
+    """A line for each stretch of tokens with the same heaviest head: its tokens, the means of heads' weights and
+    layers' gates, the text.
+    """
     lines = []
     start = 0
     heaviest = [max(range(len(names)), key=weights.__getitem__) for weights in heads]

@@ -20,9 +20,9 @@ def chunk_rows(vocab_size: int) -> int:
 class Sums(NamedTuple):
     """The result of a forward pass: sums over the scored tokens of this micro-batch, on the device.
 
-    objective: nats + coefficients x (balance, z); the script scales it by P * N / n and calls backward. nats: cross-entropy,
-    base e. tokens: number of scored labels. balance, z: router losses, summed over tokens and averaged over layers
-    (0 without a router). expert_counts: [L, E] assignments of scored tokens ([0, 0] without a router).
+    objective: nats + coefficients x (balance, z); the script scales it by P * N / n and calls backward. nats:
+    cross-entropy, base e. tokens: number of scored labels. balance, z: router losses, summed over tokens and averaged
+    over layers (0 without a router). expert_counts: [L, E] assignments of scored tokens ([0, 0] without a router).
     """
 
     objective: torch.Tensor
@@ -46,8 +46,8 @@ class _HeadCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(hidden @ weight.T)[label], a chunk of rows at a time. The forward pass computes the gradients too.
 
     One tensor [chunk, V] becomes logits, log p and gradient in turn, for every chunk; under autocast it is two. torch's
-    F.linear_cross_entropy does the same, but returns the sum in the dtype of its input: under autocast in bfloat16 15680 instead
-    of 15666.
+    F.linear_cross_entropy does the same, but returns the sum in the dtype of its input: under autocast in bfloat16
+    15680 instead of 15666.
     """
 
     @staticmethod
@@ -126,9 +126,9 @@ def nats_per_token(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Ten
 def balance_sum(probabilities: torch.Tensor, load: torch.Tensor, scored: torch.Tensor) -> torch.Tensor:
     """Switch's balance loss times the number of scored tokens: E * sum_i f_i * sum_t P_t,i.
 
-    probabilities [R, E]: the router's softmax. scored [R]: bool. load [E]: f_i, expert i's share of all assignments, without
-    gradient. Per token it is 1 for an even load. Source: Fedus et al., Switch Transformers, arXiv 2101.03961, eq. 4, for
-    top-1; with top-k there are k * n assignments.
+    probabilities [R, E]: the router's softmax. scored [R]: bool. load [E]: f_i, expert i's share of all assignments,
+    without gradient. Per token it is 1 for an even load. Source: Fedus et al., Switch Transformers, arXiv 2101.03961,
+    eq. 4, for top-1; with top-k there are k * n assignments.
     """
     return probabilities.shape[-1] * (probabilities * scored.unsqueeze(-1) * load).sum()
 

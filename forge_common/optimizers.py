@@ -42,8 +42,8 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices of the layers, AdamW for everything else, with one state: a checkpoint holds one optimizer.
 
-    Muon's steps have the size of AdamW's, so that one rate and one decay suit both. Sources: Jordan et al., Muon, 2024; Liu
-    et al., Muon is scalable for LLM training, arXiv 2502.16982.
+    Muon's steps have the size of AdamW's, so that one rate and one decay suit both. Sources: Jordan et al., Muon, 2024;
+    Liu et al., Muon is scalable for LLM training, arXiv 2502.16982.
     """
 
     def __init__(self, matrices: list[nn.Parameter], groups: list[dict], lr: float, weight_decay: float, **adamw: Any):

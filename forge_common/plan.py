@@ -2,9 +2,9 @@
 
     python -m forge_common.plan --devices 64xH100 --preset llama-3-8b --engine fsdp2 --sequence-length 8192 --micro-batch-size 1
 
-Memory and traffic are counted: the run's own model, loss and optimizer do one update with tensors that have no data, as rank 0
-of a world that does not exist (run/fake_update.py). Time is computed from data sheets and assumed shares of them; it is not measured.
-(forge_common/run/plan.py is what a run itself prints when it starts.)
+Memory and traffic are counted: the run's own model, loss and optimizer do one update with tensors that have no data, as
+rank 0 of a world that does not exist (run/fake_update.py). Time is computed from data sheets and assumed shares of
+them; it is not measured. (forge_common/run/plan.py is what a run itself prints when it starts.)
 """
 
 import dataclasses
@@ -206,7 +206,8 @@ def count(config: ModelConfig, settings: Settings, devices: int, on_gpu: bool = 
 def times(counted: Counted, settings: Settings, device: "Device", devices: int) -> tuple[float, float, float]:
     """Seconds of an update: computation, the optimizer, and waiting for collectives that no computation hides.
 
-    The first gathering of a forward pass and the last reduction of a backward pass are alone; the others run beside the layers.
+    The first gathering of a forward pass and the last reduction of a backward pass are alone; the others run beside the
+    layers.
     """
     from .run.hardware import seconds_on_links
 

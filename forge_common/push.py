@@ -2,7 +2,8 @@
 
     python -m forge_common.push --folder runs/law/module --to org/law
 
-The token is that of `hf auth login` or HF_TOKEN. Only the artifact's own files are uploaded, after they were verified. docs/guides/SHARING.md.
+The token is that of `hf auth login` or HF_TOKEN. Only the artifact's own files are uploaded, after they were verified.
+docs/guides/SHARING.md.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,7 @@
 """Pages to look at, made again from what runs wrote: python -m forge_common.report runs/trunk
 
-Of a run: its report.html. Of several (runs/*), a page with all of them beside each other. Of a file of evaluate --json: its page.
+Of a run: its report.html. Of several (runs/*), a page with all of them beside each other. Of a file of evaluate --json:
+its page.
 """
 
 import os

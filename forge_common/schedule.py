@@ -66,7 +66,7 @@ def rate(settings: Any, update: int) -> float:
 def factor(name: str, update: int, steps: int, *, warmup_steps: int, floor: float, **shape: float) -> float:
     """The factor of the peak rate at `update`, counted from 1, of `steps` updates.
 
-    No update has the rate 0: the first has 1 / warmup_steps, and the curve ends at steps + 1, after the last one. shape: what
-    only this curve has.
+    No update has the rate 0: the first has 1 / warmup_steps, and the curve ends at steps + 1, after the last one.
+    shape: what only this curve has.
     """
     return SCHEDULES[name](update, warmup_steps=warmup_steps, total_steps=steps + 1, floor=floor, **shape)

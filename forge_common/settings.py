@@ -20,8 +20,9 @@ Settings = TypeVar("Settings")
 MODEL_SETTINGS = ("tokenizer", "preset", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MODEL_SETTINGS += ("num_key_value_heads", "tie_word_embeddings", "cross_document_attention", "num_experts")
 MODEL_SETTINGS += ("experts_per_token", "router_aux_loss_coef", "router_z_loss_coef")
-# torch's switch for memory in pages of 2 MiB, on a CPU: a page is filled with zeros when it is first used, and 512 small ones take longer.
-# Tensors of 2 MiB and more then begin at a page, and the allocator finds room for them in what others have left.
+# torch's switch for memory in pages of 2 MiB, on a CPU: a page is filled with zeros when it is first used, and 512
+# small ones take longer. Tensors of 2 MiB and more then begin at a page, and the allocator finds room for them in what
+# others have left.
 HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -51,14 +52,16 @@ class RunSettings(ReadingSettings):
     """Folder for settings, metrics, checkpoints and what is published."""
 
     push_to_hub: str | None = None
-    """Repository of the Hugging Face hub, such as org/name, to upload what is published to; its token is checked first (docs/guides/SHARING.md)."""
+    """Repository of the Hugging Face hub, such as org/name, to upload what is published to; its token is checked first
+    (docs/guides/SHARING.md).
+    """
 
     # -- held-out data and windows --
     val_data: tuple[str, ...] = ()
     """Sources to validate on. None: a part of --data is held out."""
     val_fraction: float | None = None
-    """Share of the documents of --data that is held out, by the hash of their content (without --val-data). None: 0.01, or of a
-    small corpus as many as give 20 documents, but at most a tenth."""
+    """Share of the documents of --data that is held out, by the hash of their content (without --val-data). None: 0.01,
+    or of a small corpus as many as give 20 documents, but at most a tenth."""
     val_tokens: int = 262_144
     """Held-out tokens that a validation scores, the same ones each time, from all over the held-out text; 0: all."""
     val_documents: bool = False
@@ -82,7 +85,9 @@ class RunSettings(ReadingSettings):
     statistics_min_documents: int = 2
     """Documents of the sample that must hold a token or a pair for it to be counted (docs/PRIVACY.md)."""
     statistics_moments: bool = False
-    """Also publish a module's moments of hidden states, which `assemble --router ridge` needs: a forward pass over 16,384 tokens."""
+    """Also publish a module's moments of hidden states, which `assemble --router ridge` needs: a forward pass over
+    16,384 tokens.
+    """
 
     # -- logging --
     log_every: int = 10
@@ -125,7 +130,10 @@ class RunSettings(ReadingSettings):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UpdateSettings:
-    """The windows of an update, the optimizer and the curve of its rate. Both scripts inherit it and add --lr, whose defaults differ."""
+    """The windows of an update, the optimizer and the curve of its rate.
+
+    Both scripts inherit it and add --lr, whose defaults differ.
+    """
 
     # -- updates --
     steps: int = 0
@@ -133,7 +141,10 @@ class UpdateSettings:
     epochs: float | None = None
     """Passes over the text, in place of --steps. None: 4, but at most 10,000 updates."""
     budget: str | None = None
-    """Time that the run may take, such as 30m, 8h or 2d, in place of --steps: a micro-batch is timed. At most 4 passes over the text."""
+    """Time that the run may take, such as 30m, 8h or 2d, in place of --steps: a micro-batch is timed.
+
+    At most 4 passes over the text.
+    """
     batch_size: int = 64
     """Windows in an update, over all processes."""
     micro_batch_size: int = 16
@@ -219,8 +230,9 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
 
 
 def _leave_process_group() -> None:
-    """Destroys it when main's model is gone. DDP's reducer, if it is the last owner of gloo's group, destroys it without giving up the
-    GIL, for which gloo's thread may wait to free the tensors of the last collective: the process would never end.
+    """Destroys it when main's model is gone. DDP's reducer, if it is the last owner of gloo's group, destroys it
+    without giving up the GIL, for which gloo's thread may wait to free the tensors of the last collective: the process
+    would never end.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

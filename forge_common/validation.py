@@ -32,10 +32,10 @@ def validate(
 ) -> Validation | None:
     """The mean loss over all windows [T + 1] of `stores` (data.held_out), without gradients. A collective.
 
-    Rank r scores the windows r, r + P, r + 2P, ... of each store; no window is repeated. The sums of nats and tokens are reduced
-    once, at the end. Padding, which adds 0, fills the last batches up: under FSDP every forward pass is a collective, so all ranks
-    run the same number, and torch.compile would compile another shape again. None where `stop`, the run's StopRequest,
-    interrupts it.
+    Rank r scores the windows r, r + P, r + 2P, ... of each store; no window is repeated. The sums of nats and tokens
+    are reduced once, at the end. Padding, which adds 0, fills the last batches up: under FSDP every forward pass is a
+    collective, so all ranks run the same number, and torch.compile would compile another shape again. None where
+    `stop`, the run's StopRequest, interrupts it.
     """
     training = model.training
     model.eval()

@@ -2,9 +2,9 @@
 
     python tests/campaign.py --kills 200 --output-dir runs/soak        (make soak; the same command continues)
 
-Each run is launched several times with the same command. Every launch but the last is killed at a moment drawn from U(0, the
-time of a whole run); the result of the last is compared with a run that was never killed. A kill hits the whole process
-tree, one trainer, or the launcher alone.
+Each run is launched several times with the same command. Every launch but the last is killed at a moment drawn from
+U(0, the time of a whole run); the result of the last is compared with a run that was never killed. A kill hits the
+whole process tree, one trainer, or the launcher alone.
 """
 
 import argparse

@@ -1,9 +1,10 @@
 """Starts runs as forks of a process that has already imported the libraries, which saves each run about five seconds.
 
-One request a line on stdin, as JSON: {"ranks": [{"argv": what follows `python`, "cwd", "environment"}, one for each process], "out": a
-file for stdout and stderr, "background"}. Replies with the pids, then with the exit codes; for a run in the background with the
-pids alone, and the run becomes a child of the nearest ancestor that adopts orphans (launch.py). Each run is a process of its
-own that runs the script as __main__ and ends as Python ends. Only libraries are imported here, nothing of forge_common.
+One request a line on stdin, as JSON: {"ranks": [{"argv": what follows `python`, "cwd", "environment"}, one for each
+process], "out": a file for stdout and stderr, "background"}. Replies with the pids, then with the exit codes; for a run
+in the background with the pids alone, and the run becomes a child of the nearest ancestor that adopts orphans
+(launch.py). Each run is a process of its own that runs the script as __main__ and ends as Python ends. Only libraries
+are imported here, nothing of forge_common.
 """
 
 import gc

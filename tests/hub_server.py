@@ -36,7 +36,10 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """`accounts`: token -> (name, role of the token). `damaged`: paths of which one bit is flipped on the way. `refused`: paths of POST that fail."""
+    """`accounts`: token -> (name, role of the token). `damaged`: paths of which one bit is flipped on the way.
+
+    `refused`: paths of POST that fail.
+    """
 
     daemon_threads = True
 

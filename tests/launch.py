@@ -185,7 +185,8 @@ class Background:
 
 
 def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd: Path = ROOT, **extra: str) -> str:
-    """Runs `python ARGUMENTS` in the repository, or a copy of it, and returns what it printed (both streams), from a fork (tests/fork_server.py).
+    """Runs `python ARGUMENTS` in the repository, or a copy of it, and returns what it printed (both streams), from a
+    fork (tests/fork_server.py).
 
     processes: ranks, with the variables that torchrun sets. fails: it must end non-zero, else zero.
     """
@@ -194,7 +195,9 @@ def run_python(*arguments: object, processes: int = 1, fails: bool = False, cwd:
 
 
 def run_machines(*machines: tuple[Path, Sequence[object]], fails: bool = False, **extra: str) -> str:
-    """Runs a rank of one run on each of several machines, played by (working directory, what follows `python`); returns their output."""
+    """Runs a rank of one run on each of several machines, played by (working directory, what follows `python`); returns
+    their output.
+    """
     ranks = [{"argv": [str(argument) for argument in arguments], "cwd": str(cwd)} for cwd, arguments in machines]
     return _run_ranks(ranks, fails, machines=len(machines), ACCELERATE_USE_CPU="true", **extra)
 

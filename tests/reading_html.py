@@ -13,7 +13,10 @@ CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome") or shutil.w
 
 
 class Page(HTMLParser):
-    """tags: of all elements, in order. attributes: of all elements. scripts: those that run. charts: the data of the curves. text: the rest."""
+    """tags: of all elements, in order. attributes: of all elements. scripts: those that run.
+
+    charts: the data of the curves. text: the rest.
+    """
 
     def __init__(self, content: str):
         super().__init__()

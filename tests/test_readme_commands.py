@@ -1,4 +1,6 @@
-"""The commands of README.md, docs/QUICKSTART.md and guides: each is accepted as it stands; `make soak` runs those of the first two, in order."""
+"""The commands of README.md, docs/QUICKSTART.md and guides: each is accepted as it stands; `make soak` runs those of
+the first two, in order.
+"""
 
 import os
 import re

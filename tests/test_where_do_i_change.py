@@ -1,4 +1,6 @@
-"""Each row of CONTRIBUTING.md's "Where do I change ...?", and docs/guides/EDITING.md: the change is made in a copy of the repository, and the copy is run."""
+"""Each row of CONTRIBUTING.md's "Where do I change ...?", and docs/guides/EDITING.md: the change is made in a copy of
+the repository, and the copy is run.
+"""
 
 import json
 import re

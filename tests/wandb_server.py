@@ -18,7 +18,8 @@ TEXTS = {"description": "", "config": "{}", "sweepName": None}
 
 
 class Server(ThreadingHTTPServer):
-    """`mode`: well, silent (accepts requests without an answer), half (answers only GET), error (500), garbage, or denied (401).
+    """`mode`: well, silent (accepts requests without an answer), half (answers only GET), error (500), garbage, or
+    denied (401).
 
     `then`, where it is set, is the mode from the first file stream on, when the client has started its run.
     """

@@ -85,8 +85,8 @@ def write_module(
 ) -> str:
     """Publishes a module: its tensors, its metadata, the statistics for routers; returns its digest.
 
-    config: of the trunk. dtype: a key of DTYPES, to which the tensors are rounded. It has its name only after it was read
-    back and verified, as in write_trunk.
+    config: of the trunk. dtype: a key of DTYPES, to which the tensors are rounded. It has its name only after it was
+    read back and verified, as in write_trunk.
     """
     if not is_plain(metadata["name"]):
         raise UserError(f"a module cannot be called {quoted(metadata['name'])}. Its name must be {PLAIN[0]}.")
@@ -125,8 +125,8 @@ def read_trunk(
     """A trunk on the CPU, its tokenizer and its metadata. Weights that the file has in `dtype` stay mapped to the file.
 
     dtype: a key of DTYPES. In bf16 only the matrices are, so that the residual stream and the norms are in float32.
-    Weights, configuration and tokenizer are verified against forge.json. Without that file it is a Transformers checkpoint:
-    the metadata are then only the digests, which are computed.
+    Weights, configuration and tokenizer are verified against forge.json. Without that file it is a Transformers
+    checkpoint: the metadata are then only the digests, which are computed.
     """
     folder = without_links(local_folder(place))
     weights = weight_files(folder)
@@ -251,8 +251,8 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
 def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], metadata: dict[str, Any]) -> Tensors:
     """The layers' tensors of the trunk that a module has replaced in memory, from the trunk's files. metadata: of read_trunk.
 
-    UserError where the trunk is no longer that of `metadata`. The weights are read only where some are replaced: reading them
-    takes as much memory as the trunk. Otherwise the digest in forge.json must be the same.
+    UserError where the trunk is no longer that of `metadata`. The weights are read only where some are replaced:
+    reading them takes as much memory as the trunk. Otherwise the digest in forge.json must be the same.
     """
     with torch.device("meta"):
         own = {name for name, _ in Trunk(config).named_parameters() if name.startswith("model.")}

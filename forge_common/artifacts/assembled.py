@@ -1,6 +1,7 @@
 """Reads the folder that `assemble` writes as one model. Every part is verified.
 
-assembled/  assembled.json (router, its numbers, names, digests, licences, version and history), trunk/, modules/NAME/, README.md, and
+assembled/  assembled.json (router, its numbers, names, digests, licences, version and history), trunk/, modules/NAME/,
+README.md, and
             statistics.safetensors where the trunk has none
 """
 
@@ -116,8 +117,8 @@ def new_metadata(
 ) -> dict[str, Any]:
     """The content of assembled.json, of a new model or, a version later, of a changed one.
 
-    parts: the metadata of the trunk, as trunk, and of the modules by name, sorted. before: assembled.json before the change, or {}.
-    origins: ORG/NAME@COMMIT of those that were fetched from the hub.
+    parts: the metadata of the trunk, as trunk, and of the modules by name, sorted. before: assembled.json before the
+    change, or {}. origins: ORG/NAME@COMMIT of those that were fetched from the hub.
     """
     digests = {name: metadata["digest"] for name, metadata in parts.items()}
     version = before.get("version", 1) + 1 if before else 1

@@ -1,7 +1,7 @@
 """What `assemble` checks of modules that others published. module_table.py prints it.
 
-Beside the trial (trial.py), a module's counts are compared with what it states and with those of the other candidates, and its loss can
-be measured again.
+Beside the trial (trial.py), a module's counts are compared with what it states and with those of the other candidates,
+and its loss can be measured again.
 
 E candidates (the trunk first), V vocabulary
 """
@@ -19,7 +19,7 @@ from .assembled import Part
 from .trial import Effect, mean_loss
 
 LARGE_EXCESS = 1.5  # warned; modules had 0.1 to 1.0, and 3.0 after training at a rate of 0.02 on a trunk of 20 updates
-LARGE_CLAIMED = 0.5  # the same on text that is likely by a module's counts; working modules had 0.0 to 0.2
+LARGE_CLAIMED = 0.65  # the same on text that is likely by a module's counts; working modules had at most 0.6
 THIN_TOKENS = 5_000  # counted; with fewer, the router hardly knows the module's text
 COUNTED = (0.5, 1.1)  # counted tokens as a share of the stated ones: rare ones are left out, counts are rounded by 3%
 LEAST_SPREAD = 0.1  # standard deviation of the counts as a share of their mean; that of a text is far above 1
@@ -69,7 +69,9 @@ def examined(part: Part, trunk: Trunk, effect: Effect, windows: Sequence[np.ndar
 
 
 def weight_warnings(module: Examined) -> list[Warned]:
-    """Of hidden states that are far larger than the trunk's, and of a loss above it on the trunk's own text, or on what the counts claim."""
+    """Of hidden states that are far larger than the trunk's, and of a loss above it on the trunk's own text, or on what
+    the counts claim.
+    """
     warnings = []
     growth, excess, claimed = module.effect
     if growth > LARGE_GROWTH:

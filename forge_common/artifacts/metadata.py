@@ -1,7 +1,8 @@
 """The metadata in forge.json, module.json and assembled.json, and the types and ranges of its fields.
 
 No digest covers a module's name, sources, licence, losses and counts, and the share of documents that it held out. They
-are claims of whoever published it, as are its command and its origins (ORG/NAME@COMMIT of what was fetched from the hub).
+are claims of whoever published it, as are its command and its origins (ORG/NAME@COMMIT of what was fetched from the
+hub).
 """
 
 import dataclasses
@@ -149,7 +150,9 @@ def training_texts(metadata: dict[str, Any]) -> list[Text]:
 
 
 def smallest_held_out_share(parts: Iterable[dict[str, Any]]) -> float:
-    """The share of the documents, by hash, that none of these trunks and modules was trained on; those that state none do not count."""
+    """The share of the documents, by hash, that none of these trunks and modules was trained on; those that state none
+    do not count.
+    """
     return min((metadata["val_fraction"] for metadata in parts if "val_fraction" in metadata), default=0.0)
 
 
@@ -182,7 +185,10 @@ def module_arguments(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged_metadata(trunk: dict[str, Any], module: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
-    """The metadata of a trunk with a module merged into it, which is a trunk. origins: where they were fetched from (files/hub.py)."""
+    """The metadata of a trunk with a module merged into it, which is a trunk.
+
+    origins: where they were fetched from (files/hub.py).
+    """
     return {
         "origins": origins,
         "merged_from": {"trunk": trunk["digest"], "module": module["digest"], "name": module["name"]},

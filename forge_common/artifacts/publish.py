@@ -68,7 +68,9 @@ def publish_trunk(
 
 @torch.no_grad()
 def round_tensors(tensors: Tensors, dtype: str | None) -> None:
-    """Rounds a module's tensors to the nearest values of --module-dtype, in place: losses measured after it are of what is stored."""
+    """Rounds a module's tensors to the nearest values of --module-dtype, in place: losses measured after it are of what
+    is stored.
+    """
     if dtype is not None:
         for tensor in tensors.values():
             tensor.copy_(tensor.to(DTYPES[dtype]))
@@ -88,8 +90,8 @@ def publish_module(
 ) -> tuple[Path, str]:
     """Writes OUTPUT/module with its statistics, verified; returns its folder and digest.
 
-    config: of the trunk alone. tensors: of the trunk with the module in it, which has `module_names`; no second trunk is made.
-    losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
+    config: of the trunk alone. tensors: of the trunk with the module in it, which has `module_names`; no second trunk
+    is made. losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
     """
     assert config.eos_token_id is not None  # read_trunk takes it from the tokenizer
     # Before anything else, since it refuses a trunk that has changed. Only the moments need what the module has replaced.
@@ -136,7 +138,10 @@ def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[s
 
 
 def command(settings: Any) -> str:
-    """The command line of a run in one line, without --output-dir and the like. Of the paths outside of --data only the last part is shown."""
+    """The command line of a run in one line, without --output-dir and the like.
+
+    Of the paths outside of --data only the last part is shown.
+    """
     words = ["accelerate", "launch", "train_module.py" if "trunk" in vars(settings) else "train_shared.py"]
     own = type(settings).__annotations__  # the script's own settings go first
     for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):

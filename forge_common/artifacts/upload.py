@@ -28,10 +28,12 @@ def upload(
     private: bool = False,
     revision: str | None = None,
 ) -> None:
-    """Verifies the artifact in a folder and uploads it as one commit; the repository and the branch `revision` are created if needed.
+    """Verifies the artifact in a folder and uploads it as one commit; the repository and the branch `revision` are
+    created if needed.
 
-    Files of an earlier artifact that this one lacks are removed in the same commit. UserError where the folder holds no valid
-    artifact, where the repository has one of another kind, and where the hub cannot be reached or refuses: then nothing changed there.
+    Files of an earlier artifact that this one lacks are removed in the same commit. UserError where the folder holds no
+    valid artifact, where the repository has one of another kind, and where the hub cannot be reached or refuses: then
+    nothing changed there.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

@@ -18,9 +18,9 @@ CHUNK = 1 << 24  # tokens of a store whose lengths are added up at once
 class ByteLengths:
     """Bytes of text per token, read from the vocabulary and checked against the size of each store's text.
 
-    The vocabulary is read as a byte-level one (a character for each byte) and as SentencePiece's (a ▁ for each space, <0x0A>
-    for a byte). A reading holds for a store if the lengths of all its tokens add up to the bytes of its text; SentencePiece
-    may count one more for each document, the space that it puts before a text.
+    The vocabulary is read as a byte-level one (a character for each byte) and as SentencePiece's (a ▁ for each space,
+    <0x0A> for a byte). A reading holds for a store if the lengths of all its tokens add up to the bytes of its text;
+    SentencePiece may count one more for each document, the space that it puts before a text.
     """
 
     def __init__(self, tokenizer: Tokenizer):

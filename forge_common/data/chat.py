@@ -60,10 +60,11 @@ class ChatTemplate:
         self._special_text = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!): nothing
 
     def encode(self, messages: Sequence[Message]) -> Encoded:
-        """The ids of a conversation and which of them are answers: the texts of messages that are `scored`, with what ends them.
+        """The ids of a conversation and which of them are answers: the texts of messages that are `scored`, with what
+        ends them.
 
-        Where the template encloses something in {% generation %}, that is the answer instead. A token that is only in part of
-        an answer is scored.
+        Where the template encloses something in {% generation %}, that is the answer instead. A token that is only in
+        part of an answer is scored.
         """
         text, contents, answers = self._located(messages)
         if not answers:
@@ -164,7 +165,9 @@ class ChatTemplate:
     def _marked(
         self, messages: Sequence[Message], text: str, **options: Any
     ) -> tuple[list[Span], list[tuple[int, int]]] | None:
-        """The places of the messages' texts in `text`, and of what {% generation %} encloses; None where the template changes them."""
+        """The places of the messages' texts in `text`, and of what {% generation %} encloses; None where the template
+        changes them.
+        """
 
         def around(content: str, begins: str, ends: str) -> str:
             return f"{begins}{content}{ends}"

@@ -90,7 +90,8 @@ def _training_texts(settings: Any, fraction: float) -> Iterator[str]:
 
 
 def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: Callable[[str], None]) -> Corpora:
-    """Open the tokens of all sources; those not in the cache are tokenized. UserError if the text is too little for one update.
+    """Open the tokens of all sources; those not in the cache are tokenized. UserError if the text is too little for one
+    update.
 
     config: of the model.
     """

@@ -23,10 +23,11 @@ SPREAD = 1.0  # nats: the standard deviation of the documents' losses, about (do
 
 
 def fraction_for(settings: Any) -> float:
-    """The fraction of the documents of --data that is held out: 0 with --val-data. It depends on the text alone, and is cached.
+    """The fraction of the documents of --data that is held out: 0 with --val-data. It depends on the text alone, and is
+    cached.
 
-    At least one document is held out, unless --val-fraction is 0. Where none is given: ENOUGH documents, but at most one in SHARE.
-    UserError where all documents have the same text.
+    At least one document is held out, unless --val-fraction is 0. Where none is given: ENOUGH documents, but at most
+    one in SHARE. UserError where all documents have the same text.
     """
     if settings.val_data or settings.val_fraction == 0:
         return 0.0
@@ -58,7 +59,8 @@ def fraction_for(settings: Any) -> float:
 
 
 def _fraction(positions: Iterable[float], wanted: float | None) -> float | None:
-    """`wanted` or FRACTION, or more where that holds out too few documents, whose positions are given; None where there is one.
+    """`wanted` or FRACTION, or more where that holds out too few documents, whose positions are given; None where there
+    is one.
 
     Stops reading as soon as enough documents are below it, so of a large corpus only the beginning is read.
     """

@@ -35,8 +35,8 @@ NOT_CODE = {"site-packages", "dist-packages", "test", "tests", "testing", "idlel
 NOT_CODE |= {"ensurepip", "encodings", "pydoc_data", "__pycache__", "_vendor", "_distutils", "node_modules"}
 
 GENERATED = re.compile(r"@generated|torchgen|DO NOT EDIT|[Gg]enerated (?:by|from)|[Aa]uto-?generated")
-# A string on lines of its own, first in its file or after the colon of a header. Some twenty times as fast as `ast`, also because the
-# second pattern begins with a character that is searched for.
+# A string on lines of its own, first in its file or after the colon of a header. Some twenty times as fast as `ast`,
+# also because the second pattern begins with a character that is searched for.
 FIRST_DOCSTRING = re.compile(r'(?:#[^\n]*\n|\s)*[rRuU]?"""(.*?)"""', re.DOTALL)
 DOCSTRING = re.compile(r':[ \t]*(?:#[^\n]*)?\n\s*[rRuU]?"""(.*?)"""', re.DOTALL)
 
@@ -111,7 +111,9 @@ def _site() -> Path:
 
 
 def _files(root: Path, below: str, suffixes: set[str], keep: Callable[[str], bool] = lambda name: True) -> Named:
-    """(path below root, text) of the files of these suffixes, without generated ones, those outside SIZES and those that are not UTF-8."""
+    """(path below root, text) of the files of these suffixes, without generated ones, those outside SIZES and those
+    that are not UTF-8.
+    """
     for here, folders, names in os.walk(root / below):
         folders[:] = [folder for folder in folders if folder not in NOT_CODE and not folder.startswith(".")]
         if here.endswith(os.path.join("ATen", "ops")):

@@ -51,8 +51,8 @@ def _permute(
 ) -> np.ndarray:
     """The values of several permutations, each a (size, key), at once: of number `group[i]` at `index[i]`, int64 [N].
 
-    A Feistel network over the next power of four, applied until the result is below the size (at most four times on average).
-    Source: Black & Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002.
+    A Feistel network over the next power of four, applied until the result is below the size (at most four times on
+    average). Source: Black & Rogaway, Ciphers with arbitrary finite domains, CT-RSA 2002.
     """
     sizes = np.array([size for size, _ in permutations], dtype=np.uint64)
     halves = np.array([max(1, (max(size - 1, 1).bit_length() + 1) // 2) for size, _ in permutations], dtype=np.uint64)
@@ -77,8 +77,8 @@ class Mixture:
     """The windows of several sources as one endless stream, `mixture[position] -> (source, window, pass)`.
 
     Without weights the sources are one corpus: every window comes once an epoch, in another order each epoch. With
-    weights each source has its own order and its own epochs; the weights hold in every 1,024 positions (to 1 in 1,024), in
-    an order that differs from block to block.
+    weights each source has its own order and its own epochs; the weights hold in every 1,024 positions (to 1 in 1,024),
+    in an order that differs from block to block.
     """
 
     def __init__(
@@ -204,8 +204,8 @@ def updates(
 ) -> Generator[torch.Tensor, None, None]:
     """This rank's windows of each update from the `start`-th on, endless: int64 [micro-batches, micro, T + 1] on `device`.
 
-    A thread reads one update ahead, into pinned memory if the device is a GPU. A thread is enough: windows are slices of a
-    memory map. It makes no copy, and ends with its process also after a kill.
+    A thread reads one update ahead, into pinned memory if the device is a GPU. A thread is enough: windows are slices
+    of a memory map. It makes no copy, and ends with its process also after a kill.
     """
     pinned = device.type == "cuda"
 

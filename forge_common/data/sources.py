@@ -167,8 +167,8 @@ def _has_text_suffix(file: File) -> bool:
 def facts(spec: str) -> dict[str, Any]:
     """What changes when a source changes, without reading it.
 
-    Local files: size in bytes and mtime in ns. Remote files: what the server says of size, ETag, time or checksum. hf:ID:
-    the commit. local:NAME: the versions of the packages.
+    Local files: size in bytes and mtime in ns. Remote files: what the server says of size, ETag, time or checksum.
+    hf:ID: the commit. local:NAME: the versions of the packages.
     """
     if _is_hub(spec):
         return {"hub": spec, "commit": tables.hub_commit(spec)}

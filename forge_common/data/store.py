@@ -1,8 +1,8 @@
 """From documents to tokens on disk: written once, cached under a fingerprint of everything that decides them, memory-mapped.
 
 cache_dir/<fingerprint>/ holds, for train and validation, <split>.tokens (uint16 or uint32), <split>.offsets (uint64:
-each document's first token, and the total) and <split>.origins (a line a document), and facts.json. Little endian. A split
-with conversations also has <split>.context: a byte for each token, 1 where it is read but not scored.
+each document's first token, and the total) and <split>.origins (a line a document), and facts.json. Little endian. A
+split with conversations also has <split>.context: a byte for each token, 1 where it is read but not scored.
 """
 
 import hashlib
@@ -55,10 +55,10 @@ def prepare(
 ) -> Corpus:
     """Tokenize a source (without its weight), or open what was tokenized before.
 
-    A document is held out if the first 8 bytes of its digest, as a fraction of 2**64, are below `val_fraction` (0..1), so
-    copies of a text are always in the same split. only_held_out: the documents of the other split are read and not tokenized.
-    UserError if the source cannot be read, changes meanwhile or holds no document, if the tokenizer yields PAD, or if the cache
-    cannot be written.
+    A document is held out if the first 8 bytes of its digest, as a fraction of 2**64, are below `val_fraction` (0..1),
+    so copies of a text are always in the same split. only_held_out: the documents of the other split are read and not
+    tokenized. UserError if the source cannot be read, changes meanwhile or holds no document, if the tokenizer yields
+    PAD, or if the cache cannot be written.
     """
     if not 0 <= val_fraction <= 1:
         raise UserError(f"--val-fraction is {val_fraction}. Give a number between 0 and 1.")

@@ -35,8 +35,8 @@ FORMS = "a folder with tokenizer.json, such a file, train:VOCAB (as train:4096) 
 class Tokenizer:
     """A backend set up for training: no truncation, no padding, special tokens only where this package adds them.
 
-    `prefix` and `suffix` are the ids that the backend's own post-processor puts around a document (a BOS, say). `declared_ends`
-    are ids that the files beside it declare as ends of a text, besides EOS.
+    `prefix` and `suffix` are the ids that the backend's own post-processor puts around a document (a BOS, say).
+    `declared_ends` are ids that the files beside it declare as ends of a text, besides EOS.
     """
 
     backend: Backend

@@ -22,8 +22,8 @@ CHUNK = 1 << 20  # documents whose windows are counted at once
 class Tokens:
     """One split, opened. UserError when its tokens or offsets are not those that were written.
 
-    Both files are read for it, by each process: SHA-256 took 1.0 to 1.5 s of processor time a GB (AMD EPYC), so for 500 M tokens
-    of 2 bytes. A change while it is open is not found.
+    Both files are read for it, by each process: SHA-256 took 1.0 to 1.5 s of processor time a GB (AMD EPYC), so for 500
+    M tokens of 2 bytes. A change while it is open is not found.
     """
 
     def __init__(self, folder: Path, split: str):
@@ -83,8 +83,8 @@ class Windows:
     pack=False: each document alone, in windows of stride T, the last one partly filled; nothing is dropped. A document
     of one token has no label and no window.
 
-    A window's first `size(i)` labels are real; the rest of it is `filler`. `scored(i)` of them are scored, and a token t that is
-    not is CONTEXT - t. `labels` and `dropped` count what is scored.
+    A window's first `size(i)` labels are real; the rest of it is `filler`. `scored(i)` of them are scored, and a token
+    t that is not is CONTEXT - t. `labels` and `dropped` count what is scored.
     """
 
     def __init__(self, tokens: Tokens, sequence_length: int, *, pack: bool, filler: int, tail: bool = False):

@@ -81,7 +81,9 @@ class SplitWriter:
         self._append(piece.document, ids, len(piece.text.encode()))
 
     def add_conversation(self, document: Document, conversation: Encoded) -> None:
-        """Append a conversation and, where it does not end with one, an EOS; that is scored where nothing else ends the last answer."""
+        """Append a conversation and, where it does not end with one, an EOS; that is scored where nothing else ends the
+        last answer.
+        """
         self._begin(document)
         ids, is_context = conversation.ids, ~conversation.scored
         if ids[-1] != self.tokenizer.eos_token_id:

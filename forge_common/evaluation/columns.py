@@ -50,7 +50,10 @@ class Choice(NamedTuple):
     share: float
     """Share of the documents, by the hash of their content."""
     text: Literal["held out", "trained on", "other", "chosen"]
-    """held out: no part was trained on these documents. other: no part says that it was trained on the text. chosen: --val-fraction."""
+    """held out: no part was trained on these documents. other: no part says that it was trained on the text.
+
+    chosen: --val-fraction.
+    """
     reason: str
 
 
@@ -74,10 +77,11 @@ def open_columns(
 def choose(
     source: str, parts: dict[str, dict[str, Any]], opened: Callable[[str, float], Corpus], settings: Any
 ) -> Choice:
-    """The documents of a source to score: --val-fraction; else, of a text that parts were trained on, what all of them held out.
+    """The documents of a source to score: --val-fraction; else, of a text that parts were trained on, what all of them
+    held out.
 
-    A text that parts were trained on has the name of one of their sources, or the digest of its training documents. All of it
-    is scored where one of them held out nothing, as is any other text. opened: a source, divided by a share.
+    A text that parts were trained on has the name of one of their sources, or the digest of its training documents. All
+    of it is scored where one of them held out nothing, as is any other text. opened: a source, divided by a share.
     """
     if settings.val_fraction is not None:
         return Choice(

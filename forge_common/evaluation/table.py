@@ -39,7 +39,10 @@ def table(rows: list[Row], *, details: bool = False) -> str:
 
 
 def blocks(columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
-    """A grid as text, with names on the left. Columns that do not fit beside each other in the terminal (80 without one) follow in further blocks."""
+    """A grid as text, with names on the left.
+
+    Columns that do not fit beside each other in the terminal (80 without one) follow in further blocks.
+    """
     first = max(len(name) for name, _ in rows)
     widths = [2 + max(len(name), *(len(cells[i]) for _, cells in rows)) for i, name in enumerate(columns)]
     width = shutil.get_terminal_size().columns

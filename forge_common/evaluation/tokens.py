@@ -13,8 +13,9 @@ LIKELIEST = 3
 def read_along(model: Any, tokenizer: Any, column: Any, device: torch.device) -> dict[str, Any]:
     """Steps of a mixture along the start of a document of a column, where there is one with TOKENS tokens.
 
-    {"names": of the candidates, "start": text of the first token, which nothing predicts, "tokens": of the others [{"text",
-    "loss": nats, "weights" of the heads and "gates" of the layers by candidate, "likeliest": [(text, probability)]}]}.
+    {"names": of the candidates, "start": text of the first token, which nothing predicts, "tokens": of the others
+    [{"text", "loss": nats, "weights" of the heads and "gates" of the layers by candidate, "likeliest": [(text,
+    probability)]}]}.
     """
     ids = _document(column, model.config.eos_token_id)
     cache: list = []

@@ -1,7 +1,8 @@
 """Writes an assembled model as a Transformers model with a modeling file of its own (trust_remote_code).
 
-Transformers' own mixtures (Mixtral, Qwen3-MoE) choose by the hidden state of a token; the router of an assembled model compares the
-document so far with counts of tokens, and mixes the heads' probabilities. No family of Transformers has that.
+Transformers' own mixtures (Mixtral, Qwen3-MoE) choose by the hidden state of a token; the router of an assembled model
+compares the document so far with counts of tokens, and mixes the heads' probabilities. No family of Transformers has
+that.
 
 B batch, T time, S states of the filter
 """

@@ -6,12 +6,13 @@ from transformers import PreTrainedConfig
 
 
 class ForgeConfig(PreTrainedConfig):
-    """Sizes under the names of Llama's configuration, what follows from the trunk's family, and three fields of the assembled model.
+    """Sizes under the names of Llama's configuration, what follows from the trunk's family, and three fields of the
+    assembled model.
 
-    inv_freq, attention_scaling: the angle per position of each pair of a head, and the factor of cos and sin. norm_after: norms as in OLMo2.
-    modules: for each one {"name", "kind": "ffn" | "narrow" | "lora", "layers": [numbers], "size": width or rank, "head": bool}.
-    router: the weights of the candidates in a mean ("shares", the trunk first) and the numbers of the filter.
-    candidates_per_token: 0 for all, weighted.
+    inv_freq, attention_scaling: the angle per position of each pair of a head, and the factor of cos and sin.
+    norm_after: norms as in OLMo2. modules: for each one {"name", "kind": "ffn" | "narrow" | "lora", "layers":
+    [numbers], "size": width or rank, "head": bool}. router: the weights of the candidates in a mean ("shares", the
+    trunk first) and the numbers of the filter. candidates_per_token: 0 for all, weighted.
     """
 
     model_type = "forge"

@@ -38,7 +38,10 @@ READ_BY_TRANSFORMERS = ("gpt-2", "llama-bpe", "qwen2")  # how these split text; 
 
 
 def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_template: str | None) -> str:
-    """Writes FILE; returns the name of the rule by which its tokenizer splits text. UserError for what the format cannot express."""
+    """Writes FILE; returns the name of the rule by which its tokenizer splits text.
+
+    UserError for what the format cannot express.
+    """
     gguf = proof.library("gguf", "--as gguf")
     config = trunk.config
     if config.num_local_experts:
@@ -92,8 +95,8 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
 def prove(folder: Path, expected: list[proof.Expected], trunk: Trunk, tokenizer: Tokenizer, split: str) -> float:
     """The largest difference of a logit between `expected` and the file in Transformers, which reads GGUF by code of its own.
 
-    Its tokenizer is compared too, where Transformers knows the rule by which it splits text. Transformers reads neither Llama 3's scaling
-    of positions nor the width of the heads of a Qwen3, so that the configuration is given then.
+    Its tokenizer is compared too, where Transformers knows the rule by which it splits text. Transformers reads neither
+    Llama 3's scaling of positions nor the width of the heads of a Qwen3, so that the configuration is given then.
     """
     transformers = proof.library("transformers", "the proof of an export")
     config = trunk.config

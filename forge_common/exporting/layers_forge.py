@@ -1,6 +1,8 @@
-"""The layers of Forge's assembled model: those of the trunk's family, with the feed-forwards of the modules beside the trunk's.
+"""The layers of Forge's assembled model: those of the trunk's family, with the feed-forwards of the modules beside the
+trunk's.
 
-B batch, P tokens before, T time, E candidates (the trunk first, then the modules), D width, H heads, d width of a head, R rank
+B batch, P tokens before, T time, E candidates (the trunk first, then the modules), D width, H heads, d width of a head,
+R rank
 """
 
 from functools import partial

@@ -1,14 +1,16 @@
 """Forge's assembled model: a decoder (the trunk), modules that were trained on it separately, and a router that mixes them.
 
-In every layer h += sum_e g_t(e) F_e(norm h), where F_0 is the trunk's feed-forward. At the end the candidates' probabilities are
-mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)]. So `logits` are log probabilities. The gates g and the weights w
-depend on the tokens of the document so far, not on hidden states: the router compares them with counts of tokens and of pairs of
-tokens that each candidate brings, by the forward filter of a hidden Markov model. With a cache its state is one more layer of it.
+In every layer h += sum_e g_t(e) F_e(norm h), where F_0 is the trunk's feed-forward. At the end the candidates'
+probabilities are mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)]. So `logits` are log probabilities. The
+gates g and the weights w depend on the tokens of the document so far, not on hidden states: the router compares them
+with counts of tokens and of pairs of tokens that each candidate brings, by the forward filter of a hidden Markov model.
+With a cache its state is one more layer of it.
 
-An EOS ends a document and resets the router. Tokens that attention_mask leaves out count as EOS, so that padding on the left
-changes nothing.
+An EOS ends a document and resets the router. Tokens that attention_mask leaves out count as EOS, so that padding on the
+left changes nothing.
 
-B batch, P tokens before, T time, E candidates (the trunk first, then the modules), S = E + 1 states of the filter, D width, V vocabulary
+B batch, P tokens before, T time, E candidates (the trunk first, then the modules), S = E + 1 states of the filter, D
+width, V vocabulary
 """
 
 from typing import Any, ClassVar

@@ -36,7 +36,10 @@ TARGET = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.(?:mlp|self_attn
 
 
 def write(folder: Path, base: str, tensors: Tensors, metadata: dict[str, Any]) -> None:
-    """Writes the tensors of a module (names of modules.py) as an adapter of the trunk `base`. UserError for another kind than lora."""
+    """Writes the tensors of a module (names of modules.py) as an adapter of the trunk `base`.
+
+    UserError for another kind than lora.
+    """
     if metadata["kind"].partition("+")[0] != "lora":
         raise UserError(
             f"a module of kind {metadata['kind']} is no LoRA adapter. Export the trunk with the module merged into it: --as transformers."
@@ -63,7 +66,9 @@ def write(folder: Path, base: str, tensors: Tensors, metadata: dict[str, Any]) -
 
 
 def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> float:
-    """The largest difference of a logit between PEFT, with the adapter on the trunk in Transformers, and `model`, the trunk with the module."""
+    """The largest difference of a logit between PEFT, with the adapter on the trunk in Transformers, and `model`, the
+    trunk with the module.
+    """
     peft = proof.library("peft", "an adapter")
     expected = proof.expect(model, tokenizer, spliced=False)
     adapted = peft.PeftModel.from_pretrained(proof.load(trunk_dir), str(folder)).eval()
@@ -74,8 +79,8 @@ def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> 
 def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
     """The tensors of an adapter as those of a module of `trunk`, and the arguments of plug_in for it; puts them into `trunk`.
 
-    alpha / r is multiplied into B, and a matrix that the adapter changes in other layers only gets a change of 0. UserError for what no kind of
-    module expresses.
+    alpha / r is multiplied into B, and a matrix that the adapter changes in other layers only gets a change of 0.
+    UserError for what no kind of module expresses.
     """
     file = folder / "adapter_config.json"
     config = checked(read_json(file), file, FIELDS, FIELDS)

@@ -24,7 +24,10 @@ Logits = Callable[[torch.Tensor], torch.Tensor]  # ids [1, T] -> logits [1, T, V
 
 
 class Expected(NamedTuple):
-    """A window of text and what the model gives for it. tokens [1, T + 1], nats of its labels [T], all logits [V] after some positions."""
+    """A window of text and what the model gives for it.
+
+    tokens [1, T + 1], nats of its labels [T], all logits [V] after some positions.
+    """
 
     tokens: torch.Tensor
     nats: torch.Tensor
@@ -38,7 +41,9 @@ def texts() -> dict[str, str]:
 
 
 def windows(tokenizer: Tokenizer, context: int, *, spliced: bool) -> list[torch.Tensor]:
-    """Windows of ids [1, T + 1] of different lengths: prose, code and, if spliced, a window in which an EOS stands between the two."""
+    """Windows of ids [1, T + 1] of different lengths: prose, code and, if spliced, a window in which an EOS stands
+    between the two.
+    """
     documents = tokenizer.encode_batch(list(texts().values()), continued=True)
     length = min(context, WINDOW)
     chosen = [documents[0][: length + 1], documents[1][: length * 3 // 4 + 1]]

@@ -1,9 +1,9 @@
 """The router of Forge's assembled model: how well each candidate's counts predict the document so far.
 
-The likelihood of a token under a candidate is its probability after the token before it, from the candidate's counts of tokens and of
-pairs of tokens. Fewer counts are closer to the mean of all candidates, which says nothing for or against any of them. Tokens that the
-document repeats count less. One more state is the unknown domain, whose probabilities are the mean of all candidates'. An EOS resets
-the filter to the prior.
+The likelihood of a token under a candidate is its probability after the token before it, from the candidate's counts of
+tokens and of pairs of tokens. Fewer counts are closer to the mean of all candidates, which says nothing for or against
+any of them. Tokens that the document repeats count less. One more state is the unknown domain, whose probabilities are
+the mean of all candidates'. An EOS resets the filter to the prior.
 
 B batch, T time, E candidates (the trunk first, then the modules), S = E + 1 states of the filter, V vocabulary
 """
@@ -33,7 +33,9 @@ def bigram_bucket(previous: np.ndarray, token: np.ndarray) -> np.ndarray:
 
 
 def repeats(seen: np.ndarray, first: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each token of seen [B, first + T] from `first` on was in its document before, and the document's length before it."""
+    """How often each token of seen [B, first + T] from `first` on was in its document before, and the document's length
+    before it.
+    """
     place = np.arange(seen.shape[1])
     begins = np.zeros_like(seen, dtype=bool)
     begins[:, 1:] = seen[:, :-1] == eos

@@ -77,8 +77,8 @@ def publish(
     """Calls `write` with a temporary folder beside `folder`, syncs it, and renames it; an older `folder` is replaced.
 
     read_back: reads the temporary folder as a user will read `folder`. UserError where it cannot be read.
-    keep_existing: an older one is kept instead, where every process writes the same content.
-    If anything fails, the temporary folder is removed, and an older `folder` stays. UserError if the disk is full or cannot be written.
+    keep_existing: an older one is kept instead, where every process writes the same content. If anything fails, the
+    temporary folder is removed, and an older `folder` stays. UserError if the disk is full or cannot be written.
     """
     temp_dir = folder.with_name(f".tmp-{folder.name}-{os.getpid()}")
     old_dir = folder.with_name(f".old-{folder.name}")

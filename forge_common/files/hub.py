@@ -1,4 +1,5 @@
-"""The Hugging Face hub: fetches the artifacts that a command line names as ORG/NAME or ORG/NAME@REVISION, and checks who may upload.
+"""The Hugging Face hub: fetches the artifacts that a command line names as ORG/NAME or ORG/NAME@REVISION, and checks
+who may upload.
 
 Only the files that an artifact has are fetched: no pickles and no code. They are untrusted, and verified when they are read.
 """
@@ -19,9 +20,11 @@ PATTERNS = (  # of the files of a trunk, a module or an assembled model
 
 
 def local_folder(place: str | Path, kind: str | None = "trunk", files: tuple[str, ...] = PATTERNS) -> Path:
-    """The folder of an artifact: `place`, or that of the output directory of a run (`published`), or of a hub id, which is fetched.
+    """The folder of an artifact: `place`, or that of the output directory of a run (`published`), or of a hub id, which
+    is fetched.
 
-    kind: trunk or module; None: an assembled model too. files: names or patterns of what is fetched of a hub id. UserError where there is no such folder and no such repository.
+    kind: trunk or module; None: an assembled model too. files: names or patterns of what is fetched of a hub id.
+    UserError where there is no such folder and no such repository.
     """
     folder = published(Path(place), kind) if kind else Path(place)
     if folder.is_dir():

@@ -1,4 +1,6 @@
-"""The files of an artifact, and the files, folders and sources that a command line names: whether they exist, the nearest name that does."""
+"""The files of an artifact, and the files, folders and sources that a command line names: whether they exist, the
+nearest name that does.
+"""
 
 import difflib
 import os
@@ -29,7 +31,9 @@ def split_weight(source: str) -> tuple[str, str | None]:
 
 
 def missing_source(source: str) -> str | None:
-    """What is wrong with a source of text that names a file or folder which does not exist; None for globs, URLs, hf: and local:."""
+    """What is wrong with a source of text that names a file or folder which does not exist; None for globs, URLs, hf:
+    and local:.
+    """
     spec = split_weight(source)[0]
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", spec) or re.search(r"[*?[]", spec):
         return None
@@ -47,7 +51,9 @@ def missing_file(place: str) -> str | None:
 
 
 def missing_artifact(place: str) -> str | None:
-    """What is wrong with a trunk or module that is neither a folder nor may be a hub id (ORG/NAME[@REVISION], where ORG is no folder here)."""
+    """What is wrong with a trunk or module that is neither a folder nor may be a hub id (ORG/NAME[@REVISION], where ORG
+    is no folder here).
+    """
     path = Path(place).expanduser()
     if path.exists() or hub_id(place):
         return None

@@ -79,7 +79,8 @@ def read_tensors(path: Path, dtypes: tuple[torch.dtype, ...] = FLOATS) -> Tensor
 
 
 def drop_pages(tensors: Tensors) -> None:
-    """Takes the files of tensors that were only read out of this process's memory: what is used later is read again, from the same map.
+    """Takes the files of tensors that were only read out of this process's memory: what is used later is read again,
+    from the same map.
 
     On Linux; elsewhere the pages stay until the system needs the memory.
     """

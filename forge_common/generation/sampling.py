@@ -103,7 +103,8 @@ def sample(
 ) -> Iterator[int]:
     """Token ids after `prompt`, one at a time, until the context is full.
 
-    cache: of keys and values, filled by an earlier call, or empty. It is emptied where its tokens are not the beginning of `prompt`.
+    cache: of keys and values, filled by an earlier call, or empty. It is emptied where its tokens are not the beginning
+    of `prompt`.
     """
     import torch
 

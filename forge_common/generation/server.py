@@ -1,7 +1,7 @@
 """The HTTP server of forge_common.chat: the page, and POST /generate, whose response is a line of JSON for each token.
 
-A page of another site must not use the model, nor read what it generates. So a request needs a Host header with a name of this server (a site's
-own name may resolve to 127.0.0.1), and a POST an Origin header that is this server.
+A page of another site must not use the model, nor read what it generates. So a request needs a Host header with a name
+of this server (a site's own name may resolve to 127.0.0.1), and a POST an Origin header that is this server.
 """
 
 import ipaddress

@@ -81,10 +81,11 @@ class Session:
         self._cache: list = []
 
     def answer(self, request: Request) -> Generator[dict[str, Any]]:
-        """The lines of the response, as they come: the names of the candidates, each token, and what ended the text or went wrong.
+        """The lines of the response, as they come: the names of the candidates, each token, and what ended the text or
+        went wrong.
 
-        The caller holds `busy`. A model may fail in any way, so every exception becomes a line; only those that are not a
-        UserError are printed too.
+        The caller holds `busy`. A model may fail in any way, so every exception becomes a line; only those that are not
+        a UserError are printed too.
         """
         try:
             yield from self._lines(request)

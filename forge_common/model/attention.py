@@ -27,7 +27,8 @@ def _compiled_flex_attention() -> Any:
 def frequencies(config: ModelConfig, length: int, device: Any = None) -> tuple[torch.Tensor, float]:
     """The angle per position of each pair [d/2], and the factor of cos and sin, in a sequence of `length` tokens.
 
-    By the steps of Transformers' modeling_rope_utils, so that the float32 values are the same. yarn: Peng et al., arXiv 2309.00071.
+    By the steps of Transformers' modeling_rope_utils, so that the float32 values are the same. yarn: Peng et al., arXiv
+    2309.00071.
     """
     d = config.head_dim
     theta = config.rope_theta
@@ -70,14 +71,21 @@ def _attention_factor(rope: dict[str, Any]) -> float:
 
 
 def rotary(config: ModelConfig, length: int, past: int = 0, device: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin [T, d] for the positions from `past` to `length` - 1. Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama."""
+    """cos and sin [T, d] for the positions from `past` to `length` - 1.
+
+    Source: Su et al., RoFormer, arXiv 2104.09864; halves as in HF's Llama.
+    """
     frequency, scale = frequencies(config, length, device)
     angle = torch.outer(torch.arange(past, length, device=device).float(), frequency).repeat(1, 2)
     return angle.cos() * scale, angle.sin() * scale
 
 
 class _Rotation(torch.autograd.Function):
-    """`rotate`. Its backward pass is the rotation by the opposite angles; torch's own would keep nothing more, but make five temporary tensors."""
+    """`rotate`.
+
+    Its backward pass is the rotation by the opposite angles; torch's own would keep nothing more, but make five
+    temporary tensors.
+    """
 
     @staticmethod
     def forward(ctx, x, cos, sin):
@@ -155,9 +163,9 @@ def document_mask(
 ) -> torch.Tensor | BlockMask:
     """The causal mask that keeps a token within its document, for the queries after the first `past` tokens.
 
-    document [B, P + T]: the number of each token's document; [1, P + T] of zeros is plain causal attention. Returns bool
-    [B, 1, T, P + T], True: may attend. fused: the same, as the blocks that flex_attention takes (no `past`). sliding_window: to how
-    many tokens one attends, itself included.
+    document [B, P + T]: the number of each token's document; [1, P + T] of zeros is plain causal attention. Returns
+    bool [B, 1, T, P + T], True: may attend. fused: the same, as the blocks that flex_attention takes (no `past`).
+    sliding_window: to how many tokens one attends, itself included.
     """
     if fused:
         # inductor rejects a mask that is made of numbers of its own graph ("convert FlexibleLayout to FixedLayout first").

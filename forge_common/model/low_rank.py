@@ -14,8 +14,8 @@ class _LowRankProduct(torch.autograd.Function):
     """x W^T + scale x A^T B^T + bias, where W and bias are frozen and x is `input`, or act(input) * up.
 
     For the gradient g: of B g^T (scale x A^T), of A h^T x with h = scale g B, of x g W + h A. Kept are input, up and
-    scale x A^T; act(input) * up is computed again. The low-rank parts are added in place: a temporary tensor of the size of the
-    result would cost more time than their products, and leave a gap between the tensors that are kept.
+    scale x A^T; act(input) * up is computed again. The low-rank parts are added in place: a temporary tensor of the
+    size of the result would cost more time than their products, and leave a gap between the tensors that are kept.
     """
 
     @staticmethod

@@ -8,14 +8,15 @@
 | lora | a change of rank `rank` to each matrix in `targets` | a change of rank `rank` to the head |
 | expert | a copy of the feed-forward, mixed with the trunk's per token by a trained router row (as in FlexOlmo) | an output head of its own |
 
-The frozen tensors keep their names, and a new module does not change the model's output. `fold` turns a trunk with a module
-into an ordinary checkpoint.
+The frozen tensors keep their names, and a new module does not change the model's output. `fold` turns a trunk with a
+module into an ordinary checkpoint.
 
-Kind lora, for those who convert it: W + alpha / rank * B A, in float32 or in the type of the module's file. The tensors of layer i are
-`model.layers.i.mlp.NAME.lora_A` [R, in] and `.lora_B` [out, R] for gate_proj, up_proj and down_proj, `model.layers.i.self_attn.NAME.lora_A` and
-`.lora_B` for q_proj, k_proj, v_proj and o_proj, for the NAMEs in `targets` and the i in `layers`; with +head also `head_change.lora_A` [R, D] and
-`head_change.lora_B` [V, R], of the output head alone where it is tied to the embedding. module.json has `kind`, `layers`, `rank`, `alpha`, `dropout`
-and `targets`; metadata.module_arguments fills in what modules of earlier versions lack (alpha = rank, targets = the feed-forward's).
+Kind lora, for those who convert it: W + alpha / rank * B A, in float32 or in the type of the module's file. The tensors
+of layer i are `model.layers.i.mlp.NAME.lora_A` [R, in] and `.lora_B` [out, R] for gate_proj, up_proj and down_proj,
+`model.layers.i.self_attn.NAME.lora_A` and `.lora_B` for q_proj, k_proj, v_proj and o_proj, for the NAMEs in `targets`
+and the i in `layers`; with +head also `head_change.lora_A` [R, D] and `head_change.lora_B` [V, R], of the output head
+alone where it is tied to the embedding. module.json has `kind`, `layers`, `rank`, `alpha`, `dropout` and `targets`;
+metadata.module_arguments fills in what modules of earlier versions lack (alpha = rank, targets = the feed-forward's).
 
 B batch, T time, D width, V vocabulary, R rank
 """
@@ -109,9 +110,9 @@ def plug_in(
 ) -> list[str]:
     """Adds a new module of `kind` to `layers` and freezes the rest, in place; returns the names of the module's tensors.
 
-    width: of the feed-forward of kind narrow (0: a quarter of the trunk's). rank, alpha, dropout, targets: of kind lora (rank 0: 16, alpha 0:
-    the rank). Copied tensors start as the trunk's, added ones so that the output does not change. A head of its own is untied
-    from the embedding.
+    width: of the feed-forward of kind narrow (0: a quarter of the trunk's). rank, alpha, dropout, targets: of kind lora
+    (rank 0: 16, alpha 0: the rank). Copied tensors start as the trunk's, added ones so that the output does not change.
+    A head of its own is untied from the embedding.
     """
     if kind not in KINDS:
         raise UserError(f"--kind {kind} does not exist. The kinds of module are {', '.join(KINDS)}.")
@@ -167,7 +168,10 @@ def untie(trunk: Trunk) -> nn.Linear:
 
 
 def layout(config: ModelConfig, tensors: dict[str, torch.Tensor], kind: str, layers: list[int], **sizes: Any) -> Trunk:
-    """A trunk with a module whose tensors have these names and shapes, all on the meta device. UserError where they are not those of the kind."""
+    """A trunk with a module whose tensors have these names and shapes, all on the meta device.
+
+    UserError where they are not those of the kind.
+    """
     with torch.device("meta"):  # nothing is allocated that an untrusted width or rank asks for
         bare = Trunk(config)
         names = plug_in(bare, kind, layers, **sizes)
@@ -202,7 +206,8 @@ class WidenedHead(nn.Module):
 
 
 def widen_on_use(model: Trunk, names: list[str], dtype: torch.dtype) -> None:
-    """The parameters `names` get the type of the computation where they are first used: a module in bf16 that serves no token is not read.
+    """The parameters `names` get the type of the computation where they are first used: a module in bf16 that serves no
+    token is not read.
 
     A part widens its own before its forward pass; the head, which has none, in Trunk.head.
     """
@@ -237,9 +242,9 @@ def put_in(trunk: Trunk, tensors: dict[str, torch.Tensor], kind: str, layers: li
 def fold(trunk: Trunk) -> None:
     """Turns the module in `trunk` into tensors of an ordinary checkpoint, in place.
 
-    Low-rank changes are added to their matrices. A parallel feed-forward is joined to the trunk's as one wider feed-forward; the
-    other layers are padded with zeros, since a Transformers checkpoint has one intermediate size. UserError for a module
-    that a Transformers checkpoint cannot express.
+    Low-rank changes are added to their matrices. A parallel feed-forward is joined to the trunk's as one wider
+    feed-forward; the other layers are padded with zeros, since a Transformers checkpoint has one intermediate size.
+    UserError for a module that a Transformers checkpoint cannot express.
     """
     if trunk.head_change is not None:
         weight = trunk.head.detach().clone()

@@ -1,7 +1,7 @@
 """The trunk: a pre-norm decoder with rotary positions, grouped-query attention and SwiGLU, under Hugging Face's names.
 
-The state dict is that of LlamaForCausalLM (or of another of config.FAMILIES), so that a trunk is a Transformers checkpoint.
-The loss is computed inside: no logits leave the model in training.
+The state dict is that of LlamaForCausalLM (or of another of config.FAMILIES), so that a trunk is a Transformers
+checkpoint. The loss is computed inside: no logits leave the model in training.
 
 B batch, T time, D width, V vocabulary, d width of a head, L layers, E experts
 """
@@ -79,7 +79,8 @@ class DecoderLayer(nn.Module):
     def forward(self, x, rope, mask, scored, load, cache, layer, feed=None, attend=None, recompute=False):
         """x [B, T, D] -> x [B, T, D] and the router's (balance, z, counts), or None without a router.
 
-        feed, attend: replace this layer's `feed` and `self_attn`, in an assembled model. recompute: keep x alone for the backward pass.
+        feed, attend: replace this layer's `feed` and `self_attn`, in an assembled model. recompute: keep x alone for
+        the backward pass.
         """
         if recompute and torch.is_grad_enabled():  # inside the layer's forward, so that FSDP's hooks are around it
             return checkpoint(
@@ -112,7 +113,8 @@ class Decoder(nn.Module):
     ):
         """inputs [B, T] -> hidden [B, T, D] after the last norm, and (balance, z, counts) of each layer with a router.
 
-        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds, attends: one for each layer, or None. recompute: of DecoderLayer.
+        scored [B, T]: bool. load [L, E]: f of the balance loss. feeds, attends: one for each layer, or None. recompute:
+        of DecoderLayer.
         """
         seen = torch.cat((cache[0][0], inputs), dim=1) if cache else inputs
         past = seen.shape[1] - inputs.shape[1]
@@ -213,8 +215,8 @@ class Trunk(nn.Module):
     def split(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """inputs and labels [B, T]; a label that is not scored is `ignore_index`.
 
-        A token t that is read but not scored is CONTEXT - t in `tokens`. Padding of -100 becomes token 0 in the inputs: no scored
-        token attends to it.
+        A token t that is read but not scored is CONTEXT - t in `tokens`. Padding of -100 becomes token 0 in the inputs:
+        no scored token attends to it.
         """
         inputs = tokens[:, :-1]
         inputs = torch.where(inputs <= CONTEXT, CONTEXT - inputs, inputs).clamp(min=0)
@@ -244,8 +246,8 @@ class Trunk(nn.Module):
     def flops_per_token(self, sequence_length: int) -> int:
         """FLOPs of an update per token, without those that frozen parameters save.
 
-        For each weight 2 forward, 2 for the gradient of its input and 2 for its own (Kaplan et al., arXiv 2001.08361). For
-        the scores and values of causal attention 2 * T * H * d a layer forward, and twice that backward.
+        For each weight 2 forward, 2 for the gradient of its input and 2 for its own (Kaplan et al., arXiv 2001.08361).
+        For the scores and values of causal attention 2 * T * H * d a layer forward, and twice that backward.
         """
         flops = 0
         reached = (

@@ -1,4 +1,6 @@
-"""The curves of runs, as data that charts.js draws: {"title", "y": its unit, "series": [{"name", "colour": its number, "x": updates, "y"}]}."""
+"""The curves of runs, as data that charts.js draws: {"title", "y": its unit, "series": [{"name", "colour": its number,
+"x": updates, "y"}]}.
+"""
 
 import math
 from collections.abc import Sequence

@@ -14,7 +14,10 @@ SETTINGS = {  # field of a request -> label, and the attributes of its input
 
 
 def chat_page(title: str, names: Sequence[str], *, chat: bool, defaults: dict[str, float]) -> str:
-    """names: the candidates, the trunk first. chat: the model has a chat template. defaults: of the fields; the others are empty."""
+    """names: the candidates, the trunk first. chat: the model has a chat template.
+
+    defaults: of the fields; the others are empty.
+    """
     colours = candidate_colours(len(names))
     inputs = "".join(
         f'<label>{label} <input type="number" name="{name}" value="{defaults.get(name, "")}" {attributes}></label>'

@@ -1,7 +1,7 @@
 """One HTML file without network: sections, tables, and charts that uPlot draws in the browser.
 
-Whatever is not markup of this folder is escaped. A Content-Security-Policy allows the page's own scripts, by their digests, and
-no request (of forge_common.chat's page: those to its server): a text that is shown cannot run anything.
+Whatever is not markup of this folder is escaped. A Content-Security-Policy allows the page's own scripts, by their
+digests, and no request (of forge_common.chat's page: those to its server): a text that is shown cannot run anything.
 """
 
 import base64

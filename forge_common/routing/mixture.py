@@ -1,8 +1,10 @@
 """The assembled model: a frozen trunk and separately trained modules, mixed by a router.
 
-In every layer h += sum_e g_t(e) A_e(norm h) and h += sum_e g_t(e) F_e(norm h), where A_0 and F_0 are the trunk's attention and
-feed-forward (and those of a module in layers where it does not change them). Each A_e has its own queries, keys and values, also of the tokens
-that other candidates serve: n attentions that differ cost n attentions. Norms after attention and feed-forward (OLMo2) are of these sums. At the end the candidates' probabilities are mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)].
+In every layer h += sum_e g_t(e) A_e(norm h) and h += sum_e g_t(e) F_e(norm h), where A_0 and F_0 are the trunk's
+attention and feed-forward (and those of a module in layers where it does not change them). Each A_e has its own
+queries, keys and values, also of the tokens that other candidates serve: n attentions that differ cost n attentions.
+Norms after attention and feed-forward (OLMo2) are of these sums. At the end the candidates' probabilities are mixed:
+log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)].
 
 B batch, T time, P time before the window, E candidates (the trunk first), D width, V vocabulary
 """
@@ -24,7 +26,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 def with_module(trunk: Trunk, tensors: Tensors, kind: str, layers: list[int], **sizes: Any) -> Trunk:
-    """A model with the module. What the module leaves as it is, it shares with the trunk. Mapped tensors stay so, and are not read."""
+    """A model with the module. What the module leaves as it is, it shares with the trunk.
+
+    Mapped tensors stay so, and are not read.
+    """
     model = layout(trunk.config, tensors, kind, layers, **sizes)
     own = {name: nn.Parameter(tensor.to(trunk.head.device)) for name, tensor in tensors.items()}
     model.load_state_dict(dict(trunk.named_parameters()) | own, assign=True)
@@ -34,7 +39,9 @@ def with_module(trunk: Trunk, tensors: Tensors, kind: str, layers: list[int], **
 
 
 def _share(part: nn.Module, trunk_part: nn.Module) -> None:
-    """Replaces what has only parameters of the trunk by the trunk's: for many modules the objects take more memory than the counts."""
+    """Replaces what has only parameters of the trunk by the trunk's: for many modules the objects take more memory than
+    the counts.
+    """
     for name, child in part.named_children():
         other = getattr(trunk_part, name, None)
         if other is None:
@@ -71,8 +78,8 @@ class Mixture(nn.Module):
     def nats(self, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         """Nats of each label of tokens [B, T + 1], 0 where not scored: [B, T].
 
-        before [B, P]: the ids before them in the document, -1 (on the left) where there are none or they are unknown. An
-        EOS marks the start of a document. Only the router uses them.
+        before [B, P]: the ids before them in the document, -1 (on the left) where there are none or they are unknown.
+        An EOS marks the start of a document. Only the router uses them.
         """
         inputs, labels = self.candidates[0].split(tokens)
         state = self._start(inputs, before)
@@ -105,8 +112,8 @@ class Mixture(nn.Module):
     def next_logits(self, inputs: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
         """Log probabilities [B, V] after inputs [B, T]. With `cache` (a list, empty at first) pass only the new tokens.
 
-        After the layers' keys and values the cache has the router's state, then those of the modules' attentions: a Cache for each
-        (layer, candidate).
+        After the layers' keys and values the cache has the router's state, then those of the modules' attentions: a
+        Cache for each (layer, candidate).
         """
         cache = [] if cache is None else cache
         depth = 1 + len(self.changed_by)
@@ -155,7 +162,9 @@ class Mixture(nn.Module):
         return State(filtered[:, -1], filtered[:, -1], torch.cat((state.history, before), dim=1))
 
     def _hidden(self, inputs: torch.Tensor, state: State, cache: Cache | None, own_caches: dict | None = None):
-        """hidden [B, T, D], gates [B, T, E] (of the last layer where each has its own), the filter's states and their evidence, `_only`."""
+        """hidden [B, T, D], gates [B, T, E] (of the last layer where each has its own), the filter's states and their
+        evidence, `_only`.
+        """
         layer_gates: list[torch.Tensor] = []
         gates = filtered = evidence = None
         if isinstance(self.router, ContextRouter):
@@ -179,7 +188,10 @@ class Mixture(nn.Module):
         return hidden, gates, gates if filtered is None else filtered, evidence, only
 
     def _attend(self, changed_by, gates, served: dict, own_caches: dict | None, normed, rope, mask, cache, index: int):
-        """sum_e g_t(e) A_e(normed), [B, T, D], as `_feed`. With a cache all candidates attend: a later token may need their keys and values."""
+        """sum_e g_t(e) A_e(normed), [B, T, D], as `_feed`.
+
+        With a cache all candidates attend: a later token may need their keys and values.
+        """
         if gates is None:
             gates = self._best(self.router.layer(index, normed))
             served = {}
@@ -238,7 +250,9 @@ class Mixture(nn.Module):
         return served
 
     def _function(self, e: int, index: int) -> Callable:
-        """A candidate's feed-forward, (normed, scored, load) -> (y, ...); of a RoutedExpert the expert alone, without its router row."""
+        """A candidate's feed-forward, (normed, scored, load) -> (y, ...); of a RoutedExpert the expert alone, without
+        its router row.
+        """
         layer = self.layers[e][index]
         expert = layer.addition
         return (lambda normed, *_: (expert.expert(normed), None)) if isinstance(expert, RoutedExpert) else layer.feed

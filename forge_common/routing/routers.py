@@ -47,11 +47,11 @@ class State:
 class ContextRouter:
     """Bayes' rule over the document so far: the forward filter of a hidden Markov model whose states are the candidates.
 
-    The likelihood of a token under a candidate is its probability after the token before it, from the candidate's counts. Each
-    candidate's probabilities sum to 1 over the vocabulary. Fewer counts are closer to the mean of all candidates, which says
-    nothing for or against any of them. Tokens that the document repeats count less. One more state is the unknown domain, whose
-    probabilities are the mean of all candidates'. An EOS resets the filter to the prior. The gates at t depend on the tokens up
-    to t alone. All tensors are on the CPU.
+    The likelihood of a token under a candidate is its probability after the token before it, from the candidate's
+    counts. Each candidate's probabilities sum to 1 over the vocabulary. Fewer counts are closer to the mean of all
+    candidates, which says nothing for or against any of them. Tokens that the document repeats count less. One more
+    state is the unknown domain, whose probabilities are the mean of all candidates'. An EOS resets the filter to the
+    prior. The gates at t depend on the tokens up to t alone. All tensors are on the CPU.
     """
 
     def __init__(self, statistics: list[Tensors], prior: torch.Tensor, eos_token_id: int, tuning: Tuning):
@@ -180,7 +180,8 @@ class ContextRouter:
 
 
 def repeats(seen: np.ndarray, first: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each token of seen [B, first + T] from `first` on was in its document before, and the document's length before it.
+    """How often each token of seen [B, first + T] from `first` on was in its document before, and the document's length
+    before it.
 
     Both [B, T]. -1 (on the left) where a token is unknown. An EOS ends a document, to which it belongs.
     """

@@ -1,8 +1,8 @@
 """Statistics of a module's text for the router: counts of tokens and of pairs of tokens, moments of hidden states.
 
-Pairs are counted in buckets of a hash, and counts are stored on a logarithmic scale of 8 bits. A token or pair in fewer than
-`min_documents` documents counts as 0, where each PIECE tokens of a long document are a document. docs/PRIVACY.md says what can
-be recovered from the counts.
+Pairs are counted in buckets of a hash, and counts are stored on a logarithmic scale of 8 bits. A token or pair in fewer
+than `min_documents` documents counts as 0, where each PIECE tokens of a long document are a document. docs/PRIVACY.md
+says what can be recovered from the counts.
 
 V vocabulary, D width, L layers, d width of the projection
 """
@@ -70,9 +70,9 @@ def count(
 ) -> tuple[Tensors, dict[str, int]]:
     """Counts of tokens [V] and of hashed pairs [BIGRAM_BUCKETS] as 8-bit codes, and the sample's size.
 
-    The first token of a document forms a pair with an EOS. A count is 0 where fewer than `min_documents` documents have it;
-    each PIECE tokens of a document, and the rest of it, are a document here. What is not scored is not counted, except as the first
-    of a pair.
+    The first token of a document forms a pair with an EOS. A count is 0 where fewer than `min_documents` documents have
+    it; each PIECE tokens of a document, and the rest of it, are a document here. What is not scored is not counted,
+    except as the first of a pair.
     """
     sizes = {"unigrams": vocab_size, "bigrams": BIGRAM_BUCKETS}
     totals = {name: np.zeros(size, np.int64) for name, size in sizes.items()}
@@ -110,9 +110,9 @@ def moments(
 ) -> Tensors:
     """For each layer the means of x x' and x over the normed inputs x of the feed-forward, for a ridge regression.
 
-    second [L, d, d] and first [L, d], float16, where d is the width of a fixed projection. Source: DUME, arXiv 2603.29765.
-    tensors: of the trunk without a module, on any device. All windows go through one layer before the next, so that
-    `device` holds the weights of one layer at a time, in float32.
+    second [L, d, d] and first [L, d], float16, where d is the width of a fixed projection. Source: DUME, arXiv
+    2603.29765. tensors: of the trunk without a module, on any device. All windows go through one layer before the next,
+    so that `device` holds the weights of one layer at a time, in float32.
     """
     with torch.device("meta"):
         decoder = Decoder(config)

@@ -1,7 +1,7 @@
 """The folder of a run's checkpoints: what a complete one is, which are kept, which is the newest that verifies.
 
-A folder gets its name step-N only when its files are complete and synced. Everything here is for the main process, and nothing
-knows models or processes.
+A folder gets its name step-N only when its files are complete and synced. Everything here is for the main process, and
+nothing knows models or processes.
 """
 
 import hashlib

@@ -57,9 +57,10 @@ def size(model: torch.nn.Module) -> int:
 class Writer:
     """Writes the checkpoints of a run beside its training.
 
-    The loop waits for a copy of the trained state in host memory (12 bytes for a float32 parameter, on the main process, from the
-    first copy to the end of the run). A thread writes, hashes, syncs and renames. The loop waits for the thread, and no copy is made,
-    where the checkpoint is `required` or its copy would take more than half of the free memory.
+    The loop waits for a copy of the trained state in host memory (12 bytes for a float32 parameter, on the main
+    process, from the first copy to the end of the run). A thread writes, hashes, syncs and renames. The loop waits for
+    the thread, and no copy is made, where the checkpoint is `required` or its copy would take more than half of the
+    free memory.
     """
 
     def __init__(self, accelerator: Any, model: torch.nn.Module, settings: Any):
@@ -72,11 +73,11 @@ class Writer:
     def save(self, progress: Progress, *, required: bool, print_line: Callable[[str], None]) -> None:
         """Writes OUTPUT/checkpoints/step-N under a temporary name, with a manifest, syncs and renames it. A collective.
 
-        Waits for the checkpoint before this one. Returns when the state is copied or, without a copy, when this one has its name.
-        Then all but the settings.keep newest and the best by validation are deleted. Where the disk is full, the
-        partial checkpoint is removed, the older ones stay, and the message says how much space is missing; if the checkpoint
-        is `required`, that is a UserError on all ranks. So is an output directory that is gone. Another error is raised on all
-        ranks; one in the thread is printed at once and raised by the next `save`.
+        Waits for the checkpoint before this one. Returns when the state is copied or, without a copy, when this one has
+        its name. Then all but the settings.keep newest and the best by validation are deleted. Where the disk is full,
+        the partial checkpoint is removed, the older ones stay, and the message says how much space is missing; if the
+        checkpoint is `required`, that is a UserError on all ranks. So is an output directory that is gone. Another
+        error is raised on all ranks; one in the thread is printed at once and raised by the next `save`.
         """
         folder = checkpoints_of(self.settings)
         name = f"step-{progress.global_step:08d}"

@@ -1,14 +1,15 @@
 """The trained state of a model that an engine has divided over the processes: gathered into whole tensors, and divided again.
 
-A checkpoint has one format, that of accelerate's save_state for one process: model.safetensors has the trained tensors by name,
-optimizer.bin torch's `optimizer.state_dict()`, whole tensors, indexed in the order of `parameter_groups`. So a run resumes under
-another engine and with another number of processes.
+A checkpoint has one format, that of accelerate's save_state for one process: model.safetensors has the trained tensors
+by name, optimizer.bin torch's `optimizer.state_dict()`, whole tensors, indexed in the order of `parameter_groups`. So a
+run resumes under another engine and with another number of processes.
 
 To add an engine, write two functions and return them from `engine_of`. All ranks call both:
-- gather(model, optimizer, keep) -> (weights, optimizer_state). The two files' contents on the CPU where `keep` (the main process),
-  in float32 or the dtype that the optimizer updates; no tensor that a later update changes. What the others return is not read.
-- scatter(model, optimizer, weights, optimizer_state). Every rank is handed both files, memory-mapped: take the own part only.
-`model` is without the wrappers of DDP and torch.compile, the `optimizer` that which `prepare` returned.
+- gather(model, optimizer, keep) -> (weights, optimizer_state). The two files' contents on the CPU where `keep` (the
+  main process), in float32 or the dtype that the optimizer updates; no tensor that a later update changes. What the
+  others return is not read.
+- scatter(model, optimizer, weights, optimizer_state). Every rank is handed both files, memory-mapped: take the own part
+  only. `model` is without the wrappers of DDP and torch.compile, the `optimizer` that which `prepare` returned.
 """
 
 from collections.abc import Callable
@@ -38,8 +39,8 @@ def engine_of(accelerator: Any) -> Engine | None:
 def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any]:
     """`accelerator.prepare`, with which the loop's `optimizer.step` applies an update also under DeepSpeed.
 
-    Frozen weights that are mapped from a file stay mapped: DDP does not broadcast them (all ranks have read the same, `begin` compares),
-    and on CPUs they are not moved from "cpu" to "cpu:0", which copies.
+    Frozen weights that are mapped from a file stay mapped: DDP does not broadcast them (all ranks have read the same,
+    `begin` compares), and on CPUs they are not moved from "cpu" to "cpu:0", which copies.
     """
     if accelerator.state.deepspeed_plugin:
         return zero.prepare(accelerator, model, optimizer)

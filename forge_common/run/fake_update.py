@@ -1,7 +1,8 @@
 """An update with tensors that have a shape and no data, as rank 0 of a world of any size in one process: what it would take.
 
-Every operation is the run's own, but three: a GPU's kernels (gpu_kernels), DDP's buckets, which its C++ code cannot make of
-such tensors, and FSDP2's optimizer and norm, which are given the local parts of its tensors, as DTensor gives them one by one.
+Every operation is the run's own, but three: a GPU's kernels (gpu_kernels), DDP's buckets, which its C++ code cannot
+make of such tensors, and FSDP2's optimizer and norm, which are given the local parts of its tensors, as DTensor gives
+them one by one.
 """
 
 import contextlib
@@ -38,8 +39,8 @@ class _FusedRMSNorm(torch.autograd.Function):
 def gpu_kernels() -> Iterator[None]:
     """Replaces, for fake tensors on the CPU, two functions that a CPU and a GPU compute in different steps.
 
-    RMSNorm: one kernel, which keeps its input and a number a row. Attention: one kernel, which keeps no scores, and whose
-    mask of documents is none in memory (flex_attention, run/kernels.py; FlashAttention keeps the same tensors).
+    RMSNorm: one kernel, which keeps its input and a number a row. Attention: one kernel, which keeps no scores, and
+    whose mask of documents is none in memory (flex_attention, run/kernels.py; FlashAttention keeps the same tensors).
     """
 
     def rms_norm(input, normalized_shape, weight=None, eps=None):
@@ -77,10 +78,11 @@ def fake_update(
     window: tuple[int, int],
     on_gpu: bool,
 ) -> tuple[dict[str, int], list[list[Collective]], int]:
-    """Bytes at the peak of an update by kind, the collectives of each of its micro-batches, and how many parameters this rank updates.
+    """Bytes at the peak of an update by kind, the collectives of each of its micro-batches, and how many parameters
+    this rank updates.
 
-    engine: one, ddp or fsdp2, in bf16. window: [micro_batch_size, sequence_length + 1]. Of several micro-batches the first
-    and the last are computed; those between them are like the first.
+    engine: one, ddp or fsdp2, in bf16. window: [micro_batch_size, sequence_length + 1]. Of several micro-batches the
+    first and the last are computed; those between them are like the first.
     """
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     world = fake_group(devices) if engine == "fsdp2" else contextlib.nullcontext()

@@ -24,10 +24,10 @@ WAIT = 10.0  # seconds until a network file system has shown a file to other mac
 def claim(accelerator: Any, folder: Path) -> TextIO | None:
     """Locks `folder` for this run until the returned file is closed, or the process ends. Main process only.
 
-    UserError, with pid and host, where another run holds it, or where the folder cannot be created or written. The lock is
-    the kernel's (flock): it ends with its owner, also over NFS (v3 with lockd, v4). It is not visible on other machines
-    where a mount keeps locks local (NFS with nolock or local_lock, Lustre with localflock). There, and on file systems
-    without locks, an owner on this host counts as alive if its pid is, and one on another host always does.
+    UserError, with pid and host, where another run holds it, or where the folder cannot be created or written. The lock
+    is the kernel's (flock): it ends with its owner, also over NFS (v3 with lockd, v4). It is not visible on other
+    machines where a mount keeps locks local (NFS with nolock or local_lock, Lustre with localflock). There, and on file
+    systems without locks, an owner on this host counts as alive if its pid is, and one on another host always does.
     """
     if not accelerator.is_main_process:
         return None
@@ -66,14 +66,19 @@ def release(file: TextIO | None) -> None:
 
 
 def _release_at_exit(file: TextIO, pid: int) -> None:
-    """Also after an error that was printed. A process that is killed or ended by force does not get here, and forks do not count."""
+    """Also after an error that was printed.
+
+    A process that is killed or ended by force does not get here, and forks do not count.
+    """
     if not file.closed and os.getpid() == pid:
         with suppress(OSError):  # the disk is full or gone
             release(file)
 
 
 def check_still_there(folder: Path) -> None:
-    """UserError where the output directory, which the run has created, is gone or cannot be written; called after a write failed."""
+    """UserError where the output directory, which the run has created, is gone or cannot be written; called after a
+    write failed.
+    """
     if not os.path.exists(folder):
         problem = "does not exist any more"
     elif not os.path.isdir(folder):

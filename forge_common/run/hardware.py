@@ -18,8 +18,9 @@ class Device(NamedTuple):
     between: float  # GB/s from a machine of 8 devices to the other machines; 0: its network is the buyer's choice
 
 
-# Sources: NVIDIA's data sheets of each name (SXM modules for H200, H100, A100, V100); between machines DGX H200 and H100 (8 ConnectX-7
-# of 400 Gb/s), DGX A100 (8 ConnectX-6 of 200 Gb/s), DGX-1 V100 (4 of 100 Gb/s). Within: half of NVLink's or PCIe's total.
+# Sources: NVIDIA's data sheets of each name (SXM modules for H200, H100, A100, V100); between machines DGX H200 and
+# H100 (8 ConnectX-7 of 400 Gb/s), DGX A100 (8 ConnectX-6 of 200 Gb/s), DGX-1 V100 (4 of 100 Gb/s). Within: half of
+# NVLink's or PCIe's total.
 DEVICES = {
     "H200": Device(989e12, 141, 4800, 450, 400),
     "H100": Device(989e12, 80, 3350, 450, 400),
@@ -67,7 +68,8 @@ def compute_dtype(mixed_precision: str, dtype: str) -> torch.dtype:
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s that MFU refers to: the data sheet's for known GPUs in 16 bits, else of the fastest square matrix product in `dtype`.
+    """FLOP/s that MFU refers to: the data sheet's for known GPUs in 16 bits, else of the fastest square matrix product
+    in `dtype`.
 
     On a CPU small products can be the fastest, since they fit into its cache.
     """

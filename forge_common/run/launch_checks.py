@@ -16,8 +16,8 @@ from . import zero
 def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
     """UserError where the launcher contradicts the script, or started something else than it was asked for.
 
-    Completes DeepSpeed's configuration (run/zero.py). Has FSDP2 keep in float32 what is exact: accelerate would have it round the
-    sums that `forward` returns, expert_load and the reduced gradients to 16 bits.
+    Completes DeepSpeed's configuration (run/zero.py). Has FSDP2 keep in float32 what is exact: accelerate would have it
+    round the sums that `forward` returns, expert_load and the reduced gradients to 16 bits.
     """
     if accelerator.state.deepspeed_plugin:
         if settings.sample_prompt:
@@ -54,7 +54,9 @@ def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
 
 
 def check_trunk_dtype(accelerator: Any, trunk_dtype: str | None) -> None:
-    """UserError where frozen matrices in bf16 would meet activations in float32, or parameters that an engine stores as one type."""
+    """UserError where frozen matrices in bf16 would meet activations in float32, or parameters that an engine stores as
+    one type.
+    """
     if trunk_dtype is None:
         return
     if accelerator.mixed_precision != "bf16":
@@ -72,8 +74,8 @@ def check_trunk_dtype(accelerator: Any, trunk_dtype: str | None) -> None:
 def check_processes() -> None:
     """UserError where `accelerate launch` was asked for more processes than it started.
 
-    With --cpu and MULTI_CPU it starts one process, whatever number was requested, and the environment does not hold that
-    number: it is read from the command line of this process's parent.
+    With --cpu and MULTI_CPU it starts one process, whatever number was requested, and the environment does not hold
+    that number: it is read from the command line of this process's parent.
     """
     import psutil  # accelerate depends on it
 

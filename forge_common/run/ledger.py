@@ -1,7 +1,8 @@
 """A count of the bytes and collectives of an update, by looking at every operation: of a real run, or of one without memory.
 
-torch's own trackers (torch.distributed._tools, 2.13) are not used: under fake tensors they count, for a step of the fused AdamW
-of 8 B parameters on 64 ranks, 112 GiB of whole tensors that DTensor only looks at, and for one device they take six times as long.
+torch's own trackers (torch.distributed._tools, 2.13) are not used: under fake tensors they count, for a step of the
+fused AdamW of 8 B parameters on 64 ranks, 112 GiB of whole tensors that DTensor only looks at, and for one device they
+take six times as long.
 """
 
 import weakref
@@ -29,8 +30,8 @@ class Collective(NamedTuple):
 class Ledger(TorchDispatchMode):
     """Within it: the bytes of live tensors by the phase that made them, their peak, and the collectives.
 
-    What is alive after a phase named "backward..." are gradients, and what FSDP2 gathers into are gathered weights, whichever
-    phase made them.
+    What is alive after a phase named "backward..." are gradients, and what FSDP2 gathers into are gathered weights,
+    whichever phase made them.
     """
 
     def __init__(self) -> None:

@@ -49,7 +49,8 @@ def sized(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]], acce
 
 
 def resolved(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> Any:
-    """The settings with numbers for --steps, --warmup-steps and --val-fraction in place of None, --epochs and --budget. A collective.
+    """The settings with numbers for --steps, --warmup-steps and --val-fraction in place of None, --epochs and --budget.
+    A collective.
 
     UserError where the warm-up is longer than the run.
     """

@@ -167,8 +167,8 @@ class RunLog:
     def training(self, interval: Interval, progress: Any, *, rate: float, grad_norm: float) -> None:
         """Writes a row and a console line for the updates since the last one. A collective.
 
-        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak; as in tokens per second, only
-        scored tokens count, not padding.
+        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak; as in tokens per second,
+        only scored tokens count, not padding.
         """
         step, before = progress.global_step, self._lap_step
         nats, tokens, balance, z = interval.take()
@@ -202,7 +202,8 @@ class RunLog:
     def _mfu(self, speed: float) -> float:
         """The share of the peak that `speed`, tokens per second of all processes, takes.
 
-        A share above 1 shows that the peak was measured on a busy machine: it is measured again, and is at least what was reached.
+        A share above 1 shows that the peak was measured on a busy machine: it is measured again, and is at least what
+        was reached.
         """
         reached = speed * self.flops_per_token / self.accelerator.num_processes
         if reached > self.peak_flops:
@@ -247,7 +248,9 @@ class RunLog:
         self.pace.advance(step, done, micro_batches, outcome, self._mark)
 
     def end_warm_up(self, progress: Any) -> int:
-        """Starts the clock of a dry run again after the updates that are not timed; returns the update that it ends with. A collective."""
+        """Starts the clock of a dry run again after the updates that are not timed; returns the update that it ends
+        with. A collective.
+        """
         step = progress.global_step
         over = torch.tensor(float(time.perf_counter() - self._start > DRY_RUN_SECONDS), device=self.accelerator.device)
         if self.accelerator.num_processes > 1:

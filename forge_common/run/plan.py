@@ -67,8 +67,8 @@ def memory(model: Any, settings: Any) -> tuple[int, int, int]:
 def kept_by_layers(model: Any) -> list[int]:
     """Numbers that each layer keeps for the backward pass, for each token.
 
-    Frozen matrices keep no input, and nothing is kept before the first part that is trained. A low-rank change of down_proj keeps its
-    factors gate and up alone. Not counted: what has the rank, or one number a token.
+    Frozen matrices keep no input, and nothing is kept before the first part that is trained. A low-rank change of
+    down_proj keeps its factors gate and up alone. Not counted: what has the rank, or one number a token.
     """
     config, kept = model.config, []
     width, experts = config.hidden_size, config.num_experts_per_tok if config.num_local_experts else 1

@@ -58,8 +58,9 @@ PENDING = UpdateOutcome(math.nan, math.nan, 0, finite=False, overflow=False, app
 def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
     """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
 
-    With fp16's `scaler` the optimizer is also called after an overflow: the scaler then skips the update and lowers its scale. An
-    update for which the optimizer is not called ends here for the scaler, which would refuse the next one; its scale does not change.
+    With fp16's `scaler` the optimizer is also called after an overflow: the scaler then skips the update and lowers its
+    scale. An update for which the optimizer is not called ends here for the scaler, which would refuse the next one;
+    its scale does not change.
     """
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     overflow = scaler is not None and not finite and math.isfinite(loss)
@@ -155,8 +156,8 @@ def begin(
 ) -> Progress:
     """The progress of a run before its first update, with a new run id. A collective.
 
-    trunk_metadata: {} for a new trunk. general: the windows of a general sample. UserError where the processes of the run have
-    other settings, data or versions than the main process, or do not see its output directory.
+    trunk_metadata: {} for a new trunk. general: the windows of a general sample. UserError where the processes of the
+    run have other settings, data or versions than the main process, or do not see its output directory.
     """
     data = {**corpora.digests, "tokenizer": tokenizer.digest, "trunk": trunk_metadata.get("digest")}
     general_digests = {f"general sample {i}": windows.tokens.digest for i, windows in enumerate(general)}

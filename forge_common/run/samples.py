@@ -14,8 +14,8 @@ NEW_TOKENS = 48  # of a continuation
 def continuations(accelerator: Any, trunk: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, str]]:
     """The likeliest next tokens of each prompt, one after the other: {"prompt", "continuation"}, which ends before an EOS.
 
-    A collective: under FSDP2 each pass is one. So every rank makes the same number of passes, and no EOS ends them. Draws no random
-    number, keeps no gradient, and leaves the model in the mode that it was in.
+    A collective: under FSDP2 each pass is one. So every rank makes the same number of passes, and no EOS ends them.
+    Draws no random number, keeps no gradient, and leaves the model in the mode that it was in.
     """
     training = trunk.training
     trunk.eval()

@@ -29,18 +29,19 @@ Phase = Literal["starting", "dry run", "training", "publishing", "ended"]
 class StopRequest:
     """Whether a run is to end before its last update, and why. Handles signals from its construction on.
 
-    reason: None; "signal", once all ranks agreed in `check`; "patience", when validation no longer improves.
-    exit_code: 128 + its number after a signal (143 for SIGTERM, 130 for SIGINT), else 0.
-    phase: in "training" a signal waits for the end of the update, or of a batch of validation. In "ended" it has no
-    effect. In the other phases (imports, data, publishing) there is nothing to save, and it ends the run at once. A
-    second signal always ends it at once, but for SIGXCPU, which the kernel repeats; files with their final name are complete even
-    then. A SIGHUP that the caller ignores (nohup) stays ignored.
+    reason: None; "signal", once all ranks agreed in `check`; "patience", when validation no longer improves. exit_code:
+    128 + its number after a signal (143 for SIGTERM, 130 for SIGINT), else 0. phase: in "training" a signal waits for
+    the end of the update, or of a batch of validation. In "ended" it has no effect. In the other phases (imports, data,
+    publishing) there is nothing to save, and it ends the run at once. A second signal always ends it at once, but for
+    SIGXCPU, which the kernel repeats; files with their final name are complete even then. A SIGHUP that the caller
+    ignores (nohup) stays ignored.
 
     A thread reads the signals too, because Python runs no signal handler during a collective or a compilation. It also
     detects that the launcher has ended (a killed `accelerate launch` does not end its trainer, accelerate #929), and a
-    standstill: `hang_timeout` seconds (0: no limit), or NORMAL_FACTOR times the longest update, without progress in training.
-    Progress is a layer, a micro-batch or a batch of validation. A process that uses the CPU without progress (it compiles, or
-    a kernel takes long; an endless loop and NCCL's waiting look the same) has SLOW_FACTOR times as long.
+    standstill: `hang_timeout` seconds (0: no limit), or NORMAL_FACTOR times the longest update, without progress in
+    training. Progress is a layer, a micro-batch or a batch of validation. A process that uses the CPU without progress
+    (it compiles, or a kernel takes long; an endless loop and NCCL's waiting look the same) has SLOW_FACTOR times as
+    long.
     """
 
     def __init__(self, hang_timeout: float):
@@ -107,7 +108,8 @@ class StopRequest:
         return self.exit_code if self.reason == "signal" else 0
 
     def begin_training(self, accelerator: Any, layers: Iterable[Any], *, dry_run: bool) -> None:
-        """From here on a signal takes effect at the end of an update, and each of `layers`, forward and backward, is progress.
+        """From here on a signal takes effect at the end of an update, and each of `layers`, forward and backward, is
+        progress.
 
         torch.compile would trace the hooks and compile one graph less: there only micro-batches are progress.
         """

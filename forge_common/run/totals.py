@@ -6,10 +6,11 @@ import torch
 
 
 class Totals(NamedTuple):
-    """Sums over all ranks. loss: nats of the update. num_scored: of the windows of the next update. stop: ranks with a signal.
+    """Sums over all ranks. loss: nats of the update. num_scored: of the windows of the next update. stop: ranks with a
+    signal.
 
-    grad_norm: before clipping; it is the same on every rank. expert_counts: [L][E] assignments, [] without experts. assignments: the
-    same [L, E] on the device, where a copy from the host would be another wait.
+    grad_norm: before clipping; it is the same on every rank. expert_counts: [L][E] assignments, [] without experts.
+    assignments: the same [L, E] on the device, where a copy from the host would be another wait.
     """
 
     loss: float
@@ -21,7 +22,8 @@ class Totals(NamedTuple):
 
 
 def update_totals(accelerator: Any, sums: list[Any], grad_norm: Any, num_scored: torch.Tensor, stop: Any) -> Totals:
-    """The totals of an update of micro-batches `sums` (loss.Sums). A collective, and the only wait for the device in an update.
+    """The totals of an update of micro-batches `sums` (loss.Sums). A collective, and the only wait for the device in an
+    update.
 
     num_scored: this rank's labels in the next update. stop: the run's StopRequest.
     """

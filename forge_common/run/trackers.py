@@ -49,8 +49,8 @@ def choose_tracker(tracker: str) -> tuple[str | None, str]:
 class Tracker:
     """The tracker of a run, started, used and finished by its own thread. On the main process only; no collectives.
 
-    Training never waits for it; the end of the run waits at most LIMIT seconds. A tracker that fails or hangs is disabled,
-    with one line on the console; metrics.jsonl has every row.
+    Training never waits for it; the end of the run waits at most LIMIT seconds. A tracker that fails or hangs is
+    disabled, with one line on the console; metrics.jsonl has every row.
     """
 
     def __init__(
@@ -100,7 +100,8 @@ class Tracker:
         self._print_messages()
 
     def finish(self, exit_code: int, published: Path | None = None) -> None:
-        """Waits for the rows in the queue and ends the tracker, with --log-artifact after it has stored the folder `published`.
+        """Waits for the rows in the queue and ends the tracker, with --log-artifact after it has stored the folder
+        `published`.
 
         `exit_code`: that of the process.
         """
@@ -119,7 +120,8 @@ class Tracker:
         self._print_messages()
 
     def _finish_after_error(self) -> None:
-        """Finishes the tracker of a run that ended by an error, before the tracker's own exit hooks, which have no time limit.
+        """Finishes the tracker of a run that ended by an error, before the tracker's own exit hooks, which have no time
+        limit.
 
         Not a daemon thread, because Python joins those that are not before it calls the exit hooks.
         """

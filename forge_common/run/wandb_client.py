@@ -30,8 +30,8 @@ def without_password(text: str) -> str:
 def unreachable(url: str) -> str | None:
     """The reason why no server answers at `url` within PROBE seconds, or None where one does.
 
-    A refused key, an unknown page or a certificate that Python does not trust counts as an answer, since W&B's client has
-    its own key and certificates. 5xx counts as none.
+    A refused key, an unknown page or a certificate that Python does not trust counts as an answer, since W&B's client
+    has its own key and certificates. 5xx counts as none.
     """
     try:
         urllib.request.urlopen(without_password(url), timeout=PROBE).close()

@@ -1,9 +1,12 @@
-"""DeepSpeed's ZeRO-2 and ZeRO-3: the loop decides which update is applied, and weights and moments are read and written as float32.
+"""DeepSpeed's ZeRO-2 and ZeRO-3: the loop decides which update is applied, and weights and moments are read and written
+as float32.
 
 Two habits would break what every other engine keeps here:
-- accelerate steps inside `accelerator.backward`, before loss and gradient norm are known. `prepare` moves the step to `optimizer.step`.
-- In bf16 the float32 weights start from the rounded ones. `prepare` sets them to the float32 weights that the model had.
-ZeRO-2 and ZeRO-3 keep float32 weights and AdamW's moments in flat partitions; deepspeed.utils.safe_* gather and set them by parameter.
+- accelerate steps inside `accelerator.backward`, before loss and gradient norm are known. `prepare` moves the step to
+  `optimizer.step`.
+- In bf16 the float32 weights start from the rounded ones. `prepare` sets them to the float32 weights that the model
+  had. ZeRO-2 and ZeRO-3 keep float32 weights and AdamW's moments in flat partitions; deepspeed.utils.safe_* gather and
+  set them by parameter.
 """
 
 import math
@@ -20,10 +23,11 @@ OLDEST = (0, 19, 8)  # the first that was run, and whose ZeRO-3 and float32 disc
 
 
 def configure(accelerator: Any, settings: Any) -> None:
-    """Completes DeepSpeed's configuration from `settings`; UserError where it contradicts them or asks for what was never run.
+    """Completes DeepSpeed's configuration from `settings`; UserError where it contradicts them or asks for what was
+    never run.
 
-    The micro-batch size: DeepSpeed would read it from a prepared data loader. The sums of gradients, over micro-batches and over
-    processes, are float32 also in bf16, unless a DeepSpeed file says otherwise.
+    The micro-batch size: DeepSpeed would read it from a prepared data loader. The sums of gradients, over micro-batches
+    and over processes, are float32 also in bf16, unless a DeepSpeed file says otherwise.
     """
     plugin = accelerator.state.deepspeed_plugin
     config = plugin.deepspeed_config
@@ -86,8 +90,8 @@ class Engine:
 
 
 class Optimizer:
-    """In place of accelerate's DeepSpeedOptimizerWrapper, whose methods do nothing: `step` applies the update, and `zero_grad` discards
-    one that was not applied. Before the last micro-batch both do nothing, as accelerate's do.
+    """In place of accelerate's DeepSpeedOptimizerWrapper, whose methods do nothing: `step` applies the update, and
+    `zero_grad` discards one that was not applied. Before the last micro-batch both do nothing, as accelerate's do.
 
     DeepSpeed has no call that discards a gradient. It does so by itself where one is not finite; so an element is made NaN.
     """
@@ -285,7 +289,9 @@ def _link_moments(zero: Any) -> None:
 
 
 def full_tensors(model: torch.nn.Module, keep: bool) -> Tensors:
-    """All tensors of `model`, whole, on the CPU where `keep`: the trained in float32, the frozen as the engine holds them. A collective."""
+    """All tensors of `model`, whole, on the CPU where `keep`: the trained in float32, the frozen as the engine holds
+    them. A collective.
+    """
     utils = _deepspeed().utils
     tensors = {}
     for name, parameter in model.named_parameters():

@@ -1,4 +1,6 @@
-"""`assemble --model` changes an assembled model in place: what results equals a new one, and a kill leaves the old or the new one."""
+"""`assemble --model` changes an assembled model in place: what results equals a new one, and a kill leaves the old or
+the new one.
+"""
 
 import dataclasses
 import json

@@ -1,4 +1,6 @@
-"""Modules of strangers: weights that break a model are refused, statistics and losses that do not fit what is claimed are reported."""
+"""Modules of strangers: weights that break a model are refused, statistics and losses that do not fit what is claimed
+are reported.
+"""
 
 import dataclasses
 import json
@@ -106,7 +108,9 @@ def test_weights_that_spoil_the_trunks_own_text_are_refused():
 
 
 def test_weights_that_spoil_the_text_of_the_modules_counts_are_refused():
-    """Rows of the head for 40 tokens are wrong: refused where the module's counts are of these tokens, not where they are of others."""
+    """Rows of the head for 40 tokens are wrong: refused where the module's counts are of these tokens, not where they
+    are of others.
+    """
     torch.manual_seed(0)
     trunk = Trunk(dataclasses.replace(CONFIG, tie_word_embeddings=False))
     with torch.no_grad():

@@ -1,4 +1,6 @@
-"""A module that is published in bf16: stored in half the bytes, widened exactly when it is read, refused where metadata and file differ."""
+"""A module that is published in bf16: stored in half the bytes, widened exactly when it is read, refused where metadata
+and file differ.
+"""
 
 import dataclasses
 import json

@@ -156,7 +156,9 @@ HOSTILE = ["a: b", "---", "x\n---\ny", "```\n# head", "[a](b)", "| x |", "<scrip
 
 @pytest.mark.parametrize("word", HOSTILE)
 def test_the_card_is_valid_for_any_metadata(word):
-    """What a stranger's metadata may hold stays in its place: one value of the front matter, one cell of a table, one code block."""
+    """What a stranger's metadata may hold stays in its place: one value of the front matter, one cell of a table, one
+    code block.
+    """
     losses = {word: {"tokens": 5, "before": 3.0, "after": 2.0}, "no numbers": {"tokens": word}, "none": word}
     metadata = {
         "name": "a",

@@ -291,7 +291,10 @@ def config(**more):
 
 
 def test_the_loss_is_that_of_the_answers_alone(mixed, tokenizer):
-    """By hand: the logits of all tokens, and the cross-entropy of those that answer. What a prompt's labels are changes no gradient."""
+    """By hand: the logits of all tokens, and the cross-entropy of those that answer.
+
+    What a prompt's labels are changes no gradient.
+    """
     torch.manual_seed(0)
     trunk = Trunk(config()).double()
     conversation = messages(CONVERSATIONS["single"])

@@ -141,7 +141,8 @@ def test_a_weight_too_small_for_its_source_to_be_seen_is_refused():
     assert Counter(source for source, _ in seen(mixture(10, 10, weights=[1000, 1]), range(BLOCK)))[1] == 1
 
 
-# Of the first 5,000 positions, 300 after a resume in the middle, 50 far out; made by the first implementation, position by position.
+# Of the first 5,000 positions, 300 after a resume in the middle, 50 far out; made by the first implementation, position
+# by position.
 ORDERS = [
     ((1,), None, 0, "7016548f80a04ed7 18787561df4ecb8d 5a5380cce15ae024"),
     ((7,), None, 42, "955de0bdfb797933 29c1c315229316cf b51dad8b46468171"),

@@ -1,8 +1,8 @@
 """accelerate_configs/: how the launcher reads each file, and what a run started with it gets.
 
-The launcher ignores much without a message: a typo inside fsdp_config, a key that it takes from the command line only, an
-unquoted `no` (False in YAML). So the tests pass each file through the launcher's own parser and dispatch, and read the known
-names from there.
+The launcher ignores much without a message: a typo inside fsdp_config, a key that it takes from the command line only,
+an unquoted `no` (False in YAML). So the tests pass each file through the launcher's own parser and dispatch, and read
+the known names from there.
 """
 
 import ast

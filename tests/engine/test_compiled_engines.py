@@ -1,4 +1,5 @@
-"""Engines compiled (torch.compile with inductor), and every engine as `accelerate launch` starts it from its file, on CPU processes.
+"""Engines compiled (torch.compile with inductor), and every engine as `accelerate launch` starts it from its file, on
+CPU processes.
 
 `make engines` runs the trunk, `make soak` the modules: a compilation takes a minute or more.
 """
@@ -54,7 +55,10 @@ def eager(shared, module, tmp_path_factory):
 
 
 def same_result(folder: Path, eager: Path, artifact: str) -> None:
-    """Moments of the last update and losses to 1e-6. Other kernels sum in another order, and AdamW divides by small gradients: weights to 5e-6."""
+    """Moments of the last update and losses to 1e-6.
+
+    Other kernels sum in another order, and AdamW divides by small gradients: weights to 5e-6.
+    """
     assert launch.difference(launch.weights(eager, STEPS), launch.weights(folder, STEPS)) < 5e-6
     first, second = (launch.optimizer_state(run, STEPS)["state"] for run in (eager, folder))
     assert all(launch.difference(state, second[index]) < 1e-6 for index, state in first.items())

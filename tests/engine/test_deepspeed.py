@@ -1,7 +1,7 @@
 """ZeRO-2 and ZeRO-3 as accelerate_configs/deepspeed_zero*.yaml have them, on CPU processes, held against one process.
 
-DeepSpeed is not part of requirements.txt: `make engines` installs it into .engines. Each run has an update without a scored token
-and one whose gradient is NaN.
+DeepSpeed is not part of requirements.txt: `make engines` installs it into .engines. Each run has an update without a
+scored token and one whose gradient is NaN.
 """
 
 import json
@@ -277,7 +277,9 @@ def modules(module, engine, tmp_path_factory):
     ("name", "precision"), [("zero2", "float32"), ("zero2", "bf16"), ("zero3", "bf16"), ("zero3-sharded", "bf16")]
 )
 def test_a_module_of_deepspeed_is_that_of_one_process(name, precision, modules):
-    """Published in float32, with the trunk unchanged (DeepSpeed rounds the frozen tensors it holds), and none of it in a checkpoint."""
+    """Published in float32, with the trunk unchanged (DeepSpeed rounds the frozen tensors it holds), and none of it in
+    a checkpoint.
+    """
     (one, _), (two, printed) = modules("one", precision), modules(name, precision)
     if precision == "float32":
         assert launch.difference(published(one, "module"), published(two, "module")) < PRECISIONS[precision]

@@ -303,7 +303,9 @@ def straight_fsdp2(shared, tmp_path_factory) -> Path:
 @pytest.mark.engines
 @pytest.mark.parametrize("moment", [".tmp-step-00000003", ".tmp-step-00000005/manifest.json"])
 def test_killed_inside_a_save(moment, straight_fsdp2, started, shared, tmp_path):
-    """kill -9 for the launcher and both processes, on a slow disk: as soon as the partial checkpoint, or its last file, is there."""
+    """kill -9 for the launcher and both processes, on a slow disk: as soon as the partial checkpoint, or its last file,
+    is there.
+    """
     folder = tmp_path / "run"
     slow = launch.slow_disk(0.1) | FSDP2
     running = started(folder, *LONG, processes=2, new=True, **slow)

@@ -266,8 +266,8 @@ def test_a_late_signal_to_one_rank_is_ignored_by_all(shared, altered, tmp_path):
 
 
 def test_the_process_group_outlives_the_model(shared, altered, tmp_path):
-    """DDP's reducer holds gloo's group. As its last owner it destroys it without giving up the GIL, for which gloo's thread may
-    be waiting to free the tensors of the last collective: the process then never ends."""
+    """DDP's reducer holds gloo's group. As its last owner it destroys it without giving up the GIL, for which gloo's
+    thread may be waiting to free the tensors of the last collective: the process then never ends."""
     show = "    __import__('weakref').finalize(model, lambda: print('FREED', torch.distributed.is_initialized(), flush=True))\n"
     script = altered("train_shared.py", edits.START_LOG, show + edits.START_LOG)
     printed = shared(tmp_path / "run", "--steps", 2, script=script, processes=2)

@@ -5,8 +5,8 @@ import re
 import edits
 import pytest
 
-# On a CPU nothing waits. Counted are the operations that would wait for another device: those that read a value from it or copy
-# one to it, and those whose result has a size that depends on values.
+# On a CPU nothing waits. Counted are the operations that would wait for another device: those that read a value from it
+# or copy one to it, and those whose result has a size that depends on values.
 COUNTER = """
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode

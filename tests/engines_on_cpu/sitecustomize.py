@@ -1,4 +1,5 @@
-"""FSDP2 and DeepSpeed on CPU processes, in a world of gloo. For processes with this folder on PYTHONPATH and ENGINES_ON_CPU=1.
+"""FSDP2 and DeepSpeed on CPU processes, in a world of gloo. For processes with this folder on PYTHONPATH and
+ENGINES_ON_CPU=1.
 
 accelerate makes both engines only of a distributed type of accelerators (MULTI_GPU), and asks CUDA for its backend. With
 ACCELERATE_TORCH_DEVICE=cpu, and without ACCELERATE_USE_CPU, this one answer is all that has to be replaced: the rest is

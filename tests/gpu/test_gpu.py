@@ -1,4 +1,5 @@
-"""What the scripts promise, on one GPU: the numbers of the CPU, the same bits after a kill, and every other engine and command.
+"""What the scripts promise, on one GPU: the numbers of the CPU, the same bits after a kill, and every other engine and
+command.
 
 `make gpu` runs them, started by `accelerate launch` as users do. They need a GPU with bf16.
 """

@@ -1,7 +1,8 @@
 """Trunks of the families of Transformers: read, with modules and published, they have Transformers' logits and gradients.
 
-Each has random weights and a real model's proportions at about 1/32 of its width. `pytest -s` prints the largest differences: of a
-logit with attention by sdpa and by eager, of the gradient of the embedding, and of a logit of the published trunk.
+Each has random weights and a real model's proportions at about 1/32 of its width. `pytest -s` prints the largest
+differences: of a logit with attention by sdpa and by eager, of the gradient of the embedding, and of a logit of the
+published trunk.
 """
 
 import dataclasses

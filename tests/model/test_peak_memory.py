@@ -82,7 +82,10 @@ def test_the_plan_estimates_what_the_backward_pass_needs(family, kind):
 
 
 def test_an_update_of_a_low_rank_module_has_the_peak_of_the_plan():
-    """Live tensors of the second update, where the optimizer has its state: weights, activations, logits. 12 layers hide the temporary ones."""
+    """Live tensors of the second update, where the optimizer has its state: weights, activations, logits.
+
+    12 layers hide the temporary ones.
+    """
     trunk = make("tied", hidden_size=64, intermediate_size=192, num_hidden_layers=12)
     plug_in(trunk, "lora", list(range(12)), rank=2)
     trained, tokens = [p for p in trunk.parameters() if p.requires_grad], text(8, 65)

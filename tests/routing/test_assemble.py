@@ -461,7 +461,9 @@ def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared
 
 
 def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
-    """Of two and eight modules of 24 MiB: the peak of assembling, which reads one at a time, and the memory of the assembled model."""
+    """Of two and eight modules of 24 MiB: the peak of assembling, which reads one at a time, and the memory of the
+    assembled model.
+    """
     tokenizer, draw = byte_tokenizer(), torch.Generator().manual_seed(0)
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,

@@ -127,7 +127,9 @@ LARGE = 2048
 
 
 def languages(seed: int, number: int, tokens: int) -> list[list[np.ndarray]]:
-    """Documents of `tokens` each in three languages with one vocabulary: Zipf's law over words in another order, half of them shared."""
+    """Documents of `tokens` each in three languages with one vocabulary: Zipf's law over words in another order, half
+    of them shared.
+    """
     order = np.random.default_rng(1)
     draw = np.random.default_rng(seed)
     p = 1 / np.arange(1, LARGE - 1)

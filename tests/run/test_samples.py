@@ -36,7 +36,10 @@ def test_training_has_the_same_bits_with_and_without(sampled, shared, tmp_path):
 
 
 def test_each_validation_continues_each_prompt(sampled):
-    """As Transformers does with the published weights, which are those of the last update. No escape sequence reaches the terminal."""
+    """As Transformers does with the published weights, which are those of the last update.
+
+    No escape sequence reaches the terminal.
+    """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     folder, printed = sampled

@@ -176,9 +176,9 @@ def test_a_failed_run_is_not_delayed(start, altered):
 def test_a_stopped_run_keeps_its_exit_code(start):
     """A server that stops to answer during the run: metrics.jsonl has every row, and `wandb sync` sends what W&B has stored.
 
-    W&B writes its file in blocks of 32 KiB, each more than ten rows, and the rest when it ends. On a busy machine the tracker's limit
-    may come before that, or before W&B's own.
-    WANDB_ERROR_REPORTING: W&B's telemetry waits for an answer when the process exits, without a limit.
+    W&B writes its file in blocks of 32 KiB, each more than ten rows, and the rest when it ends. On a busy machine the
+    tracker's limit may come before that, or before W&B's own. WANDB_ERROR_REPORTING: W&B's telemetry waits for an
+    answer when the process exits, without a limit.
     """
     with wandb_server.serve(then="silent") as server:
         run = start(server.url, 5000, "--val-every", 0, WANDB_ERROR_REPORTING="true")

@@ -11,8 +11,9 @@ from ...errors import UserError
 
 PIECE = 1 << 20  # bytes of a file, or characters of a row, that are held and tokenized at once
 RECORD_LIMIT = 32 << 20  # bytes of one line, record or value; a longer one is an error
-# Bytes that reading text, JSON or CSV takes at most, besides the interpreter and its libraries (tests/data/test_memory.py).
-# The worst record takes some fifty times its size: JSON of nothing but brackets becomes a list for every two bytes.
+# Bytes that reading text, JSON or CSV takes at most, besides the interpreter and its libraries
+# (tests/data/test_memory.py). The worst record takes some fifty times its size: JSON of nothing but brackets becomes a
+# list for every two bytes.
 MEMORY_LIMIT = 2 << 30
 POLICIES = {"on_bad_text": ("refuse", "replace", "skip"), "on_bad_line": ("refuse", "skip")}
 
@@ -89,8 +90,8 @@ def cut(text: str) -> tuple[str, ...]:
 def checked(origin: str, text: str, reading: Reading, counts: Counter) -> tuple[str, bytes] | None:
     """A text that is in memory, and its UTF-8. None, and counted, if --on-bad-text skip leaves it out.
 
-    UserError if it holds a lone surrogate, which UTF-8 cannot encode (a byte that could not be decoded becomes one), or NUL, which
-    means binary data.
+    UserError if it holds a lone surrogate, which UTF-8 cannot encode (a byte that could not be decoded becomes one), or
+    NUL, which means binary data.
     """
     try:
         at = text.find("\0")

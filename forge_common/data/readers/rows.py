@@ -27,8 +27,8 @@ def columns_of(names: Collection[Any], text_column: str) -> tuple[str, ...]:
 def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, counts: Counter) -> Iterator[Document]:
     """Turn (origin, row) pairs into documents.
 
-    UserError if the column is missing or holds no text. A column that the *first* row does not have is a wrong flag, and an
-    error under every policy: skipping would skip every row.
+    UserError if the column is missing or holds no text. A column that the *first* row does not have is a wrong flag,
+    and an error under every policy: skipping would skip every row.
     """
     column, column_seen = reading.text_column, False
     for origin, row in rows:
@@ -60,8 +60,8 @@ def _conversation(
 ) -> Document | None:
     """The conversation of a row. None, and counted, where a policy leaves it out.
 
-    Answers are the assistant's messages, with a prompt those of the completion. A prompt that is a text is a message of the user, such
-    a completion one of the assistant.
+    Answers are the assistant's messages, with a prompt those of the completion. A prompt that is a text is a message of
+    the user, such a completion one of the assistant.
     """
     try:
         if columns == ("messages",):

@@ -135,8 +135,8 @@ def _has_text(schema: Any, column: str) -> bool:
 def _values(column: Any) -> Iterator[Any]:
     """The UTF-8 of each value of a text column, as buffers, one at a time: many rows may share one long value.
 
-    As bytes, because Arrow checks the UTF-8 of all rows or none, and one bad row must not hide the others. The offsets of
-    a file are not checked when it is opened: validate() refuses those that point outside of its buffers.
+    As bytes, because Arrow checks the UTF-8 of all rows or none, and one bad row must not hide the others. The offsets
+    of a file are not checked when it is opened: validate() refuses those that point outside of its buffers.
     """
     import pyarrow
 

@@ -19,8 +19,8 @@ def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Documen
     Line ends are kept; a UTF-8 byte order mark is not part of the text. UserError for bytes that are not UTF-8 text, as
     path:line:byte (both counted from 1, the byte within its line), unless on_bad_text allows them.
 
-    A long document is read several times instead of held in memory. A compressed or remote file is therefore copied first,
-    decompressed, to a temporary file, which is deleted with the last of its documents.
+    A long document is read several times instead of held in memory. A compressed or remote file is therefore copied
+    first, decompressed, to a temporary file, which is deleted with the last of its documents.
     """
     separator = None if reading.document_separator is None else reading.document_separator.encode()
     local = isinstance(path, Path) and not suffixes(path)[1]

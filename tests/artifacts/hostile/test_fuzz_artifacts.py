@@ -1,9 +1,9 @@
 """Fuzz tests: a changed artifact is refused by a UserError that names the folder, or loads as it was published.
 
-If it loads, its tensors, configuration and tokenizer are those of the unchanged artifact. No digest covers the rest of the
-metadata: a module's name, sources, licence, losses and counts; the share of documents held out; an assembled model's
-router, its numbers and its top-k. If the digests were computed again, what loads must have the trunk's shapes and finite
-tensors, and must run.
+If it loads, its tensors, configuration and tokenizer are those of the unchanged artifact. No digest covers the rest of
+the metadata: a module's name, sources, licence, losses and counts; the share of documents held out; an assembled
+model's router, its numbers and its top-k. If the digests were computed again, what loads must have the trunk's shapes
+and finite tensors, and must run.
 """
 
 import copy

@@ -97,7 +97,9 @@ def test_ids_outside_the_vocabulary_are_ignored(tmp_path, id):
 
 
 def at_the_limits(kind: str) -> str:
-    """The largest tokenizer of a kind that is accepted: by the length of its tokens (Unigram), by their number and the merges (BPE)."""
+    """The largest tokenizer of a kind that is accepted: by the length of its tokens (Unigram), by their number and the
+    merges (BPE).
+    """
     content = json.loads(byte_tokenizer().backend.to_str())
     if kind == "Unigram":
         draw = random.Random(0)
