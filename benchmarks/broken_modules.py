@@ -7,7 +7,7 @@ One module after the other is broken in each way, beside the good others. A row 
 trial (nats per token above the trunk's loss: on text that the trunk generates, and on text drawn from the module's own
 counts), the largest change of a domain's loss against the model without the module, with all gates and with top-1, and
 the loss that --check-data would measure on the module's domain less the trunk's. Each module's domain is the local
-corpus of its name. --foreign DIR: a module trained on the ids of another tokenizer.
+corpus of its name.
 """
 
 import sys
@@ -36,10 +36,8 @@ class Settings:
     cache_dir: Path
     domains: tuple[str, ...] = ("docs", "python", "cpp")
     """Local corpora that are scored; each module is called as its own."""
-    foreign: Path | None = None
-    """Module of the kind of the others, whose weights take the place of each one's."""
     ways: tuple[str, ...] = ()
-    """Rows to measure: keys of WAYS, or foreign. None: all."""
+    """Rows to measure: keys of WAYS. None: all."""
     max_tokens: int = 6000
     """Tokens of a domain that are scored at most."""
 
@@ -67,7 +65,7 @@ def flipped(part: str) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {name: -tensor if part in name else tensor for name, tensor in tensors.items()}
 
 
-WAYS: dict[str, Callable[[Tensors], Tensors] | None] = {
+WAYS: dict[str, Callable[[Tensors], Tensors]] = {
     "nothing": times(1),
     "all times 1.5": times(1.5),
     "all times 3": times(3),
@@ -102,8 +100,7 @@ def main(settings: Settings) -> None:
         model = Mixture(trunk, {part.name: part.model for part in named}, router, top_k=top_k).eval()
         return {name: evaluate.score(model, column, scoring, "cpu")["loss"] for name, column in columns.items()}
 
-    ways = WAYS | ({"foreign": None} if settings.foreign else {})
-    ways = {way: change for way, change in ways.items() if way in (settings.ways or ways)}
+    ways = {way: change for way, change in WAYS.items() if way in (settings.ways or WAYS)}
     print("| module | weights | its own text | trunk's text | all gates | top-1 | real text |\n|" + " --- |" * 7)
     for place, (name, part) in zip(settings.modules, parts.items(), strict=True):
         others = {other: one for other, one in parts.items() if other != name}
@@ -111,8 +108,7 @@ def main(settings: Settings) -> None:
         trunk_loss = evaluate.score(trunk, columns[name], scoring, "cpu")["loss"]
         for way, change in ways.items():
             torch.manual_seed(0)
-            good = read_tensors(place / "module.safetensors")
-            tensors = read_tensors(settings.foreign / "module.safetensors") if change is None else change(good)
+            tensors = change(read_tensors(place / "module.safetensors"))
             model = with_module(trunk, tensors, **artifact.module_arguments(part.metadata)).eval()
             broken = part._replace(model=model)
             moved = {}

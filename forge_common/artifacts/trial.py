@@ -113,6 +113,7 @@ def excess_on_claimed(model: Trunk, trunk: Trunk, statistics: Tensors, place: An
     The context router gives the module such text. Drawn from the counts alone it would be nonsense, on which good
     modules are worse too.
     """
+    assert trunk.config.eos_token_id is not None
     router = ContextRouter([statistics], torch.ones(1), trunk.config.eos_token_id, Tuning())
     every = np.arange(trunk.config.vocab_size)[None]
 
