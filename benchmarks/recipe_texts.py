@@ -65,7 +65,9 @@ def _packages(suffixes: set[str]) -> local.Named:
 def _code(package: str) -> local.Named:
     """A package's Python without its docstrings, which are in docs."""
     for name, text in local._files(local._site(), package, {".py"}):
-        yield name, local.DOCSTRING.sub(lambda found: found[0][: found.start(1) - found.start() - 3] + "\n", text)
+        for found in reversed(local.docstrings(text)):
+            text = text[: found.start(1) - 3] + "\n" + text[found.end() :]
+        yield name, text
 
 
 _OTHERS: dict[str, Callable[[], local.Named]] = {

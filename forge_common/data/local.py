@@ -164,12 +164,16 @@ def _docstrings() -> Named:
         if folder.name in NOT_DOCUMENTED or not (folder / "__init__.py").is_file():
             continue
         for name, source in _files(_site(), folder.name, {".py"}):
-            first = FIRST_DOCSTRING.match(source)
-            found = [*([first] if first else []), *DOCSTRING.finditer(source, first.end() if first else 0)]
-            docstrings = (_dedented(match[1]) for match in found)
-            text = "\n\n".join(docstring for docstring in docstrings if len(docstring) >= 80)
+            found = (_dedented(match[1]) for match in docstrings(source))
+            text = "\n\n".join(docstring for docstring in found if len(docstring) >= 80)
             if len(text) >= 400:
                 yield name, text + "\n"
+
+
+def docstrings(source: str) -> list[re.Match]:
+    """The docstrings of Python code, in order; group 1 is the text between the quotes."""
+    first = FIRST_DOCSTRING.match(source)
+    return [*([first] if first else []), *DOCSTRING.finditer(source, first.end() if first else 0)]
 
 
 def _dedented(docstring: str) -> str:

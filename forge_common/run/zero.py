@@ -4,9 +4,10 @@ as float32.
 Two habits would break what every other engine keeps here:
 - accelerate steps inside `accelerator.backward`, before loss and gradient norm are known. `prepare` moves the step to
   `optimizer.step`.
-- In bf16 the float32 weights start from the rounded ones. `prepare` sets them to the float32 weights that the model
-  had. ZeRO-2 and ZeRO-3 keep float32 weights and AdamW's moments in flat partitions; deepspeed.utils.safe_* gather and
-  set them by parameter.
+- In bf16 the float32 weights start from the rounded ones. `prepare` sets them to the model's own.
+
+Both stages keep float32 weights and AdamW's moments in flat partitions; deepspeed.utils.safe_* gather and set them by
+parameter.
 """
 
 import math
@@ -37,7 +38,9 @@ def configure(accelerator: Any, settings: Any) -> None:
             f"DeepSpeed {version} applies gradients that are not finite. Install {'.'.join(map(str, OLDEST))} or newer."
         )
     if plugin.zero_stage not in (2, 3):
-        raise UserError(f"DeepSpeed's zero_stage is {plugin.zero_stage}. Use 2 or 3, or multi_gpu.yaml without it.")
+        raise UserError(
+            f"DeepSpeed's zero_stage is {plugin.zero_stage}. Use 2 or 3, or accelerate_configs/multi_gpu.yaml."
+        )
     backend = accelerator.state.dynamo_plugin.backend.value.lower()
     if plugin.zero_stage == 3 and backend != "no":  # the head's weight is used outside its module: it would be empty
         raise UserError(
