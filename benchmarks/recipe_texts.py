@@ -65,9 +65,13 @@ def _packages(suffixes: set[str]) -> local.Named:
 def _code(package: str) -> local.Named:
     """A package's Python without its docstrings, which are in docs."""
     for name, text in local._files(local._site(), package, {".py"}):
-        for found in reversed(local.docstrings(text)):
-            text = text[: found.start(1) - 3] + "\n" + text[found.end() :]
-        yield name, text
+        yield name, without_docstrings(text)
+
+
+def without_docstrings(code: str) -> str:
+    for found in reversed(local.docstrings(code)):
+        code = code[: found.start(1) - 3] + "\n" + code[found.end() :]
+    return code
 
 
 _OTHERS: dict[str, Callable[[], local.Named]] = {

@@ -14,7 +14,7 @@ sys.path.insert(0, str(launch.ROOT / "benchmarks"))
 from recipe_baselines import Ensemble, FixedGates, constant_gates, with_router
 from recipe_rates import Rates
 from recipe_table import Row, difference, report
-from recipe_texts import EXCERPT, HOME_PARTS, OTHER_PARTS, excerpt, part_of
+from recipe_texts import EXCERPT, HOME_PARTS, OTHER_PARTS, excerpt, part_of, without_docstrings
 from recipe_trunks import untied, upcycled
 
 from forge_common.model.config import ModelConfig
@@ -96,6 +96,14 @@ def test_excerpts_are_whole_lines_from_anywhere_and_the_same_each_time():
     assert starts[0] < 0.1 and starts[-1] > 0.85 and len(set(starts)) > 60
     assert excerpt(digests[0], "short") == "short"
     assert len(excerpt(digests[1], "x" * 10_000)) == EXCERPT
+
+
+def test_code_loses_the_docstring_of_its_file_of_its_classes_and_functions():
+    code = '# a licence\n"""Of the file."""\nclass One:\n    """Of the class."""\n    def two(self):\n        r"""Of it."""\n'
+    text = "x = 1\n"
+    found = without_docstrings(code + text)
+    assert "Of " not in found and found.startswith("# a licence\n") and found.endswith(text)
+    assert "class One:" in found and "def two(self):" in found
 
 
 def test_parts_have_their_shares_of_the_documents():
