@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,11 @@ from .order import Mixture
 from .readers.document import reading_of
 from .sources import facts, parse, read
 from .store import prepare
-from .tokenizer import Tokenizer, load_tokenizer, resolve
+from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, load_tokenizer, resolve
 from .windows import Tokens, Windows
 from .writer import in_validation
 
 GENERAL_FRACTION = 0.01  # of the documents of --general-data are held out, as in training
-TOKENIZER_SAMPLE = 64 * 2**20  # bytes of text that a tokenizer is trained on, all sources together
 
 
 class Corpora(NamedTuple):
@@ -53,10 +53,10 @@ def log_names(sources: Sequence[str]) -> list[str]:
 def tokenizer_for(settings: Any, print_line: Callable[[str], None] = lambda line: None) -> Tokenizer:
     """The tokenizer of --tokenizer. train:VOCAB is trained once for its sources, and cached."""
     if not settings.tokenizer.startswith("train:"):
-        return resolve(settings.tokenizer, iter(()), settings.eos_token)
+        return resolve(settings.tokenizer, lambda characters: (), settings.eos_token)
     fraction = fraction_for(settings)
     decides: list[Any] = [settings.tokenizer, fraction, asdict(reading_of(settings))]
-    decides += [facts(parse(source)[0]) for source in settings.data]
+    decides += [SAMPLE_PER_TOKEN, *(facts(parse(source)[0]) for source in settings.data)]
     name = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(settings.cache_dir).expanduser() / "tokenizers" / name
     if folder.is_dir():
@@ -64,14 +64,14 @@ def tokenizer_for(settings: Any, print_line: Callable[[str], None] = lambda line
     print_line(
         f"tokenizer   training one ({settings.tokenizer}); then all text is tokenized. Later runs find both in {folder.parents[1]}"
     )
-    tokenizer = resolve(settings.tokenizer, _training_texts(settings, fraction), settings.eos_token)
+    tokenizer = resolve(settings.tokenizer, partial(_training_texts, settings, fraction), settings.eos_token)
     publish(folder, tokenizer.save, load_tokenizer, keep_existing=True)
     return tokenizer
 
 
-def _training_texts(settings: Any, fraction: float) -> Iterator[str]:
-    """Text that is not held out: one document from each source in turn, each source up to its share of the sample."""
-    share = TOKENIZER_SAMPLE // len(settings.data)
+def _training_texts(settings: Any, fraction: float, characters: int) -> Iterator[str]:
+    """Text that is not held out: one document from each source in turn, each source up to its share of the characters."""
+    share = characters // len(settings.data)
     reading = reading_of(settings)
 
     def texts(source: str) -> Iterator[str]:

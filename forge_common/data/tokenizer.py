@@ -6,7 +6,7 @@ The text of a document never yields a special id: '<pad>' in a text is five char
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +23,8 @@ from .tokenizer_limits import FILE_BYTES, LARGEST_VOCABULARY, bounded_parts, che
 
 PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
 SMALLEST_VOCABULARY = 2 + 256
-TRAINING_CHARACTERS = 64 << 20
+SAMPLE_CHARACTERS = 64 << 20  # of text that a tokenizer is trained on at most, and for each token of its vocabulary
+SAMPLE_PER_TOKEN = 8 << 10
 EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|im_end|>")
 TEMPLATE_BYTES = 1 << 20  # of a chat template; the largest known have 20 kB
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -141,7 +142,8 @@ def _byte_characters() -> list[str]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE with PAD 0 and EOS 1 from the first 64 MiB of the texts; the same texts give the same tokenizer.
+    """Byte-level BPE with PAD 0 and EOS 1 from the first `sample_characters` of the texts; the same texts give the same
+    tokenizer.
 
     UserError if vocab_size is below 258, or the text has too few different pairs to reach it.
     """
@@ -158,7 +160,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(_first(texts, TRAINING_CHARACTERS), trainer)
+    backend.train_from_iterator(_first(texts, sample_characters(vocab_size)), trainer)
     reached = backend.get_vocab_size()
     if reached < vocab_size:
         raise UserError(
@@ -166,6 +168,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"Use train:{reached}, bytes, or more text."
         )
     return Tokenizer(backend, eos_token_id=1, pad_token_id=0)
+
+
+def sample_characters(vocab_size: int) -> int:
+    """Characters of text that a tokenizer of this size is trained on: a small one needs fewer, and is ready sooner."""
+    return min(SAMPLE_CHARACTERS, SAMPLE_PER_TOKEN * vocab_size)
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
@@ -272,8 +279,11 @@ def _eos_id(backend: Backend, file: Path, wanted: str | None, declared: dict) ->
     return found
 
 
-def resolve(spec: str, texts: Iterable[str], eos_token: str | None = None) -> Tokenizer:
-    """The tokenizer that the command line names; `texts` is read only for train:VOCAB. UserError for a bad spec."""
+def resolve(spec: str, texts: Callable[[int], Iterable[str]], eos_token: str | None = None) -> Tokenizer:
+    """The tokenizer that the command line names. UserError for a bad spec.
+
+    texts: from a number of characters to a sample of about as many, which is read only for train:VOCAB.
+    """
     if eos_token is not None and (spec == "bytes" or spec.startswith("train:")):
         raise UserError(
             f"--eos-token has no meaning with --tokenizer {spec}, whose end of text is {EOS!r}. Leave it out."
@@ -284,7 +294,7 @@ def resolve(spec: str, texts: Iterable[str], eos_token: str | None = None) -> To
         size = spec.removeprefix("train:")
         if not (size.isascii() and size.isdigit()):
             raise UserError(f"--tokenizer {spec}: {size!r} is not a number of tokens. Give {FORMS}.")
-        return train_tokenizer(texts, int(size))
+        return train_tokenizer(texts(sample_characters(int(size))), int(size))
     if not os.path.exists(os.path.expanduser(spec)):
         raise UserError(f"--tokenizer {spec}: no such file or folder. Give {FORMS}.")
     return load_tokenizer(spec, eos_token)

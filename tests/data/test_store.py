@@ -160,7 +160,7 @@ def test_the_fingerprint_is_the_hash_of_what_decides_the_tokens(tmp_path):
         data=(f"{path}@2",), output_dir=tmp_path, tokenizer="train:258", cache_dir=cache, val_fraction=0.0, **reading
     )
     tokenizer_for(settings)
-    hashed = json.dumps(["train:258", 0.0, reading, files], sort_keys=True)
+    hashed = json.dumps(["train:258", 0.0, reading, 8192, files], sort_keys=True)
     assert os.listdir(cache / "tokenizers") == [hashlib.sha256(hashed.encode()).hexdigest()[:32]]
 
 

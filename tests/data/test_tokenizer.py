@@ -108,7 +108,7 @@ def test_training_is_deterministic_and_reaches_its_size():
 
 
 def test_training_reads_a_bounded_part(monkeypatch):
-    monkeypatch.setattr("forge_common.data.tokenizer.TRAINING_CHARACTERS", 3000)
+    monkeypatch.setattr("forge_common.data.tokenizer.SAMPLE_CHARACTERS", 3000)
 
     def endless():
         while True:
@@ -165,17 +165,30 @@ def test_the_digest_knows_eos_and_pad():
     assert Tokenizer(tokenizer.backend, 0, None).digest != tokenizer.digest
 
 
+def no_text(characters):
+    raise AssertionError("text is read for train:VOCAB alone")
+
+
 def test_resolve(tmp_path):
+    asked = []
+
+    def sample(characters):
+        asked.append(characters)
+        return iter(TEXTS)
+
     folder = pretrained(tmp_path / "t")
-    assert resolve("bytes", iter(())).digest == byte_tokenizer().digest
-    assert resolve("train:400", iter(TEXTS)).digest == trained().digest
-    assert resolve(str(folder), iter(())).digest == resolve(str(folder / "tokenizer.json"), iter(())).digest
+    assert resolve("bytes", no_text).digest == byte_tokenizer().digest
+    assert resolve("train:400", sample).digest == trained().digest
+    assert resolve(str(folder), no_text).digest == resolve(str(folder / "tokenizer.json"), no_text).digest
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.json").write_text("{")
     for bad in ("train:", "train:many", "train:-5", "byte", str(tmp_path / "empty"), str(tmp_path / "none.json")):
         with pytest.raises(UserError, match=r"--tokenizer.*train:VOCAB.*bytes"):
-            resolve(bad, iter(TEXTS))
+            resolve(bad, sample)
     with pytest.raises(UserError, match=r"broken\.json"):
-        resolve(str(tmp_path / "broken.json"), iter(()))
+        resolve(str(tmp_path / "broken.json"), no_text)
     with pytest.raises(UserError, match="--eos-token"):
-        resolve("bytes", iter(()), eos_token="<eos>")
+        resolve("bytes", no_text, eos_token="<eos>")
+    with pytest.raises(UserError, match="too little"):
+        resolve("train:100000", sample)
+    assert asked[0] == 400 * 8192 and asked[-1] == 64 << 20
