@@ -49,7 +49,7 @@ def documents(name: str) -> Iterator[Document]:
         yield Document(f"local:{name}:{origin}", digest, (text,))
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=4)  # all of them: at most 64 M characters
 def _corpus(name: str) -> list[tuple[str, str, bytes]]:
     """(origin, text, digest) of its documents. A run reads them two or three times, and to find them takes most of that time."""
     corpus = {"python": _python, "cpp": _cpp, "docs": _docs, "perl": _perl}.get(name)
@@ -63,10 +63,16 @@ def versions(name: str) -> dict[str, str]:
     if name == "perl":
         return {"perl": _perl_config("version")}
     wanted = {"python": CODE_PACKAGES, "cpp": HEADER_PACKAGES, "docs": None}.get(name, ())
-    facts = [package.metadata for package in metadata.distributions()]  # parsed at each look
-    installed = {fact["Name"]: fact["Version"] for fact in facts if fact["Name"]}  # a broken installation has no name
+    installed = _installed()
     packages = {package: installed[package] for package in sorted(installed) if wanted is None or package in wanted}
     return {"python": platform.python_version(), **packages}
+
+
+@lru_cache(maxsize=1)  # hundreds of files
+def _installed() -> dict[str, str]:
+    """The version of each package that is installed."""
+    facts = [package.metadata for package in metadata.distributions()]  # parsed at each look
+    return {fact["Name"]: fact["Version"] for fact in facts if fact["Name"]}  # a broken installation has no name
 
 
 def _python() -> list[Named]:
