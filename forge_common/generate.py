@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # torch is imported after the settings are checked
 class Settings(sampling.Sampling):
     model: str
     """Trunk or assembled model: folder or hub id (org/name or org/name@revision)."""
-    prompt: str | None = None
-    """Text to continue; with --chat the first turn."""
+    prompt: tuple[str, ...] = ()
+    """Texts to continue, one after the other; with --chat the first turns."""
     prompt_file: Path | None = None
     """File of prompts, one a line; in a .jsonl file each line is a JSON string. With --chat they are the turns."""
     chat: bool = False
@@ -79,7 +79,7 @@ def _check(settings: Settings) -> None:
     sampling.check_sampling(settings)
     if settings.system is not None and not settings.chat:
         raise UserError("--system is a message of a chat. Add --chat, or leave it out.")
-    if settings.prompt is None and settings.prompt_file is None and not settings.chat:
+    if not settings.prompt and settings.prompt_file is None and not settings.chat:
         raise UserError("there is nothing to continue. Give --prompt, --prompt-file or --chat.")
 
 
@@ -88,7 +88,7 @@ def read_prompts(settings: Settings) -> list[str]:
 
     UserError for a file that cannot be read, or a line that is not JSON where it must be.
     """
-    prompts = [] if settings.prompt is None else [settings.prompt]
+    prompts = list(settings.prompt)
     path = settings.prompt_file
     if path is None:
         return prompts

@@ -140,17 +140,18 @@ def test_prompts_from_a_file_and_the_flag_at_fault(parts, tmp_path, capsys):
     lines, strings = tmp_path / "prompts.txt", tmp_path / "prompts.jsonl"
     lines.write_text("The fox\n\nThe dog\n")
     strings.write_text('"The fox"\n"The dog"\n')
-    alone = [printed(prompt=text, max_new_tokens=3) for text in ("The fox", "The dog")]
+    alone = [printed(prompt=(text,), max_new_tokens=3) for text in ("The fox", "The dog")]
+    assert printed(prompt=("The fox", "The dog"), max_new_tokens=3) == "\n".join(alone)
     for file in (lines, strings):
         assert printed(prompt_file=file, max_new_tokens=3) == "\n".join(alone)
     strings.write_text('"The fox"\nThe dog\n')
     assert "prompts.jsonl:2: the line is not a JSON string" in refused(printed, prompt_file=strings)
     assert "missing.txt cannot be read" in refused(printed, prompt_file=tmp_path / "missing.txt")
     for name, value in {"temperature": -1.0, "top_p": 0.0, "max_new_tokens": 0}.items():
-        message = refused(printed, prompt="x", **{name: value})
+        message = refused(printed, prompt=("x",), **{name: value})
         assert message.startswith(f"--{name.replace('_', '-')} is {value}. ") and message.count("--") == 1
     assert "nothing to continue" in refused(printed)
-    assert "--system" in refused(printed, prompt="x", system="y")
+    assert "--system" in refused(printed, prompt=("x",), system="y")
 
 
 def test_assemble_and_merge_keep_a_template_in_a_file_of_its_own(root):
@@ -163,12 +164,12 @@ def test_assemble_and_merge_keep_a_template_in_a_file_of_its_own(root):
 
 
 def test_a_model_without_a_template_cannot_chat(valid_artifacts):
-    settings = generate.Settings(model=str(valid_artifacts / "assembled"), chat=True, prompt="x")
+    settings = generate.Settings(model=str(valid_artifacts / "assembled"), chat=True, prompt=("x",))
     assert "assembled has no chat template" in refused(generate.main, settings)
 
 
 @pytest.mark.parametrize("place", ["missing", "tests/missing", "/missing/too"])
 def test_a_model_that_is_not_there_is_one_message(place, monkeypatch):
     monkeypatch.chdir(launch.ROOT)
-    settings = generate.Settings(model=place, prompt="x", without=("cpp",))
+    settings = generate.Settings(model=place, prompt=("x",), without=("cpp",))
     assert refused(generate.main, settings).startswith(f"{place} is not there. ")

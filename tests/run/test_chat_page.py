@@ -83,7 +83,7 @@ def generated(server, capsys, **settings):
 @pytest.mark.parametrize("without", [(), ("two",), ("one", "two")])
 def test_a_text_is_that_of_generate(server, capsys, without):
     text = text_of(server, {"prompt": "The ", "without": without, **SHORT})
-    assert text and f"The {text}\n" == generated(server, capsys, prompt="The ", without=without)
+    assert text and f"The {text}\n" == generated(server, capsys, prompt=("The ",), without=without)
 
 
 def test_a_conversation_is_that_of_generate(server, capsys, tmp_path):
@@ -103,7 +103,7 @@ def test_each_token_has_the_weights_of_its_candidates(server, capsys):
     assert status == 200 and found[0] == {"names": ["trunk", "two"], "turns_left_out": 0, "tokens_left_out": 0}
     for token in found[1:-1]:
         assert sum(token["heads"]) == pytest.approx(1, abs=1e-3) == sum(token["layers"])
-    printed = generated(server, capsys, prompt="The ", without=("one",), show_routing=True)
+    printed = generated(server, capsys, prompt=("The ",), without=("one",), show_routing=True)
     means = [sum(values) / len(values) for values in zip(*(token["heads"] for token in found[1:-1]), strict=True)]
     stretches = re.findall(r"^ *(\d+)-(\d+) +heads trunk (\d+)%", printed, re.M)
     shown = sum((int(end) - int(start) + 1) * int(share) for start, end, share in stretches) / len(found[1:-1])
