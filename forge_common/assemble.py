@@ -67,7 +67,9 @@ class Settings(ReadingSettings):
 
     # -- checks --
     allow_copies: bool = False
-    """Accept modules that have the same statistics as another one, or nearly the same: of one text, or copied."""
+    """Accept modules that have the same statistics as another one or the trunk, or nearly the same: of one text, or copied."""
+    allow_worse: bool = False
+    """Accept modules whose loss on text that their own counts call likely is far above the trunk's."""
     check_data: tuple[str, ...] = ()
     """NAME=SOURCE: text of the domain of the module NAME, to measure again the loss that it claims."""
 
@@ -218,7 +220,9 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
         background = read_statistics(copy, trunk_metadata, trunk.config)
     parts, examined = _modules(settings, plan, trunk, tokenizer, trunk_metadata, temp_dir)
     if not settings.allow_copies:
-        checks.check_copies(examined)
+        checks.check_copies(examined, decode(background["unigrams"]) if background else None)
+    if not settings.allow_worse:
+        checks.check_weights(examined)
     described = {"trunk": trunk_metadata, **{module.name: module.metadata for module in examined}}
     staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))] if plan.before else []
     known = {name: place for name, place in plan.before.get("origins", {}).items() if name in staying}

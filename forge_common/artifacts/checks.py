@@ -19,7 +19,7 @@ from .assembled import Part
 from .trial import Effect, mean_loss
 
 LARGE_EXCESS = 1.5  # warned; modules had 0.1 to 1.0, and 3.0 after training at a rate of 0.02 on a trunk of 20 updates
-LARGE_CLAIMED = 0.65  # the same on text that is likely by a module's counts; working modules had at most 0.6
+LARGE_CLAIMED = 0.65  # refused without --allow-worse; on text that is likely by its counts, working modules had at most 0.6
 THIN_TOKENS = 5_000  # counted; with fewer, the router hardly knows the module's text
 COUNTED = (0.5, 1.1)  # counted tokens as a share of the stated ones: rare ones are left out, counts are rounded by 3%
 LEAST_SPREAD = 0.1  # standard deviation of the counts as a share of their mean; that of a text is far above 1
@@ -158,9 +158,29 @@ def copy_warnings(modules: list[Examined], trunk_counts: torch.Tensor | None) ->
     return warnings
 
 
-def check_copies(modules: list[Examined]) -> None:
-    """Refuses other weights with the statistics of another module, or nearly those: half of its text would go to them."""
+def check_weights(modules: list[Examined]) -> None:
+    """Refuses a module that is far worse than the trunk on the text that its counts claim, where it gets large gates."""
+    for module in modules:
+        for warned in weight_warnings(module):
+            if warned.keyword == "text":
+                raise UserError(
+                    f"module {module.name}: {warned.sentence}; those of working modules are at most {LARGE_CLAIMED} above. Leave "
+                    "it out, train it at a lower --lr, or accept it with --allow-worse."
+                )
+
+
+def check_copies(modules: list[Examined], trunk_counts: torch.Tensor | None) -> None:
+    """Refuses other weights with the statistics of another module or of the trunk, or nearly those: half of its text
+    would go to them.
+
+    trunk_counts: of the tokens that the trunk was trained on [V]; None where it does not publish them.
+    """
     for i, module in enumerate(modules):
+        if copy_warnings([module], trunk_counts)[0]:
+            raise UserError(
+                f"module {module.name} has nearly the same statistics as the trunk: it was trained on the same text, or they "
+                "are a copy. Leave it out, or accept it with --allow-copies."
+            )
         others = [other for other in modules[:i] if not _same("digest", other.metadata, module.metadata)]
         for other in others:
             if copy_warnings([other, module], None)[1]:

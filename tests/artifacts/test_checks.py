@@ -132,12 +132,28 @@ def test_weights_that_spoil_the_text_of_the_modules_counts_are_refused():
     assert message.startswith("place: on text that its own counts call likely, its loss is ")
 
 
-def test_a_loss_above_the_trunks_on_the_text_of_the_counts_is_a_warning():
-    def keywords(claimed: float) -> list[str]:
-        module = checks.Examined({"name": "a"}, 9, None, trial.Effect(1.0, 0.0, claimed))
-        return [warned.keyword for warned in checks.weight_warnings(module)]
+def test_a_loss_far_above_the_trunks_needs_a_flag(root, capsys):
+    """A head of larger and larger logits: accepted, then only with --allow-worse, then refused."""
+    rewrite(root / "one", lambda tensors: tensors["lm_head.weight"].mul_(3))
+    assert not any("warning     one: its loss" in line for line in printed_by(capsys, assembling(root)))
+    rewrite(root / "one", lambda tensors: tensors["lm_head.weight"].mul_(1.8))
+    worse = assemble.Settings(str(root / "trunk"), (root / "one",), root / "new" / "worse")
+    message = refused(assemble.main, worse)
+    assert message.startswith("module one: its loss on text that ") and "--allow-worse" in message
+    lines = printed_by(capsys, dataclasses.replace(worse, allow_worse=True))
+    assert any("warning     one: its loss on text that " in line for line in lines)
+    rewrite(root / "one", lambda tensors: tensors["lm_head.weight"].mul_(2))
+    broken = assemble.Settings(str(root / "trunk"), (root / "one",), root / "new" / "broken", allow_worse=True)
+    assert "do not use this artifact" in refused(assemble.main, broken)
 
-    assert keywords(checks.LARGE_CLAIMED) == [] and keywords(checks.LARGE_CLAIMED + 0.1) == ["text"]
+
+def test_a_loss_above_the_trunks_on_the_text_of_the_counts_is_refused():
+    module = checks.Examined({"name": "a"}, 9, None, trial.Effect(1.0, 0.0, checks.LARGE_CLAIMED))
+    assert checks.weight_warnings(module) == []
+    checks.check_weights([module])
+    larger = module._replace(effect=trial.Effect(1.0, 0.0, checks.LARGE_CLAIMED + 0.1))
+    assert [warned.keyword for warned in checks.weight_warnings(larger)] == ["text"]
+    assert refused(checks.check_weights, [module, larger]).startswith("module a: its loss on text that its own counts ")
 
 
 def test_hidden_states_far_larger_than_the_trunks_are_refused(root, capsys):
@@ -282,6 +298,15 @@ def test_copies_are_found_and_named(root, capsys):
     assert "modules one and two have nearly the same statistics" in refused(assemble.main, settings)
     lines = printed_by(capsys, dataclasses.replace(settings, allow_copies=True))
     assert any("two: its statistics are those of one." in line for line in lines)
+
+
+def test_the_trunks_statistics_are_refused():
+    values = text_like(0, 100_000)
+    modules = [checks.Examined({"name": name}, 9, text_like(seed, 100_000)) for seed, name in enumerate("ab")]
+    checks.check_copies(modules, None)
+    checks.check_copies(modules[1:], values)
+    message = refused(checks.check_copies, modules, values)
+    assert message.startswith("module a has nearly the same statistics as the trunk") and "--allow-copies" in message
 
 
 def test_sixteen_copies_are_sixteen_lines_at_most():
