@@ -210,5 +210,23 @@ def test_flags_that_do_not_fit_are_refused(artifacts, tmp_path, how, message):
     assert message in small_artifacts.refused(export.main, export.Settings(**settings))
 
 
+@pytest.mark.parametrize("place", [(-1, "logits"), (0, "logits"), (-1, "nats"), (0, "nats")])
+def test_a_logit_that_is_not_a_number_is_refused(place):
+    """Of the first window or the last: Python's max(0.0, nan) is 0.0."""
+    torch.manual_seed(0)
+    model = Trunk(LLAMA).eval()
+    expected = proof.expect(model, byte_tokenizer(), spliced=True)
+    window = expected[place[0]]
+    position = max(window.logits) if place[1] == "logits" else 1
+
+    def exported(ids):
+        logits = torch.stack([model.next_logits(ids[:, : end + 1]) for end in range(ids.shape[1])], dim=1)
+        if torch.equal(ids, window.tokens[:, :-1]):
+            logits[0, position, 7] = torch.nan
+        return logits
+
+    assert "other logits" in small_artifacts.refused(proof.check, "this", proof.difference(expected, exported))
+
+
 def test_a_missing_package_is_named_with_the_command_that_installs_it():
     assert "pip install no_such_package" in small_artifacts.refused(proof.library, "no_such_package", "a proof")
