@@ -66,4 +66,5 @@ class ForgeConfig(PreTrainedConfig):
         self.router = router or {}
         self.candidates_per_token = candidates_per_token
         self.use_cache = use_cache
+        self.layer_types = ["full_attention"] * num_hidden_layers  # of the cache: the mask has the sliding window
         super().__init__(**others)

@@ -79,8 +79,9 @@ def test_the_proof_sees_a_changed_tensor(tmp_path, name):
     assert assembled_model.prove(folder, model, byte_tokenizer()) > proof.LIMIT
 
 
-def test_generation_is_the_same_with_a_cache_in_a_batch_and_in_beams(tmp_path):
-    model = mixture(LLAMA)
+@pytest.mark.parametrize("config", [LLAMA, MISTRAL], ids=["llama", "mistral"])
+def test_generation_is_the_same_with_a_cache_in_a_batch_and_in_beams(tmp_path, config):
+    model = mixture(config)
     generated = proof.load(exported(tmp_path / "exported", model), trust_remote_code=True)
     short, long = (byte_tokenizer().encode_batch([text])[0] for text in ("a b", "def f(x):\n    return x"))
     alone = []
