@@ -1,5 +1,6 @@
 """Reads a GGUF file by llama.cpp itself, on the CPU, through the package cyllama."""
 
+import importlib
 import importlib.util
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ def difference(path: Path, expected: list[proof.Expected], tokenizer: Tokenizer)
 
     UserError where llama.cpp cannot load the file, or its tokenizer makes other tokens of a text.
     """
-    native: Any = proof.library("cyllama.llama.llama_cpp", "the comparison with llama.cpp")
+    proof.library(PACKAGE, "the comparison with llama.cpp")
+    native: Any = importlib.import_module("cyllama.llama.llama_cpp")
     native.disable_logging()
     on_cpu = native.LlamaModelParams()
     on_cpu.n_gpu_layers = 0
