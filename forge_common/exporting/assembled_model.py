@@ -20,6 +20,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.atomic import write_json
 from ..model.attention import frequencies
+from ..model.config import TARGETS
 from ..routing.mixture import Mixture
 from ..routing.routers import ContextRouter
 from . import proof
@@ -39,6 +40,10 @@ FIELDS += ("cross_document_attention", "pad_token_id", "eos_token_id", "bos_toke
 FIELDS += ("hidden_act", "embed_scale", "norm_after", "sliding_window")
 NAMES = (  # of a module's parameters in a candidate -> in modeling_forge.py; {} is the number of the candidate
     (r"(model\.layers\.\d+)\.(?:mlp|addition)\.((?:gate|up|down)_proj\.(?:weight|lora_[AB]))", r"\1.candidates.{}.\2"),
+    (
+        r"(model\.layers\.\d+)\.self_attn\.([qkvo]_proj\.(?:weight|bias|lora_[AB])|[qk]_norm\.weight)",
+        r"\1.attentions.{}.\2",
+    ),
     (r"lm_head\.(weight)", r"heads.{}.\1"),
     (r"head_change\.(lora_[AB])", r"heads.{}.\1"),
 )
@@ -116,7 +121,7 @@ def prove(folder: Path, model: Mixture, tokenizer: Tokenizer) -> float:
             with_cache,
             lambda ids: next(batch)[None, longest - ids.shape[1] :],
         )
-        largest = max(proof.difference(expected, way) for way in ways)
+        largest = proof.largest_of(proof.difference(expected, way) for way in ways)
     shutil.rmtree(
         Path(inspect.getfile(type(exported))).parents[1]
     )  # Transformers' copy of the code, under the temporary name
@@ -130,7 +135,15 @@ def _entry(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     low_rank = any(key.endswith("lora_A") for key in parameters)
     kind = "lora" if low_rank else "narrow" if any(".addition." in key for key in parameters) else "ffn"
     head = any(not key.startswith("model.layers.") for key in parameters)
-    return {"name": name, "kind": kind, "layers": sorted(layers), "size": next(iter(sizes.values()), 0), "head": head}
+    targets = [target for target in TARGETS if any(f".{target}." in key for key in parameters)]
+    return {
+        "name": name,
+        "kind": kind,
+        "layers": sorted(layers),
+        "targets": targets,
+        "size": next(iter(sizes.values()), 0),
+        "head": head,
+    }
 
 
 def _scale(metadata: dict[str, Any]) -> float:

@@ -11,8 +11,9 @@ class ForgeConfig(PreTrainedConfig):
 
     inv_freq, attention_scaling: the angle per position of each pair of a head, and the factor of cos and sin.
     norm_after: norms as in OLMo2. modules: for each one {"name", "kind": "ffn" | "narrow" | "lora", "layers":
-    [numbers], "size": width or rank, "head": bool}. router: the weights of the candidates in a mean ("shares", the
-    trunk first) and the numbers of the filter. candidates_per_token: 0 for all, weighted.
+    [numbers], "targets": [names of the matrices of a layer that it has or changes], "size": width or rank, "head":
+    bool}. router: the weights of the candidates in a mean ("shares", the trunk first) and the numbers of the filter.
+    candidates_per_token: 0 for all, weighted.
     """
 
     model_type = "forge"
@@ -66,4 +67,5 @@ class ForgeConfig(PreTrainedConfig):
         self.router = router or {}
         self.candidates_per_token = candidates_per_token
         self.use_cache = use_cache
+        self.layer_types = ["full_attention"] * num_hidden_layers  # of the cache: the mask has the sliding window
         super().__init__(**others)

@@ -14,7 +14,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..model.attention import frequencies
 from ..model.trunk import Trunk
-from . import proof
+from . import llama_cpp, proof
 
 FILE = "model.gguf"
 NAMES = {  # of a layer's parts in the checkpoint -> in the file
@@ -93,10 +93,11 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
 
 
 def prove(folder: Path, expected: list[proof.Expected], trunk: Trunk, tokenizer: Tokenizer, split: str) -> float:
-    """The largest difference of a logit between `expected` and the file in Transformers, which reads GGUF by code of its own.
+    """The largest difference of a logit between `expected` and the file in Transformers, which reads GGUF by code of its own,
+    and in llama.cpp where its package is installed.
 
-    Its tokenizer is compared too, where Transformers knows the rule by which it splits text. Transformers reads neither
-    Llama 3's scaling of positions nor the width of the heads of a Qwen3, so that the configuration is given then.
+    The tokenizer is compared too, in Transformers where it knows the rule by which text is split. Transformers reads
+    neither Llama 3's scaling of positions nor the width of the heads of a Qwen3, so that the configuration is given then.
     """
     transformers = proof.library("transformers", "the proof of an export")
     config = trunk.config
@@ -110,7 +111,13 @@ def prove(folder: Path, expected: list[proof.Expected], trunk: Trunk, tokenizer:
             if read(text, add_special_tokens=False)["input_ids"] != tokenizer.encode_batch([text], continued=True)[0]:
                 raise UserError("nothing was written: the tokenizer in the GGUF file makes other tokens of a text.")
     with torch.no_grad():
-        return proof.difference(expected, lambda ids: exported(ids).logits)
+        in_transformers = proof.difference(expected, lambda ids: exported(ids).logits)
+    if not llama_cpp.is_installed():
+        print(f"llama.cpp   not compared with: pip install {llama_cpp.PACKAGE}")
+        return in_transformers
+    in_llama_cpp = llama_cpp.difference(folder / FILE, expected, tokenizer)
+    print(f"llama.cpp   the largest difference of a logit is {in_llama_cpp:.2e} (float32)")
+    return proof.largest_of((in_transformers, in_llama_cpp))
 
 
 def chat_template_of(folder: Path) -> str | None:

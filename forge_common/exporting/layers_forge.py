@@ -1,5 +1,5 @@
-"""The layers of Forge's assembled model: those of the trunk's family, with the feed-forwards of the modules beside the
-trunk's.
+"""The layers of Forge's assembled model: those of the trunk's family, with the feed-forwards and the attentions of the
+modules beside the trunk's.
 
 B batch, P tokens before, T time, E candidates (the trunk first, then the modules), D width, H heads, d width of a head,
 R rank
@@ -16,6 +16,8 @@ from transformers.activations import ACT2FN
 from .configuration_forge import ForgeConfig
 
 SERVES = 1e-6  # with candidates_per_token: a smaller gate is none
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 
 class LowRank(nn.Module):
@@ -58,24 +60,34 @@ class OwnFeedForward(FeedForward):
         return self(x)
 
 
-class LowRankFeedForward(nn.Module):
-    """A module's changes of the trunk's three matrices."""
+class Changes(nn.ModuleDict):
+    """A module's low-rank changes of some of the trunk's matrices, by their names."""
 
-    def __init__(self, hidden_size: int, width: int, rank: int):
-        super().__init__()
-        self.gate_proj = LowRank(hidden_size, width, rank)
-        self.up_proj = LowRank(hidden_size, width, rank)
-        self.down_proj = LowRank(width, hidden_size, rank)
+    def __init__(self, trunk: nn.Module, names: list[str], rank: int):
+        matrices: dict[str, Any] = {name: getattr(trunk, name) for name in names}
+        super().__init__(
+            {name: LowRank(matrix.in_features, matrix.out_features, rank) for name, matrix in matrices.items()}
+        )
+
+    def changed(self, trunk: nn.Module, name: str, x):
+        """What the matrix `name` of the trunk with its change, if it has one, gives for x."""
+        y = getattr(trunk, name)(x)
+        return y + self[name](x) if name in self else y
+
+
+class LowRankFeedForward(Changes):
+    """A module's changes of the matrices of the trunk's feed-forward."""
 
     def beside(self, trunk: FeedForward, x):
-        inner = trunk.act(trunk.gate_proj(x) + self.gate_proj(x)) * (trunk.up_proj(x) + self.up_proj(x))
-        return trunk.down_proj(inner) + self.down_proj(inner)
+        inner = trunk.act(self.changed(trunk, "gate_proj", x)) * self.changed(trunk, "up_proj", x)
+        return self.changed(trunk, "down_proj", inner)
 
 
 class ForgeAttention(nn.Module):
     """Causal grouped-query attention with rotary positions, as in Llama.
 
-    Qwen2: biases. Qwen3: norms of each head's queries and keys. OLMo2: of those of all heads together.
+    Qwen2: biases. Qwen3: norms of each head's queries and keys. OLMo2: of those of all heads together. index: of the
+    layer of the cache with its keys and values.
     """
 
     def __init__(self, config: ForgeConfig, index: int):
@@ -93,16 +105,54 @@ class ForgeAttention(nn.Module):
 
     def forward(self, x, rope, mask, cache):
         """x [B, T, D], rope: cos and sin [B, 1, T, d], mask [B, 1, T, P + T] -> [B, T, D]."""
-        by_head = (*x.shape[:2], -1, self.head_dim)
-        q = self.q_norm(self.q_proj(x).unflatten(-1, (-1, self.normed[0]))).view(by_head)
-        k = self.k_norm(self.k_proj(x).unflatten(-1, (-1, self.normed[1]))).view(by_head)
+        y = self.attend(self.q_proj(x), self.k_proj(x), self.v_proj(x), rope, mask, cache, self.index)
+        return self.o_proj(y)
+
+    def attend(self, q, k, v, rope, mask, cache, index: int):
+        """q [B, T, H d], k and v [B, T, K d], before their norms -> [B, T, H d]."""
+        by_head = (*q.shape[:2], -1, self.head_dim)
+        q = self.q_norm(q.unflatten(-1, (-1, self.normed[0]))).view(by_head)
+        k = self.k_norm(k.unflatten(-1, (-1, self.normed[1]))).view(by_head)
         q = rotate(q.transpose(1, 2), *rope)
         k = rotate(k.transpose(1, 2), *rope)
-        v = self.v_proj(x).view(by_head).transpose(1, 2)
+        v = v.view(by_head).transpose(1, 2)
         if cache is not None:
-            k, v = cache.update(k, v, self.index)
+            k, v = cache.update(k, v, index)
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=k.shape[1] != q.shape[1])
-        return self.o_proj(y.transpose(1, 2).flatten(2))
+        return y.transpose(1, 2).flatten(2)
+
+
+class OwnAttention(ForgeAttention):
+    """An attention of a module in the place of the trunk's."""
+
+    def beside(self, trunk: ForgeAttention, x, rope, mask, cache):
+        return self(x, rope, mask, cache)
+
+
+class LowRankAttention(Changes):
+    """A module's changes of the matrices of the trunk's attention; its keys and values are in the layer `index` of the cache."""
+
+    def __init__(self, trunk: ForgeAttention, names: list[str], rank: int, index: int):
+        super().__init__(trunk, names, rank)
+        self.index = index
+
+    def beside(self, trunk: ForgeAttention, x, rope, mask, cache):
+        q, k, v = (self.changed(trunk, name, x) for name in ATTENTION[:3])
+        return self.changed(trunk, "o_proj", trunk.attend(q, k, v, rope, mask, cache, self.index))
+
+
+def own_attentions(config: ForgeConfig) -> list[tuple[int, int]]:
+    """(layer, number of the module) of each attention that a module changes.
+
+    In the cache their keys and values come after the trunk's layers and the router's state, in this order.
+    """
+    changes = [not set(module["targets"]).isdisjoint(ATTENTION) for module in config.modules]
+    return [
+        (layer, number)
+        for layer in range(config.num_hidden_layers)
+        for number, module in enumerate(config.modules, 1)
+        if changes[number - 1] and layer in module["layers"]
+    ]
 
 
 def rotary(config: ForgeConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -119,7 +169,9 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class ForgeLayer(nn.Module):
-    """Attention and the feed-forwards of the trunk (mlp) and of the modules that change this layer (candidates, by number)."""
+    """Attention and feed-forward of the trunk (self_attn, mlp) and of the modules that change them in this layer
+    (attentions, candidates, by number).
+    """
 
     def __init__(self, config: ForgeConfig, index: int):
         super().__init__()
@@ -134,34 +186,62 @@ class ForgeLayer(nn.Module):
             self.input_layernorm = nn.RMSNorm(width, config.rms_norm_eps)
         self.mlp = FeedForward(width, config.intermediate_size, config.hidden_act)
         self.candidates = nn.ModuleDict()
+        self.attentions = nn.ModuleDict()
+        places = own_attentions(config)
         for number, module in enumerate(config.modules, 1):
             if index not in module["layers"]:
                 continue
-            if module["kind"] == "lora":
-                candidate = LowRankFeedForward(width, config.intermediate_size, module["size"])
-            else:
+            matrices = [name for name in FEED_FORWARD if name in module["targets"]]
+            if matrices and module["kind"] == "lora":
+                self.candidates[str(number)] = LowRankFeedForward(self.mlp, matrices, module["size"])
+            elif matrices:
                 kind = OwnFeedForward if module["kind"] == "ffn" else NarrowFeedForward
-                candidate = kind(width, module["size"], config.hidden_act)
-            self.candidates[str(number)] = candidate
+                self.candidates[str(number)] = kind(width, module["size"], config.hidden_act)
+            if (index, number) not in places:
+                continue
+            place = config.num_hidden_layers + 1 + places.index((index, number))
+            if module["kind"] == "lora":
+                matrices = [name for name in ATTENTION if name in module["targets"]]
+                self.attentions[str(number)] = LowRankAttention(self.self_attn, matrices, module["size"], place)
+            else:
+                self.attentions[str(number)] = OwnAttention(config, place)
 
     def forward(self, x, rope, mask, cache, gates):
         """x [B, T, D], gates [B, T, E] -> x [B, T, D]."""
         if self.norm_after:
-            x = x + self.post_attention_layernorm(self.self_attn(x, rope, mask, cache))
+            x = x + self.post_attention_layernorm(self.attended(x, rope, mask, cache, gates))
             return x + self.post_feedforward_layernorm(self.mixed(x, gates))
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, cache)
+        x = x + self.attended(self.input_layernorm(x), rope, mask, cache, gates)
         return x + self.mixed(self.post_attention_layernorm(x), gates)
+
+    def attended(self, normed, rope, mask, cache, gates):
+        """The mean of the attentions [B, T, D] by their gates.
+
+        With a cache all of them attend: a later token may need their keys and values.
+        """
+        y = torch.zeros_like(normed)
+        for attention, gate in self.by_candidate(self.self_attn, self.attentions, gates):
+            if cache is None and self.candidates_per_token and not (gate > SERVES).any():
+                continue
+            y = y + gate[..., None].to(normed.dtype) * attention(normed, rope, mask, cache)
+        return y
 
     def mixed(self, normed, gates):
         """The mean of the feed-forwards [B, T, D] by their gates."""
-        own = gates[..., [int(number) for number in self.candidates]]
-        y = self.served(
-            self.mlp, normed, 1 - own.sum(-1)
-        )  # the gate of a module that does not change this layer is the trunk's
-        for place, candidate in enumerate(self.candidates.values()):
-            change: Any = candidate
-            y = y + self.served(partial(change.beside, self.mlp), normed, own[..., place])
+        y = torch.zeros_like(normed)
+        for feed_forward, gate in self.by_candidate(self.mlp, self.candidates, gates):
+            y = y + self.served(feed_forward, normed, gate)
         return y
+
+    def by_candidate(self, trunk: nn.Module, modules: nn.ModuleDict, gates):
+        """(function, its gate [B, T]) of the trunk's part and of the modules that change it.
+
+        The gate of a module that does not change this layer is the trunk's.
+        """
+        own = gates[..., [int(number) for number in modules]]
+        changes: list[Any] = list(modules.values())
+        functions = [trunk, *(partial(change.beside, trunk) for change in changes)]
+        return zip(functions, (1 - own.sum(-1), *own.unbind(-1)), strict=True)
 
     def served(self, function, normed, gate):
         """gate [B, T] * function(normed [B, T, D]); with candidates_per_token only of the tokens that it serves."""

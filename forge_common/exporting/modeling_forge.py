@@ -1,10 +1,11 @@
 """Forge's assembled model: a decoder (the trunk), modules that were trained on it separately, and a router that mixes them.
 
-In every layer h += sum_e g_t(e) F_e(norm h), where F_0 is the trunk's feed-forward. At the end the candidates'
-probabilities are mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)]. So `logits` are log probabilities. The
-gates g and the weights w depend on the tokens of the document so far, not on hidden states: the router compares them
-with counts of tokens and of pairs of tokens that each candidate brings, by the forward filter of a hidden Markov model.
-With a cache its state is one more layer of it.
+In every layer h += sum_e g_t(e) F_e(norm h), where F_0 is the trunk's feed-forward. Attentions that modules change are
+mixed by the same gates, each with its own keys and values. At the end the candidates' probabilities are mixed: log p =
+logsumexp_e [log w_t(e) + log_softmax(W_e h)]. So `logits` are log probabilities. The gates g and the weights w depend
+on the tokens of the document so far, not on hidden states: the router compares them with counts of tokens and of pairs
+of tokens that each candidate brings, by the forward filter of a hidden Markov model. With a cache its state is one more
+layer of it, and the keys and values of the modules' attentions are the layers after that.
 
 An EOS ends a document and resets the router. Tokens that attention_mask leaves out count as EOS, so that padding on the
 left changes nothing.
@@ -24,7 +25,7 @@ from transformers.cache_utils import DynamicLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from .configuration_forge import ForgeConfig
-from .layers_forge import ForgeLayer, LowRank, rotary
+from .layers_forge import ForgeLayer, LowRank, own_attentions, rotary
 from .router_forge import ForgeRouter
 
 ROWS = 512  # rows of logits in memory at a time, to score the tokens that are given
@@ -80,6 +81,8 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
                 self.heads[str(number)] = LowRank(width, vocabulary, module["size"])
             elif module["head"]:
                 self.heads[str(number)] = nn.Linear(width, vocabulary, bias=False)
+        # of the trunk, of the router's state, and of the attentions that modules change
+        self.cache_layers = config.num_hidden_layers + 1 + len(own_attentions(config))
         self.post_init()
 
     def get_input_embeddings(self):
@@ -115,6 +118,8 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
         real = attention_mask.bool()
         seen = input_ids.masked_fill(~real[:, past:], self.config.eos_token_id)
         before, layer_state, head_state, last_hidden = self.read_state(cache, past, len(input_ids))
+        while cache is not None and len(cache.layers) < self.cache_layers:
+            cache.layers.append(DynamicLayer())
         seen = torch.cat((before.to(seen), seen), dim=1)
         if position_ids is None:
             position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
@@ -162,7 +167,7 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
                 prior,
                 torch.zeros(batch, 1, self.config.hidden_size, device=self.device),
             )
-        if len(cache.layers) <= self.config.num_hidden_layers:
+        if len(cache.layers) < self.cache_layers:
             raise ValueError("the cache has no state of the router; pass one that this model returned")
         layer = cache.layers[self.config.num_hidden_layers]
         last = layer.values[:, -1]
@@ -172,10 +177,9 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
 
     def write_state(self, cache, tokens, layer_states, head_states, hidden) -> None:
         """Appends one row for each token to a layer of its own, so that beams, crops and batches treat it like keys and values."""
-        if len(cache.layers) == self.config.num_hidden_layers:
-            cache.layers.append(DynamicLayer())
         states = torch.cat((layer_states, head_states), dim=-1).to(hidden.device)
-        cache.layers[-1].update(tokens[..., None], torch.cat((states, hidden.detach().to(states.dtype)), dim=-1))
+        rows = torch.cat((states, hidden.detach().to(states.dtype)), dim=-1)
+        cache.layers[self.config.num_hidden_layers].update(tokens[..., None], rows)
 
     def by_head(self) -> list[tuple[Any, list[int]]]:
         """(hidden -> logits, the candidates with this head) of each distinct head."""

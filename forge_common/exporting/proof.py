@@ -6,7 +6,7 @@ T time, V vocabulary
 import importlib
 import inspect
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,15 +69,19 @@ def expect(model: LanguageModel, tokenizer: Tokenizer, *, spliced: bool) -> list
 
 def difference(expected: list[Expected], exported: Logits) -> float:
     """The largest difference of a logit, or of the log probability of a token of the text."""
-    largest = 0.0
+    differences = []
     for window in expected:
         logits = exported(window.tokens[:, :-1])[0].float()
-        for position, row in window.logits.items():
-            largest = max(largest, float((logits[position] - row).abs().max()))
+        differences += [float((logits[position] - row).abs().max()) for position, row in window.logits.items()]
         labels = window.tokens[0, 1:, None]
         nats = -logits.log_softmax(-1).gather(1, labels)[:, 0]
-        largest = max(largest, float((nats - window.nats).abs().max()))
-    return largest
+        differences.append(float((nats - window.nats).abs().max()))
+    return largest_of(differences)
+
+
+def largest_of(differences: Iterable[float]) -> float:
+    """NaN if one of them is NaN, which Python's max may skip."""
+    return float(torch.tensor(list(differences)).max())
 
 
 def check(what: str, largest: float) -> None:

@@ -39,12 +39,19 @@ MODULES = {
 }
 
 
-def mixture(config: Any, top_k: int = 0) -> Mixture:
+ATTENDING = {  # modules that change the attention too, in different layers, one of them nothing else
+    "copy": {"kind": "attention+ffn+head", "layers": [0, 1]},
+    "rank": {"kind": "lora+head", "layers": [1], "rank": 3, "alpha": 6, "targets": ["q_proj", "o_proj", "up_proj"]},
+    "keys": {"kind": "lora", "layers": [0], "rank": 2, "targets": ["k_proj", "v_proj"]},
+}
+
+
+def mixture(config: Any, top_k: int = 0, described: dict[str, Any] = MODULES) -> Mixture:
     """A trunk and three modules whose weights are large enough that a wrong gate shows."""
     torch.manual_seed(1)
     trunk = Trunk(config)
     modules = {}
-    for name, how in MODULES.items():
+    for name, how in described.items():
         plain = Trunk(config)
         tensors = {key: torch.randn_like(plain.state_dict()[key]) * 0.3 for key in plug_in(plain, **how)}
         modules[name] = with_module(trunk, tensors, **how)
@@ -53,35 +60,54 @@ def mixture(config: Any, top_k: int = 0) -> Mixture:
     return Mixture(trunk, modules, router, top_k=top_k).eval()
 
 
-def exported(folder: Path, model: Mixture) -> Any:
+def exported(folder: Path, model: Mixture, described: dict[str, Any] = MODULES) -> Any:
     folder.mkdir()
-    assembled_model.write(folder, model, byte_tokenizer(), MODULES)
+    assembled_model.write(folder, model, byte_tokenizer(), described)
     return folder
 
 
+@pytest.mark.parametrize("described", [MODULES, ATTENDING], ids=["feed-forward", "attention"])
 @pytest.mark.parametrize("case", CASES)
-def test_logits_are_those_of_the_mixture(tmp_path, case):
-    model = mixture(*CASES[case])
+def test_logits_are_those_of_the_mixture(tmp_path, case, described):
+    model = mixture(*CASES[case], described)
     with torch.no_grad():
         for parameter in model.candidates[0].parameters():
             parameter.add_(torch.randn_like(parameter) * (0.3 if parameter.ndim == 1 else 0))
-    folder = exported(tmp_path / "exported", model)
+    folder = exported(tmp_path / "exported", model, described)
     assert assembled_model.prove(folder, model, byte_tokenizer()) < 2e-5
 
 
-@pytest.mark.parametrize("name", ["model.layers.1.candidates.3.up_proj.lora_B", "router.bigram_codes"])
+CHANGED = {"model.layers.1.candidates.3.up_proj.lora_B": MODULES, "router.bigram_codes": MODULES}
+CHANGED |= {
+    f"model.layers.{name}": ATTENDING for name in ("1.attentions.1.k_proj.weight", "1.attentions.2.o_proj.lora_B")
+}
+CHANGED |= {"model.layers.0.attentions.3.v_proj.lora_A": ATTENDING}
+
+
+@pytest.mark.parametrize("name", CHANGED)
 def test_the_proof_sees_a_changed_tensor(tmp_path, name):
-    model = mixture(LLAMA)
-    folder = exported(tmp_path / "exported", model)
+    model = mixture(LLAMA, 0, CHANGED[name])
+    folder = exported(tmp_path / "exported", model, CHANGED[name])
     tensors = load_file(folder / "model.safetensors")
     changed = {name: tensors[name].flip(0).contiguous()}
     save_file(tensors | changed, folder / "model.safetensors", metadata={"format": "pt"})
     assert assembled_model.prove(folder, model, byte_tokenizer()) > proof.LIMIT
 
 
-def test_generation_is_the_same_with_a_cache_in_a_batch_and_in_beams(tmp_path):
-    model = mixture(LLAMA)
-    generated = proof.load(exported(tmp_path / "exported", model), trust_remote_code=True)
+@pytest.mark.parametrize(
+    ("config", "top_k", "described"),
+    [
+        (LLAMA, 0, MODULES),
+        (MISTRAL, 0, MODULES),
+        (LLAMA, 0, ATTENDING),
+        (MISTRAL, 0, ATTENDING),
+        (LLAMA, 1, ATTENDING),
+    ],
+    ids=["llama", "mistral", "attention", "mistral, attention", "attention, one candidate"],
+)
+def test_generation_is_the_same_with_a_cache_in_a_batch_and_in_beams(tmp_path, config, top_k, described):
+    model = mixture(config, top_k, described)
+    generated = proof.load(exported(tmp_path / "exported", model, described), trust_remote_code=True)
     short, long = (byte_tokenizer().encode_batch([text])[0] for text in ("a b", "def f(x):\n    return x"))
     alone = []
     for prompt in (short, long):
@@ -208,6 +234,24 @@ def test_a_damaged_export_is_refused_and_leaves_nothing(artifacts, tmp_path, mon
 def test_flags_that_do_not_fit_are_refused(artifacts, tmp_path, how, message):
     settings = {**how, "model": str(artifacts / how["model"]), "output_dir": tmp_path / "out"}
     assert message in small_artifacts.refused(export.main, export.Settings(**settings))
+
+
+@pytest.mark.parametrize("place", [(-1, "logits"), (0, "logits"), (-1, "nats"), (0, "nats")])
+def test_a_logit_that_is_not_a_number_is_refused(place):
+    """Of the first window or the last: Python's max(0.0, nan) is 0.0."""
+    torch.manual_seed(0)
+    model = Trunk(LLAMA).eval()
+    expected = proof.expect(model, byte_tokenizer(), spliced=True)
+    window = expected[place[0]]
+    position = max(window.logits) if place[1] == "logits" else 1
+
+    def exported(ids):
+        logits = torch.stack([model.next_logits(ids[:, : end + 1]) for end in range(ids.shape[1])], dim=1)
+        if torch.equal(ids, window.tokens[:, :-1]):
+            logits[0, position, 7] = torch.nan
+        return logits
+
+    assert "other logits" in small_artifacts.refused(proof.check, "this", proof.difference(expected, exported))
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it():

@@ -1,4 +1,4 @@
-"""GGUF files, read back by Transformers and by the gguf package. They need that package."""
+"""GGUF files, read back by Transformers, by the gguf package and by llama.cpp. They need the packages of requirements-pretrained.txt."""
 
 import dataclasses
 from pathlib import Path
@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import small_artifacts
 import torch
+from tokenizers import Regex, pre_tokenizers, processors
 
 from forge_common import export
 from forge_common.artifacts import artifact
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
-from forge_common.exporting import gguf_file, proof
+from forge_common.exporting import gguf_file, llama_cpp, proof
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
 
@@ -26,6 +27,12 @@ CONFIGS = {
     "qwen3": dataclasses.replace(PLAIN, qk_norm=True, head_dim=8),
     "mistral": dataclasses.replace(PLAIN, family="mistral", sliding_window=400, max_position_embeddings=500),
 }
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+SPLITTERS = {
+    name: [pre_tokenizers.Split(Regex(pattern), "isolated"), BYTES] for pattern, name in gguf_file.SPLITS.items()
+}
+SPLITTERS["smollm"] = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+SPLITTERS["gpt-2"] = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +58,84 @@ def test_a_trunk_as_gguf_gives_the_same_logits_and_tokens(tmp_path, tokenizer, f
     assert fields["tokenizer.ggml.eos_token_id"] == tokenizer.eos_token_id
     assert fields["tokenizer.ggml.tokens"][2:6] == [tokenizer.backend.id_to_token(number) for number in range(2, 6)]
     assert ("rope_freqs.weight" in [tensor.name for tensor in reader.tensors]) == (family == "llama3")
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+def test_llama_cpp_gives_the_same_logits(tmp_path, tokenizer, family):
+    pytest.importorskip("gguf")
+    pytest.importorskip(llama_cpp.PACKAGE)
+    folder = trunk(tmp_path / "trunk", CONFIGS[family], tokenizer)
+    export.main(export.Settings(str(folder), "gguf", tmp_path / "out"))
+    expected = proof.expect(artifact.read_trunk(str(folder))[0], tokenizer, spliced=False)
+    largest = llama_cpp.difference(tmp_path / "out" / gguf_file.FILE, expected, tokenizer)
+    print(f"{family}: {largest:.1e} in llama.cpp")
+    assert largest < 1e-5
+
+
+@pytest.mark.parametrize("rule", SPLITTERS)
+def test_llama_cpp_splits_text_by_each_rule_as_the_tokenizer_does(tmp_path, rule):
+    """Among its merges are those of numbers, which the rules split in different ways."""
+    pytest.importorskip("gguf")
+    pytest.importorskip(llama_cpp.PACKAGE)
+    tokenizer = train_tokenizer([*proof.texts().values(), " 1999 2001-2002 " * 2000], 400)
+    tokenizer.backend.pre_tokenizer = pre_tokenizers.Sequence(SPLITTERS[rule])
+    tokenizer = dataclasses.replace(tokenizer)  # with the digest of the changed one
+    folder = trunk(tmp_path / "trunk", dataclasses.replace(PLAIN, vocab_size=400), tokenizer)
+    assert gguf_file._split(tokenizer) == rule
+    export.main(export.Settings(str(folder), "gguf", tmp_path / "out"))
+
+
+def test_llama_cpp_begins_a_text_with_the_bos_of_the_tokenizer(tmp_path, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip(llama_cpp.PACKAGE)
+    tokenizer = train_tokenizer(proof.texts().values(), 300)
+    eos = tokenizer.backend.id_to_token(tokenizer.eos_token_id)
+    tokenizer.backend.post_processor = processors.TemplateProcessing(
+        single=f"{eos} $A", special_tokens=[(eos, tokenizer.eos_token_id)]
+    )
+    tokenizer = dataclasses.replace(tokenizer)
+    assert tokenizer.prefix == (tokenizer.eos_token_id,)
+    folder = trunk(tmp_path / "trunk", PLAIN, tokenizer)
+    export.main(export.Settings(str(folder), "gguf", tmp_path / "out"))
+    add = gguf.GGUFWriter.add_add_bos_token
+    monkeypatch.setattr(gguf.GGUFWriter, "add_add_bos_token", lambda writer, value: add(writer, not value))
+    message = small_artifacts.refused(export.main, export.Settings(str(folder), "gguf", tmp_path / "wrong"))
+    assert "llama.cpp makes other tokens" in message
+
+
+def test_a_wrong_name_of_the_rule_is_refused_by_llama_cpp(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip(llama_cpp.PACKAGE)
+    tokenizer = train_tokenizer([*proof.texts().values(), " 1999 2001-2002 " * 2000], 400)
+    folder = trunk(tmp_path / "trunk", dataclasses.replace(PLAIN, vocab_size=400), tokenizer)
+    monkeypatch.setattr(gguf_file, "_split", lambda tokenizer: "smollm")
+    message = small_artifacts.refused(export.main, export.Settings(str(folder), "gguf", tmp_path / "out"))
+    assert "llama.cpp makes other tokens" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["trunk"]
+
+
+def test_what_only_llama_cpp_reads_is_refused_where_it_is_wrong(tmp_path, tokenizer, monkeypatch):
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip(llama_cpp.PACKAGE)
+    folder = trunk(tmp_path / "trunk", CONFIGS["llama3"], tokenizer)
+    add = gguf.GGUFWriter.add_tensor
+
+    def wrong(writer, name, tensor):
+        add(writer, name, tensor[::-1].copy() if name == "rope_freqs.weight" else tensor)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", wrong)
+    message = small_artifacts.refused(export.main, export.Settings(str(folder), "gguf", tmp_path / "out"))
+    assert "other logits" in message
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    export.main(export.Settings(str(folder), "gguf", tmp_path / "out"))
+
+
+def test_without_llama_cpp_the_command_says_that_it_was_not_compared_with(tmp_path, tokenizer, monkeypatch, capsys):
+    pytest.importorskip("gguf")
+    monkeypatch.setattr(llama_cpp, "is_installed", lambda: False)
+    folder = trunk(tmp_path / "trunk", PLAIN, tokenizer)
+    export.main(export.Settings(str(folder), "gguf", tmp_path / "out"))
+    assert "llama.cpp   not compared with: pip install cyllama" in capsys.readouterr().out
 
 
 def test_a_merged_module_as_gguf(tmp_path, tokenizer):
