@@ -19,7 +19,17 @@ from ..data.tokenizer import Tokenizer, load_tokenizer
 from ..errors import UserError
 from ..files.atomic import publish, read_json, write_json
 from ..files.hub import local_folder
-from ..files.tensors import PICKLES, Tensors, digest, digests, dtype_name, read_tensors, verify, weight_files
+from ..files.tensors import (
+    PICKLES,
+    Tensors,
+    digest,
+    digests,
+    drop_pages,
+    dtype_name,
+    read_tensors,
+    verify,
+    weight_files,
+)
 from ..files.untrusted import PLAIN, is_plain, naming, quoted, without_links
 from ..model.config import ModelConfig
 from ..model.modules import put_in
@@ -204,7 +214,14 @@ def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path, dtype: to
             f"{expected.get(name)} by the config. Fetch the checkpoint again."
         )
     wide = torch.promote_types(dtype, torch.float32)
-    converted = {name: tensor.to(dtype if tensor.ndim > 1 else wide) for name, tensor in tensors.items()}
+    types = {name: dtype if tensor.ndim > 1 else wide for name, tensor in tensors.items()}
+    read_once = {name: tensor for name, tensor in tensors.items() if tensor.dtype != types[name]}
+    converted: Tensors = {}
+    for name, tensor in tensors.items():
+        if name in read_once:  # not all of the file in memory beside what is made of it; the norms may keep it mapped
+            drop_pages({name: tensor})
+        converted[name] = tensor.to(types[name])
+    drop_pages(read_once)
     trunk.load_state_dict(converted, strict=True, assign=True)
     return trunk
 
