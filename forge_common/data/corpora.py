@@ -19,7 +19,7 @@ from .order import Mixture
 from .readers.document import reading_of
 from .sources import facts, parse, read
 from .store import prepare
-from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, load_tokenizer, resolve
+from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, give_back_memory, load_tokenizer, resolve
 from .windows import Tokens, Windows
 from .writer import in_validation
 
@@ -65,6 +65,7 @@ def tokenizer_for(settings: Any, print_line: Callable[[str], None] = lambda line
         f"tokenizer   training one ({settings.tokenizer}); then all text is tokenized. Later runs find both in {folder.parents[1]}"
     )
     tokenizer = resolve(settings.tokenizer, partial(_training_texts, settings, fraction), settings.eos_token)
+    give_back_memory()
     publish(folder, tokenizer.save, load_tokenizer, keep_existing=True)
     return tokenizer
 

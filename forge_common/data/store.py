@@ -22,7 +22,7 @@ from ..files.atomic import rename_if_absent, sync
 from . import sources
 from .chat import Encoded
 from .readers.document import Document, Reading, bad_line
-from .tokenizer import Tokenizer
+from .tokenizer import Tokenizer, give_back_memory
 from .windows import Tokens, Windows
 from .writer import SplitWriter, batches, in_validation
 
@@ -80,6 +80,7 @@ def prepare(
         _remove_abandoned(Path(cache_dir), fingerprint)
         partial.mkdir(parents=True)
         _write(partial, source, tokenizer, decides, reading, report)
+        give_back_memory()
         sync(partial)
         rename_if_absent(partial, folder)
     except OSError as error:

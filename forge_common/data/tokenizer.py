@@ -3,9 +3,11 @@
 The text of a document never yields a special id: '<pad>' in a text is five characters.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +25,8 @@ from .tokenizer_limits import FILE_BYTES, LARGEST_VOCABULARY, bounded_parts, che
 
 PAD, EOS = "<pad>", "<eos>"  # ids 0 and 1 of the tokenizers made here
 SMALLEST_VOCABULARY = 2 + 256
-SAMPLE_CHARACTERS = 64 << 20  # of text that a tokenizer is trained on at most, and for each token of its vocabulary
-SAMPLE_PER_TOKEN = 8 << 10
+SAMPLE_CHARACTERS = 64 << 20  # of text that a tokenizer is trained on at most
+SAMPLE_PER_TOKEN = 8 << 10  # and at most this for each token of its vocabulary
 EOS_NAMES = ("<eos>", "</s>", "<|endoftext|>", "<|end_of_text|>", "<|eos|>", "[EOS]", "<|im_end|>")
 TEMPLATE_BYTES = 1 << 20  # of a chat template; the largest known have 20 kB
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -298,3 +300,13 @@ def resolve(spec: str, texts: Callable[[int], Iterable[str]], eos_token: str | N
     if not os.path.exists(os.path.expanduser(spec)):
         raise UserError(f"--tokenizer {spec}: no such file or folder. Give {FORMS}.")
     return load_tokenizer(spec, eos_token)
+
+
+def give_back_memory() -> None:
+    """Returns to the system what tokenizing has freed. glibc keeps it: each thread of the tokenizer has a heap of its own,
+    from which nothing else is allocated. Nothing is done on other systems, and with another C library.
+    """
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))

@@ -13,7 +13,9 @@ from .chat import Encoded
 from .readers.document import PIECE, Document
 from .tokenizer import Tokenizer
 
-BATCH_PIECES, BATCH_CHARACTERS = 1024, 4 * PIECE  # tokenized at once: enough for all cores, little in memory
+# Tokenized at once: enough for all cores, little in memory (about 45 bytes a character until the batch is written).
+BATCH_PIECES, BATCH_CHARACTERS = 1024, 4 * PIECE
+ENOUGH_PIECES, ENOUGH_CHARACTERS = 64, PIECE  # of short documents
 
 
 def position(digest: bytes) -> float:
@@ -40,7 +42,8 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Piece]]:
         for piece in _pieces(document):
             batch.append(piece)
             characters += len(piece.text)
-            if len(batch) >= BATCH_PIECES or characters >= BATCH_CHARACTERS:
+            is_full = len(batch) >= BATCH_PIECES or characters >= BATCH_CHARACTERS
+            if is_full or (len(batch) >= ENOUGH_PIECES and characters >= ENOUGH_CHARACTERS):
                 yield batch
                 batch, characters = [], 0
     if batch:

@@ -17,7 +17,7 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
     windows, labels = training.size, sum(source.labels for source in training.sources)
-    states, activations, logits = memory(model, settings)
+    states, activations, temporary = memory(model, settings, gradients_stay=accumulation > 1 or processes > 1)
     process = PROCESS if device.type == "cpu" else 0
     seen = positions * T / total  # tokens for each parameter
     hint = (
@@ -33,8 +33,8 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
             f"{positions / windows:.2f} epochs of {windows:,} windows ({labels:,} tokens)",
             *_repetition(training, positions),
             *([hint] if trained == total and seen < FEW_TOKENS else []),
-            f"memory      about {(states + activations + logits + process) / 2**20:,.0f} MiB a device: {states / 2**20:,.0f} weights, "
-            f"gradients and optimizer, {activations / 2**20:,.0f} activations, {logits / 2**20:,.0f} logits"
+            f"memory      about {(states + activations + temporary + process) / 2**20:,.0f} MiB a device: {states / 2**20:,.0f} weights, "
+            f"gradients and optimizer, {activations / 2**20:,.0f} activations, {temporary / 2**20:,.0f} temporary"
             + (f", {process / 2**20:,.0f} Python and libraries" if process else ""),
             f"tracking    {tracking}",
         )
@@ -48,11 +48,18 @@ def show(accelerator: Any, settings: Any, text: str) -> None:
         write_text(settings.output_dir / "plan.txt", text + "\n")
 
 
-def memory(model: Any, settings: Any) -> tuple[int, int, int]:
-    """Estimated bytes on a device: weights, gradients and optimizer; what is kept for the backward pass; logits."""
+def memory(model: Any, settings: Any, *, gradients_stay: bool = True) -> tuple[int, int, int]:
+    """Estimated bytes on a device at the peak of an update: weights, gradients and optimizer; what is kept for the
+    backward pass; temporary tensors.
+
+    The peak is at the loss, in the first step of the backward pass, or at its end. gradients_stay: whether all gradients
+    are there in the forward pass, as with accumulation or DDP; else the backward pass puts them in the place of what
+    was kept.
+    """
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
     parameters = list(model.parameters())
-    states = sum(p.numel() * p.element_size() * (4 if p.requires_grad else 1) for p in parameters)
+    stored = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
+    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
     kept = kept_by_layers(model)
     layers = sum(kept)
     if settings.activation_checkpointing:  # each layer's input, and one layer at a time
@@ -61,7 +68,33 @@ def memory(model: Any, settings: Any) -> tuple[int, int, int]:
     activations = size * B * T * (layers + 4 * config.hidden_size)
     if not config.cross_document_attention and not model.model.fused_document_mask:
         activations += size * B * T * T  # the mask of documents, as numbers
-    return states, activations, model.chunk_rows * config.vocab_size * 4
+
+    head = 4 * config.vocab_size * config.hidden_size  # bytes of a matrix as large as the output head
+    embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
+    head_is_trained = model.head_change is None and (embedding if tied else model.lm_head.weight).requires_grad
+    at_loss = min(model.chunk_rows, B * T) * config.vocab_size * 4  # logits
+    if model.head_change is not None:
+        at_loss += 2 * head  # the changed head and its gradient
+    if head_is_trained and gradients_stay:
+        at_loss += head  # the gradient of this micro-batch, beside that of those before
+    in_layer = size * B * T * _made_by_first_step(model)
+    at_end = 0
+    if tied and embedding.requires_grad:  # the gradient of the embedding, beside that of the head
+        at_end = (1 + gradients_stay) * head
+    # The gradients that are there with the activations: all, or the head's alone.
+    before = gradients if gradients_stay else head * head_is_trained
+    moments = (stored + before, activations, max(at_loss, in_layer)), (stored + gradients, 0, at_end)
+    return max(moments, key=sum)
+
+
+def _made_by_first_step(model: Any) -> int:
+    """Numbers a token that the backward pass of the last feed-forward makes, less those that only the loss needed."""
+    config, layer = model.config, model.model.layers[-1]
+    experts = config.num_experts_per_tok if layer.sparse else 1
+    last = layer.block_sparse_moe.experts[0].w2 if layer.sparse else layer.mlp.down_proj
+    # The gradients of the product, of gate and of up; a trained matrix then no longer needs the product itself.
+    gradients = config.intermediate_size * experts * (3 - last.weight.requires_grad)
+    return max(0, gradients - 3 * config.hidden_size)
 
 
 def kept_by_layers(model: Any) -> list[int]:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import pytest
 
 from forge_common.data import sources, writer
 from forge_common.data.readers import document, records, text
-from forge_common.data.readers.document import MEMORY_LIMIT, PIECE, Reading
+from forge_common.data.readers.document import MEMORY_LIMIT, PIECE, Document, Reading
 from forge_common.data.store import prepare
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.errors import UserError
@@ -313,3 +314,31 @@ def test_a_short_document_of_a_file_that_shrinks_is_not_cut(tmp_path):
     os.truncate(path, PIECE * 5 // 4)  # before what the search for the next separator has seen
     with pytest.raises(UserError, match=r"a\.txt: changed while it was being read"):
         list(reading)
+
+
+GIVE_BACK = """
+import re
+from forge_common.data.tokenizer import give_back_memory
+resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
+blocks = [bytes(1000) for _ in range(64_000)]
+last = bytes(1000)  # after them, so that they are not at the end of the heap
+before = resident()
+del blocks
+give_back_memory()
+print(before - resident())
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux") or platform.libc_ver()[0] != "glibc", reason="glibc")
+def test_what_tokenizing_has_freed_is_given_back():
+    done = subprocess.run([sys.executable, "-c", GIVE_BACK], capture_output=True, text=True, timeout=120, check=True)
+    assert int(done.stdout) > 50_000_000
+
+
+def test_short_documents_are_tokenized_in_small_batches():
+    """And long ones in batches of several pieces, one for each core."""
+    short = [Document("a", b"", ("ab " * 4000,)) for _ in range(1000)]
+    long = [Document("a", b"", ("ab " * (PIECE // 3),) * 9)]
+    sizes = [sum(len(piece.text) for piece in batch) for batch in writer.batches(short)]
+    assert sum(sizes) == 1000 * 12_000 and max(sizes) < PIECE + 12_000
+    assert [len(batch) for batch in writer.batches(long)] == [5, 4]
