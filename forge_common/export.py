@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .errors import UserError
-from .files.places import hub_id
+from .files.places import check_artifacts, hub_id
 from .files.untrusted import PLAIN, is_plain
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -52,6 +52,8 @@ class Settings(ReadingSettings):
 
 
 def main(settings: Settings) -> int:
+    places = [("--model", settings.model), ("--module", settings.module), ("--peft", settings.peft)]
+    check_artifacts(places)
     from .artifacts.assembled import is_assembled
 
     _check(settings)
