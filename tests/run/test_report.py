@@ -59,6 +59,7 @@ def test_a_run_leaves_its_curves_plan_settings_and_samples(run):
     assert not any(chart["title"].startswith("val/") for chart in found.charts), "they are in the cards"
     plan = printed[printed.index("data  ") : printed.index("tracking")]
     assert plan.count("\n") > 5 and plan in found.text
+    assert f"report      {folder}/report.html, refreshed while it trains\n" in printed
     assert "warmup_steps" in found.text and "6 of 6" in found.text and "b" not in found.tags
     for row in launch.rows(folder, "val/samples"):
         assert f"{row['step']}{row['val/samples'][0]['continuation']}" in found.text
