@@ -52,11 +52,11 @@ class Settings(ReadingSettings):
 
 
 def main(settings: Settings) -> int:
-    places = [("--model", settings.model), ("--module", settings.module), ("--peft", settings.peft)]
-    check_artifacts(places)
+    check_artifacts([("--model", settings.model)])
     from .artifacts.assembled import is_assembled
 
     _check(settings)
+    check_artifacts([("--module", settings.module), ("--peft", settings.peft)])
     if settings.format == "module":
         _module(settings)
     elif is_assembled(settings.model):
