@@ -21,6 +21,7 @@ import train_shared
 from forge_common import export, report
 from forge_common.artifacts import artifact
 from forge_common.command_line import EPILOG, OTHER_NAMES, groups, unknown_flags
+from forge_common.data.sources import files_of
 from forge_common.errors import UserError
 from forge_common.files.places import missing_artifact, missing_source, published
 from forge_common.settings import read_settings, to_json
@@ -139,6 +140,8 @@ def test_the_nearest_path_is_named(monkeypatch, tmp_path):
     assert missing_source("local:dosc@0.5") == (
         "local:dosc: no such corpus; there are local:python, local:cpp, local:docs, local:perl"
     )
+    with pytest.raises(UserError, match=r"matches nothing; did you mean laws\? Name a file"):
+        files_of("lawz")
     assert missing_artifact("runs/trnk") == "runs/trnk is not there; did you mean runs/trunk?"
     assert missing_artifact("run/trunk") is missing_artifact("runs/trunk") is None, "it may be on the hub"
 
