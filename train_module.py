@@ -60,7 +60,7 @@ def main(settings: Settings) -> int:
 
     from forge_common import checkpoint, optimizers, schedule
     from forge_common.artifacts import artifact
-    from forge_common.artifacts.publish import publish_module, round_tensors
+    from forge_common.artifacts.publish import losses_line, publish_module, round_tensors
     from forge_common.artifacts.upload import upload
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
@@ -225,6 +225,7 @@ def main(settings: Settings) -> int:
             path, digest = publish_module(
                 settings, progress, corpora, config, tensors, module_names, trunk_metadata, layers, losses_after, device
             )
+            log.print_line(losses_line(progress.losses_before, losses_after))
             log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
             if settings.push_to_hub:
                 upload(path, settings.push_to_hub, log.print_line)

@@ -54,10 +54,7 @@ class Settings(ReadingSettings):
     router: str | None = None
     """Router: a name in ROUTERS of forge_common/routing/tuning.py. None: context, or the router of --model."""
     top_k: int | None = None
-    """Candidates (the trunk and the modules) that serve a token; 0: all, weighted; 1: the cost of one module.
-
-    None: 0, or as in --model.
-    """
+    """Candidates (trunk, modules) that serve a token; 0: all, weighted; 1: the cost of one. None: 0, or --model's."""
     trunk_data: tuple[str, ...] = ()
     """Sources of text like the trunk's, for the statistics of a trunk that has none. None: local:docs, a general text."""
     calibrate: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .errors import UserError
+from .files.places import check_artifacts
 from .settings import read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
@@ -35,6 +36,7 @@ class Settings:
 
 
 def main(settings: Settings) -> int:
+    check_artifacts([("--model", settings.model), ("--module", settings.module)])
     import torch
 
     from .artifacts.artifact import read_model

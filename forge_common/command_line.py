@@ -15,17 +15,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from .files.places import nearest
+
 FLAG = re.compile(r"--(no-)?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 LENGTH = {"steps", "epochs", "budget"}  # of which a run has one
 IN_ANY_COMMAND = ("help", "help_verbose")
-EPILOG = """--config FILE.yaml reads settings from a file, such as the settings.json of a run: flags go before the file, the file before the
-defaults. --print-config prints all settings as such a file, --print-completion a program for bash that completes flags."""
-# What is sourced of each program adds to one table; the same function serves all. bash 4 or newer.
+EPILOG = """--config FILE.yaml reads settings from a file, such as the settings.json of a
+run: flags go before the file, the file before the defaults. --print-config
+prints all settings as such a file, --print-completion a program for bash and
+zsh that completes flags."""
+# What is sourced of each program adds to one table; the same function serves all. bash 4 or newer, or zsh with bashcompinit.
 COMPLETION = """declare -gA _forge_flags
 _forge_flags[{program}]="{flags}"
 _forge() {{
   local word program="" current="${{COMP_WORDS[COMP_CWORD]}}"
-  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+  for word in "${{COMP_WORDS[@]:1:$((COMP_CWORD - 1))}}"; do
     word="${{word##*/}}"
     if [[ -n $word && -n ${{_forge_flags[$word]-}} ]]; then program="$word"; fi
   done
@@ -82,6 +86,8 @@ def _words_of(file: Path, kind: type[Any], given: set[str]) -> list[str]:
     """The file's settings as words, without those that a flag replaces."""
     import yaml
 
+    if not file.exists():
+        raise BadConfig(f"--config {file} is not there{nearest(str(file))}")
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -143,9 +149,14 @@ def flag_types(kind: type[Any]) -> dict[str, Any]:
     return types
 
 
-def bash_completion(path: Path, kind: type[Any]) -> str:
-    """A program to source in bash that completes the flags of the script or command at `path`; other words are files."""
-    program = f"forge_common.{path.stem}" if path.parent.name == "forge_common" else path.name
+def program_name(path: Path) -> str:
+    """train_shared.py or forge_common.NAME: the word of a command line that names the script or command at `path`."""
+    return f"forge_common.{path.stem}" if path.parent.name == "forge_common" else path.name
+
+
+def completion(path: Path, kind: type[Any]) -> str:
+    """A program to source in bash or zsh that completes the flags of the script or command at `path`; other words are files."""
+    program = program_name(path)
     flags = ["--help", "--config", "--print-config"]
     on = {field.name for field in dataclasses.fields(kind) if field.default is True}
     flags += [f"--no-{name}" if name in on else f"--{name}" for name in flag_types(kind)]

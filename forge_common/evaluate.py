@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .errors import UserError
 from .evaluation.table import CREDITS, removals, table
 from .files.atomic import write_json, write_text
-from .files.places import missing_artifact
+from .files.places import check_artifacts, missing_source
 from .files.untrusted import naming
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -55,10 +55,7 @@ class Settings(ReadingSettings):
 
     # -- scoring --
     val_fraction: float | None = None
-    """Share of the documents, by the hash of their content, that is scored; 1: all.
-
-    None: what was held out of a source, else all.
-    """
+    """Share of the documents, by the hash of their text, that is scored; 1: all. None: those held out, else all."""
     max_tokens: int = 0
     """Tokens of a source that are scored at most; 0: all."""
     sequence_length: int | None = None
@@ -78,7 +75,9 @@ class Settings(ReadingSettings):
 
 
 def main(settings: Settings) -> int:
-    check_places(settings)
+    check_artifacts([("--model", settings.model), *(("--module", folder) for folder in settings.module)])
+    sources = named_sources(settings.data)
+    # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
     import torch
 
     from .evaluation.chart import draw
@@ -88,12 +87,6 @@ def main(settings: Settings) -> int:
     from .reporting.model_page import model_page
     from .run.log import duration
 
-    sources = {}
-    for text in settings.data:
-        name, _, source = text.partition("=")
-        if not (name and source):
-            raise UserError(f"--data {text} is not NAME=SOURCE. Give a name and a source, such as law=law/*.txt.")
-        sources[name] = source
     if settings.spliced < 0 or settings.router_memory < 0:
         raise UserError(
             f"--spliced is {settings.spliced}, --router-memory is {settings.router_memory}. Give 0 or more tokens."
@@ -141,12 +134,18 @@ def main(settings: Settings) -> int:
     return 0
 
 
-def check_places(settings: Settings) -> None:
-    """UserError for a model or module that is not there, before torch is imported; not for what may be a hub id."""
-    for flag, place in (("--model", settings.model), *(("--module", str(folder)) for folder in settings.module)):
-        problem = missing_artifact(place)
+def named_sources(data: tuple[str, ...]) -> dict[str, str]:
+    """Name of a column -> source of its text, of --data NAME=SOURCE. UserError where one is not of this form, or not there."""
+    sources = {}
+    for text in data:
+        name, _, source = text.partition("=")
+        if not (name and source):
+            raise UserError(f"--data {text} is not NAME=SOURCE. Give a name and a source, such as law=law/*.txt.")
+        problem = missing_source(source)
         if problem:
-            raise UserError(f"{flag} {problem}")
+            raise UserError(f"--data {problem}")
+        sources[name] = source
+    return sources
 
 
 def work_of_rows(settings: Settings, parts: int) -> list[float]:

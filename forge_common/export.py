@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .errors import UserError
-from .files.places import hub_id
+from .files.places import check_artifacts, hub_id
 from .files.untrusted import PLAIN, is_plain
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -52,9 +52,11 @@ class Settings(ReadingSettings):
 
 
 def main(settings: Settings) -> int:
+    check_artifacts([("--model", settings.model)])
     from .artifacts.assembled import is_assembled
 
     _check(settings)
+    check_artifacts([("--module", settings.module), ("--peft", settings.peft)])
     if settings.format == "module":
         _module(settings)
     elif is_assembled(settings.model):

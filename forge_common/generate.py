@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import UserError
+from .files.places import check_artifacts
 from .generation import sampling
 from .settings import read_settings, run_main
 
@@ -46,13 +47,15 @@ class Settings(sampling.Sampling):
 
 
 def main(settings: Settings) -> int:
+    check_artifacts([("--model", settings.model), ("--module", settings.module)])
+    _check(settings)
+    prompts = read_prompts(settings)
+    # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
     import torch
 
     from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembled
 
-    _check(settings)
-    prompts = read_prompts(settings)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_assembled(settings.model):
         if settings.module:

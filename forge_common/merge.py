@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
+from .files.places import check_artifacts
 from .settings import read_settings, run_main
 
 
@@ -21,14 +22,15 @@ class Settings:
 
 
 def main(settings: Settings) -> int:
+    check_artifacts([("--trunk", settings.trunk), ("--module", settings.module)])
+    if settings.output_dir.exists():
+        raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
     from .artifacts.artifact import read_model, write_trunk
     from .artifacts.metadata import merged_metadata
     from .artifacts.trial import check_trial
     from .files.hub import local_folder, origins
     from .model.modules import fold
 
-    if settings.output_dir.exists():
-        raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
     trunk, tokenizer, trunk_metadata, module = read_model(settings.trunk, settings.module)
     assert module is not None
     fold(trunk)

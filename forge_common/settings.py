@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
-from .command_line import BadConfig, bash_completion, expanded, given_settings, grouped_help, unknown_flags
+from .command_line import BadConfig, completion, expanded, given_settings, grouped_help, program_name, unknown_flags
 from .errors import UserError
 
 Settings = TypeVar("Settings")
@@ -52,16 +52,13 @@ class RunSettings(ReadingSettings):
     """Folder for settings, metrics, checkpoints and what is published."""
 
     push_to_hub: str | None = None
-    """Repository of the Hugging Face hub, such as org/name, to upload what is published to; its token is checked first
-    (docs/guides/SHARING.md).
-    """
+    """Hub repository, such as org/name, to upload what is published to; needs a token (docs/guides/SHARING.md)."""
 
     # -- held-out data and windows --
     val_data: tuple[str, ...] = ()
     """Sources to validate on. None: a part of --data is held out."""
     val_fraction: float | None = None
-    """Share of the documents of --data that is held out, by the hash of their content (without --val-data). None: 0.01,
-    or of a small corpus as many as give 20 documents, but at most a tenth."""
+    """Share of the documents held out, by the hash of their text. None: 0.01; of a small corpus 20, at most a tenth."""
     val_tokens: int = 262_144
     """Held-out tokens that a validation scores, the same ones each time, from all over the held-out text; 0: all."""
     val_documents: bool = False
@@ -85,9 +82,7 @@ class RunSettings(ReadingSettings):
     statistics_min_documents: int = 2
     """Documents of the sample that must hold a token or a pair for it to be counted (docs/PRIVACY.md)."""
     statistics_moments: bool = False
-    """Also publish a module's moments of hidden states, which `assemble --router ridge` needs: a forward pass over
-    16,384 tokens.
-    """
+    """Also publish moments of a module's hidden states, over 16,384 tokens, which `assemble --router ridge` needs."""
 
     # -- logging --
     log_every: int = 10
@@ -141,10 +136,7 @@ class UpdateSettings:
     epochs: float | None = None
     """Passes over the text, in place of --steps. None: 4, but at most 10,000 updates."""
     budget: str | None = None
-    """Time that the run may take, such as 30m, 8h or 2d, in place of --steps: a micro-batch is timed.
-
-    At most 4 passes over the text.
-    """
+    """Time that the run may take, such as 30m or 8h, instead of --steps: a micro-batch is timed. At most 4 passes."""
     batch_size: int = 64
     """Windows in an update, over all processes."""
     micro_batch_size: int = 16
@@ -181,7 +173,7 @@ def read_settings(
     import tyro
 
     if "--print-completion" in sys.argv[1:]:
-        print(bash_completion(Path(sys.argv[0]), kind), end="")
+        print(completion(Path(sys.argv[0]), kind), end="")
         raise SystemExit(0)
     try:
         words, file = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
@@ -190,7 +182,14 @@ def read_settings(
     if unknown := unknown_flags(words, kind):
         _end(unknown)
     with grouped_help(words, kind):
-        settings = tyro.cli(kind, args=words, description=description, config=(tyro.conf.AvoidSubcommands,))
+        program = program_name(Path(sys.argv[0]))
+        settings = tyro.cli(
+            kind,
+            prog=program if program.endswith(".py") else f"python -m {program}",
+            args=words,
+            description=description,
+            config=(tyro.conf.AvoidSubcommands,),
+        )
     if faults := check(settings):
         _end(faults)
     if "--print-config" in sys.argv[1:]:

@@ -16,7 +16,7 @@ import pytest
 GUIDES = ("OWN_TEXT", "MANY_GPUS", "SHARING")
 FILES = ("README.md", "docs/QUICKSTART.md", *(f"docs/guides/{name}.md" for name in GUIDES))
 PROGRAM = re.compile(
-    r"(?:accelerate launch (?:--config_file \S+ )?|python )(?:-m )?(train_\w+\.py|forge_common\.\w+) (.*)"
+    r"(?:accelerate launch (?:-q )?(?:--config_file \S+ )?|python )(?:-m )?(train_\w+\.py|forge_common\.\w+) (.*)"
 )
 
 
@@ -58,6 +58,15 @@ def test_each_command_is_accepted(file):
                 assert Path(path).parent in written or Path(path) in written, f"{line}: {path} is not written before"
             written |= {getattr(settings, "output_dir", Path())}
     assert len(written) > 1
+
+
+def test_the_last_line_of_a_failed_command_is_its_error(tmp_path):
+    """Not a traceback of the launcher: README.md's commands start it with -q."""
+    line = next(line for line in commands("README.md") if line.startswith("accelerate launch "))
+    start = line[: line.index("train_shared.py")].split()
+    flags = ["train_shared.py", "--data", "missing.txt", "--output-dir", str(tmp_path)]
+    done = subprocess.run([*start, *flags], cwd=launch.ROOT, env=launch.environment(), capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.endswith("--data missing.txt: no such file or folder\n"), done.stderr
 
 
 @pytest.mark.soak

@@ -76,6 +76,15 @@ def round_tensors(tensors: Tensors, dtype: str | None) -> None:
             tensor.copy_(tensor.to(DTYPES[dtype]))
 
 
+def losses_line(before: dict[str, Any], after: dict[str, Any]) -> str:
+    """The console line for the results of `domain_losses` before and after training."""
+    known = [domain for domain, part in before.items() if part["loss"] is not None and domain in after]
+    shown = [f"{domain} {before[domain]['loss']:.4f} -> {after[domain]['loss']:.4f}" for domain in known]
+    if not shown:
+        return "losses      not measured: no text was held out"
+    return f"losses      held out, before -> after training: {', '.join(shown)} nats per token"
+
+
 def publish_module(
     settings: Any,
     progress: Any,

@@ -18,6 +18,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from ..errors import UserError
+from ..files.places import missing_source
 from .readers.document import Document
 
 CAP = 16_000_000  # characters of a corpus
@@ -54,7 +55,7 @@ def _corpus(name: str) -> list[tuple[str, str, bytes]]:
     """(origin, text, digest) of its documents. A run reads them two or three times, and to find them takes most of that time."""
     corpus = {"python": _python, "cpp": _cpp, "docs": _docs, "perl": _perl}.get(name)
     if corpus is None:
-        raise UserError(f"local:{name}: no such corpus. Use local:python, local:cpp, local:docs or local:perl.")
+        raise UserError(f"{missing_source(f'local:{name}')}.")
     return list(_distinct(corpus()))
 
 

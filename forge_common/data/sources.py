@@ -102,7 +102,7 @@ def _local_files(spec: str) -> list[File]:
     files: list[File] = [name for name in matches if not name.is_dir()]  # a glob's folders are not read
     if not files:
         reason = "it matches folders only" if matches else "no such file, and as a glob it matches nothing"
-        raise UserError(f"{spec}: {reason}{nearest(spec)}. Name a file, folder, glob, hf:ID or local:NAME.")
+        raise UserError(f"{spec}: {reason}{nearest(spec) or '.'} Name a file, folder, glob, hf:ID or local:NAME.")
     for name in matches:
         if not name.is_dir():
             _check_regular(name)

@@ -34,7 +34,7 @@ def local_folder(place: str | Path, kind: str | None = "trunk", files: tuple[str
         raise UserError(f"{place} is not a folder. {what}")
     repository = hub_id(str(place))
     if not repository:
-        raise UserError(f"{place} is not there{nearest(str(place))}. {what}")
+        raise UserError(f"{place} is not there{nearest(str(place)) or '.'} {what}")
     return _fetched(*repository, files)
 
 

@@ -5,7 +5,10 @@ nearest name that does.
 import difflib
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
+
+from ..errors import UserError
 
 TRUNK_FILES = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
 TRUNK_FILES += ("special_tokens_map.json", "chat_template.jinja", "forge.json", "statistics.safetensors", "README.md")
@@ -20,6 +23,7 @@ EXPORT_FILES = (
     "configuration_forge.py",
 )
 EXPORT_FILES += ("layers_forge.py", "modeling_forge.py", "router_forge.py")  # and those of a trunk
+LOCAL_CORPORA = ("local:python", "local:cpp", "local:docs", "local:perl")  # forge_common/data/local.py reads them
 HUB_ID = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?:@([\w][\w./-]*))?")
 WEIGHT = re.compile(r"(.+)@([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.DOTALL)
 
@@ -31,10 +35,12 @@ def split_weight(source: str) -> tuple[str, str | None]:
 
 
 def missing_source(source: str) -> str | None:
-    """What is wrong with a source of text that names a file or folder which does not exist; None for globs, URLs, hf:
-    and local:.
+    """What is wrong with a source of text that names a file, folder or local: corpus which does not exist; None for globs,
+    URLs and hf:.
     """
     spec = split_weight(source)[0]
+    if spec.startswith("local:"):
+        return None if spec in LOCAL_CORPORA else f"{spec}: no such corpus; there are {', '.join(LOCAL_CORPORA)}"
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:", spec) or re.search(r"[*?[]", spec):
         return None
     return missing_file(spec)
@@ -58,6 +64,16 @@ def missing_artifact(place: str) -> str | None:
     if path.exists() or hub_id(place):
         return None
     return f"{place} is not there{nearest(place)}"
+
+
+def check_artifacts(named: Iterable[tuple[str, str | Path | None]]) -> None:
+    """UserError for the first (flag, trunk or module) that is not there, before torch is imported; not for what may be a
+    hub id.
+    """
+    for flag, place in named:
+        problem = missing_artifact(str(place)) if place else None
+        if problem:
+            raise UserError(f"{flag} {problem}")
 
 
 def hub_id(place: str) -> tuple[str, str | None] | None:

@@ -22,6 +22,7 @@ LAYOUT: tuple[tuple[str, str, dict[str, str]], ...] = (
 OF_ONE_RUN = ("train/passes/", "memory/process_peak_mb")  # not drawn for several
 IN_CARDS = {"train/tokens", "train/epoch", "train/mfu", "train/bad_updates", "train/empty_updates"}
 IN_CARDS |= {"train/scaler_skips", "val/tokens", "val/perplexity", "val/bits_per_byte"}
+IN_CARDS |= {"val/best_loss", "val/best_step"}
 
 
 def charts(runs: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

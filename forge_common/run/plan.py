@@ -10,7 +10,7 @@ PROCESS = 340 << 20  # bytes of a process on a CPU: Python, torch and the other 
 
 
 def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: int, device: Any, tracking: str) -> str:
-    """The lines that a run prints first: data, parameters, updates, epochs, estimated memory of a device (MiB), tracking."""
+    """The lines that a run prints first: data, parameters, updates, epochs, estimated MiB of a device, tracking, report."""
     training = corpora.training
     positions = settings.steps * settings.batch_size
     total = sum(p.numel() for p in model.parameters())
@@ -23,6 +23,7 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
     hint = (
         f"hint        {seen:.2g} tokens for each parameter: a smaller model would take less time and hardly learn less"
     )
+    report = f"report      {settings.output_dir}/report.html, refreshed while it trains"
     return "\n".join(
         (
             *corpora.report,
@@ -37,6 +38,7 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
             f"gradients and optimizer, {activations / 2**20:,.0f} activations, {temporary / 2**20:,.0f} temporary"
             + (f", {process / 2**20:,.0f} Python and libraries" if process else ""),
             f"tracking    {tracking}",
+            *([] if settings.dry_run else [report]),
         )
     )
 

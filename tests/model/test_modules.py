@@ -52,7 +52,7 @@ def test_no_frozen_weight_in_checkpoint_or_optimizer(made):
 
 
 def test_the_metadata_of_a_module(made, trunk):
-    kind, folder, _ = made
+    kind, folder, printed = made
     metadata = json.loads((folder / "module" / "module.json").read_text())
     published = json.loads((trunk / "forge.json").read_text())
     assert metadata["trunk_digest"] == published["digest"] == artifact.digest(load_file(trunk / "model.safetensors"))
@@ -61,6 +61,9 @@ def test_the_metadata_of_a_module(made, trunk):
     shape = (metadata["kind"], metadata["name"], metadata["layers"], metadata["format_version"])
     assert shape == (kind, "cpp", [0, 1], 1)
     assert metadata["losses"]["own"]["after"] < metadata["losses"]["own"]["before"]
+    losses = {name: part for name, part in metadata["losses"].items() if part["before"] is not None}
+    shown = ", ".join(f"{name} {part['before']:.4f} -> {part['after']:.4f}" for name, part in losses.items())
+    assert f"losses      held out, before -> after training: {shown} nats per token\n" in printed
     last = launch.rows(folder, "val/loss")[-1]
     assert metadata["losses"]["own"]["after"] == pytest.approx(last["val/loss"], rel=1e-6)
     assert metadata["tokens_seen"] == launch.rows(folder)[-1]["train/tokens"] > 0

@@ -172,4 +172,4 @@ def test_a_model_without_a_template_cannot_chat(valid_artifacts):
 def test_a_model_that_is_not_there_is_one_message(place, monkeypatch):
     monkeypatch.chdir(launch.ROOT)
     settings = generate.Settings(model=place, prompt=("x",), without=("cpp",))
-    assert refused(generate.main, settings).startswith(f"{place} is not there. ")
+    assert refused(generate.main, settings).startswith(f"--model {place} is not there")

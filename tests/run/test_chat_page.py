@@ -7,7 +7,6 @@ import json
 import re
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import browser
@@ -250,7 +249,9 @@ def test_other_addresses_only_when_asked(server):
 
 
 def test_flags_that_do_not_fit_the_model(server):
-    assert "Leave out --module" in small_artifacts.refused(chat.main, chat.Settings(str(server.model), Path("x")))
+    assert "Leave out --module" in small_artifacts.refused(
+        chat.main, chat.Settings(str(server.model), server.folder / "trunk")
+    )
     trunk = str(server.folder / "trunk")
     assert "Leave out --top-k" in small_artifacts.refused(chat.main, chat.Settings(trunk, top_k=1))
     assert "missing is not there" in small_artifacts.refused(chat.main, chat.Settings("missing"))

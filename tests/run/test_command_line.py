@@ -2,9 +2,14 @@
 
 import dataclasses
 import json
+import os
+import pty
+import select
 import shutil
 import subprocess
 import sys
+import time
+from itertools import pairwise
 
 import launch
 import pytest
@@ -15,12 +20,14 @@ import train_module
 import train_shared
 from forge_common import export, report
 from forge_common.artifacts import artifact
-from forge_common.command_line import OTHER_NAMES, groups, unknown_flags
+from forge_common.command_line import EPILOG, OTHER_NAMES, groups, unknown_flags
+from forge_common.data.sources import files_of
 from forge_common.errors import UserError
 from forge_common.files.places import missing_artifact, missing_source, published
 from forge_common.settings import read_settings, to_json
 from forge_common.settings_checks import problems
 
+COMMANDS = ("assemble", "chat", "evaluate", "export", "generate", "merge", "plan", "push", "report")
 REQUIRED = ("--data", "local:docs", "--output-dir", "run")
 
 
@@ -103,12 +110,11 @@ def test_what_is_printed_and_what_a_run_has_written_are_files_of_settings(read, 
         ("stepz: 3\nlr: 1\nbatch: 3", "has stepz, which is no setting; did you mean --steps?"),
         ("[1, 2]", "has no settings"),
         ("a: [", "cannot be read as YAML or JSON"),
-        (None, "cannot be read"),
+        (None, "is not there; did you mean mine.yml?"),
     ],
 )
 def test_a_wrong_file_of_settings_is_refused(content, expected, read, tmp_path, capsys):
-    if content is not None:
-        (tmp_path / "mine.yaml").write_text(content)
+    (tmp_path / ("mine.yml" if content is None else "mine.yaml")).write_text(content or "")
     with pytest.raises(SystemExit) as ended:
         read("--config", "mine.yaml")
     assert ended.value.code == 2 and f"--config mine.yaml {expected}" in capsys.readouterr().err
@@ -131,8 +137,41 @@ def test_the_nearest_path_is_named(monkeypatch, tmp_path):
     assert missing_source("elsewhere.txt") == "elsewhere.txt: no such file or folder"
     for present in ("laws", "laws@2", "laws/*.txt", "hf:org/name", "local:docs", "https://host/x", "s3://bucket/x"):
         assert missing_source(present) is None
+    assert missing_source("local:dosc@0.5") == (
+        "local:dosc: no such corpus; there are local:python, local:cpp, local:docs, local:perl"
+    )
+    with pytest.raises(UserError, match=r"matches nothing; did you mean laws\? Name a file"):
+        files_of("lawz")
     assert missing_artifact("runs/trnk") == "runs/trnk is not there; did you mean runs/trunk?"
     assert missing_artifact("run/trunk") is missing_artifact("runs/trunk") is None, "it may be on the hub"
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("generate --model runs/trnk --prompt a", "--model runs/trnk is not there; did you mean runs/trunk?"),
+        ("generate --model runs/trunk --prompt a --temperature -1", "--temperature is -1.0. Give 0"),
+        ("chat --model runs/trunk --module modul", "--module modul is not there"),
+        ("merge --trunk runs/trnk --module runs --output-dir x", "--trunk runs/trnk is not there; did you mean"),
+        ("export --model missing --as gguf --output-dir x", "--model missing is not there"),
+        ("evaluate --model runs/trunk --data local:docs", "--data local:docs is not NAME=SOURCE."),
+        ("evaluate --model runs/trunk --data a=local:dosc", "--data local:dosc: no such corpus; there are"),
+        ("evaluate --model runs/trunk --data a=rnus", "--data rnus: no such file or folder; did you mean runs?"),
+    ],
+)
+def test_a_command_refuses_what_is_not_there_before_torch_is_imported(line, expected, tmp_path):
+    (tmp_path / "runs" / "trunk").mkdir(parents=True)
+    (tmp_path / "torch.py").write_text("raise SystemExit('torch was imported')\n")
+    command, *flags = line.split()
+    path = f"{tmp_path}{os.pathsep}{launch.ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-m", f"forge_common.{command}", *flags],
+        cwd=tmp_path,
+        env=launch.environment(PYTHONPATH=path),
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1 and f"{command}.py: error: {expected}" in done.stderr, done.stderr
 
 
 def test_the_output_directory_of_a_run_stands_for_what_it_published(tmp_path):
@@ -150,7 +189,7 @@ def test_trunks_and_modules_are_read_from_the_output_directories_of_their_runs(r
     trunk, _, metadata, module = artifact.read_model(str(root), root / "run")
     direct = artifact.read_model(str(root / "trunk"), root / "run" / "module")
     assert small_artifacts.same(trunk.state_dict(), direct[0].state_dict()) and (metadata, module) == direct[2:]
-    with pytest.raises(UserError, match=r"runn/x is not there; did you mean .*/run\?"):
+    with pytest.raises(UserError, match=r"runn/x is not there; did you mean .*/run\? Name the folder"):
         artifact.read_module_metadata(root / "runn" / "x")
     with pytest.raises(UserError):
         artifact.read_trunk(str(root / "assembled"))
@@ -172,6 +211,26 @@ def test_help_has_the_groups_of_the_source():
     ):
         assert printed.rindex("╭─ ", 0, printed.index(f"│ {flag} ")) == printed.index(f"╭─ {box} ─")
     assert "--config FILE.yaml" in printed
+
+
+@pytest.mark.parametrize(
+    "program", ["train_shared.py", "train_module.py", *(f"-m forge_common.{name}" for name in COMMANDS)]
+)
+def test_help_fills_its_lines(program):
+    """In 80 columns: no row is blank, and none ends where the next word would have fitted in."""
+    line = [sys.executable, *program.split(), "--help"]
+    environment = launch.environment(PYTHONIOENCODING="utf-8", COLUMNS="80")
+    printed = subprocess.run(line, env=environment, cwd=launch.ROOT, capture_output=True, check=True).stdout.decode()
+    assert f"usage: {'python ' * program.startswith('-m')}{program} [-h]" in printed
+    assert max(map(len, EPILOG.splitlines())) <= 80 and EPILOG in printed
+    rows = [row[2:-2] for row in printed.splitlines() if row.startswith("│")]
+    start = next(row for row in rows if row.startswith("-h, --help")).index("show")
+    for row, following in pairwise(rows):
+        assert row.strip()
+        begins_here = not row[:start].strip() or row[start - 2 : start] == "  "  # else a long flag fills the row
+        if begins_here and row[start:].strip() and not following[:start].strip():
+            [word] = following[start:].split(maxsplit=1)[:1]
+            assert len(row.rstrip()) + 1 + len(word) > len(row), f"{row}\n{following}"
 
 
 @pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
@@ -204,3 +263,35 @@ def test_bash_completes_the_flags_of_scripts_and_commands(tmp_path):
             ["bash", "-c", f"source {sourced}; complete -p accelerate"], text=True, capture_output=True
         ).stdout
     )
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh")
+def test_zsh_completes_flags_in_a_terminal(tmp_path):
+    """TAB after the first letters of a flag and of a file, with the lines of docs/QUICKSTART.md."""
+    (tmp_path / "sourced").write_text(launch.run_python("train_shared.py", "--print-completion"))
+    (tmp_path / "only.txt").touch()
+    process, terminal = pty.fork()
+    if process == 0:
+        os.chdir(tmp_path)
+        os.execvpe("zsh", ["zsh", "-f", "-i"], launch.environment(TERM="dumb", COLUMNS="200", ZDOTDIR=str(tmp_path)))
+    printed = ""
+
+    def type_until(keys, expected):
+        nonlocal printed
+        printed = ""
+        os.write(terminal, keys.encode())
+        deadline = time.monotonic() + launch.PATIENCE
+        while expected not in printed:
+            assert time.monotonic() < deadline, printed
+            if select.select([terminal], [], [], 1)[0]:
+                printed += os.read(terminal, 65536).decode(errors="replace")
+
+    try:
+        type_until("autoload -Uz compinit bashcompinit && compinit -u -d dump && bashcompinit; echo read''y\n", "ready")
+        type_until("source sourced; echo source''d\n", "sourced\r")
+        type_until("accelerate launch train_shared.py --val-f\t", "--val-fraction ")
+        type_until("\x15python train_shared.py --data onl\t", "only.txt ")
+        assert "unrecognized" not in printed
+    finally:
+        os.close(terminal)
+        os.waitpid(process, 0)

@@ -1,6 +1,7 @@
 """report.html: complete, harmless whatever it shows, made again from the run's files, and of no weight while it trains."""
 
 import json
+import re
 import shutil
 import time
 
@@ -55,11 +56,37 @@ def test_a_run_leaves_its_curves_plan_settings_and_samples(run):
             rows = launch.rows(folder, key)
             assert series[name]["x"] == [row["step"] for row in rows]
             assert series[name]["y"] == pytest.approx([row[key] for row in rows], rel=1e-5)
+    assert not any(chart["title"].startswith("val/") for chart in found.charts), "they are in the cards"
     plan = printed[printed.index("data  ") : printed.index("tracking")]
     assert plan.count("\n") > 5 and plan in found.text
+    assert f"report      {folder}/report.html, refreshed while it trains\n" in printed
     assert "warmup_steps" in found.text and "6 of 6" in found.text and "b" not in found.tags
     for row in launch.rows(folder, "val/samples"):
         assert f"{row['step']}{row['val/samples'][0]['continuation']}" in found.text
+
+
+def test_text_can_be_read_on_every_colour():
+    """At its strongest each colour has a contrast of 4.5 to the text: WCAG 2.2, success criterion 1.4.3."""
+    css = (page.FOLDER / "page.css").read_text()
+    mixes = re.findall(r"color-mix\((.*?)\);", css + (page.FOLDER / "chat.css").read_text())
+    assert len(mixes) == 6 and all("var(--strongest)" in mix for mix in mixes)
+    assert ".heat small" not in css, "it has the colour of the text"
+
+    def luminance(rgb):
+        parts = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in rgb]
+        return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
+
+    dark = css.index("@media")
+    values = {}
+    for part in (css[:dark], css[dark : css.index("* {")]):  # the light theme, and what the dark one has instead
+        values |= dict(re.findall(r"--(\w+): (#\w{6}|\d+%)", part))
+        share = int(values["strongest"].rstrip("%")) / 100
+        rgb = {name: [b / 255 for b in bytes.fromhex(value[1:])] for name, value in values.items() if value[0] == "#"}
+        for name in ("better", "worse", *(f"c{number}" for number in range(8))):
+            for back in (rgb["back"], rgb["panel"]):
+                mixed = luminance([share * a + (1 - share) * b for a, b in zip(rgb[name], back, strict=True)])
+                low, high = sorted((mixed, luminance(rgb["text"])))
+                assert (high + 0.05) / (low + 0.05) >= 4.5, name
 
 
 def test_a_report_is_made_again_from_the_files(run, tmp_path):
