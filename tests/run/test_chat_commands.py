@@ -63,7 +63,13 @@ def parts(trained):
     merged, assembled = trained.folder / "merged", trained.folder / "assembled"
     launch.run_python("-m", "forge_common.merge", *modules, merged, "--module", trained.folder / "fox" / "module")
     launch.run_python(
-        "-m", "forge_common.assemble", *modules, assembled, "--modules", trained.folder / "fox" / "module"
+        "-m",
+        "forge_common.assemble",
+        *modules,
+        assembled,
+        "--allow-copies",
+        "--modules",
+        trained.folder / "fox" / "module",
     )
     return {"trunk": trained.trunk, "merged": merged, "assembled": assembled}
 
