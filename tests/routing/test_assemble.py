@@ -444,7 +444,7 @@ def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared
         "assemble", "--trunk", trunk, "--modules", module_dirs["cpp"], "--output-dir", assembled_dir, fails=True
     )
     assert "no such module" in call(
-        "evaluate", "--model", assembled_dir, "--data", "a=b", "--without", "law", fails=True
+        "evaluate", "--model", assembled_dir, "--data", "a=README.md", "--without", "law", fails=True
     )
     metadata = json.loads((assembled_dir / "assembled.json").read_text())
     for change, message in (
