@@ -218,7 +218,7 @@ def test_a_router(copy, unchanged, data, tmp_path):
     _, trunk, module = unchanged
     assembled = tmp_path / "assembled"
     line = ("--trunk", trunk / "trunk", "--modules", module / "module", "--output-dir", assembled)
-    run(copy.folder, "-m", "forge_common.assemble", *line, "--router", "trunk")
+    run(copy.folder, "-m", "forge_common.assemble", *line, "--router", "trunk", "--allow-copies")  # the same text
     losses = tmp_path / "losses.json"
     line = ("--model", assembled, "--data", f"numbers={data}", "--val-fraction", 1, "--json", losses)
     run(copy.folder, "-m", "forge_common.evaluate", *line, "--cache-dir", tmp_path / "cache")

@@ -457,7 +457,7 @@ def test_settings_that_do_not_exist_are_refused(tmp_path):
     refused(tmp_path, "--on-bad-text", "refuse, replace, skip", on_bad_text="ignore")
     refused(tmp_path, "--on-bad-line", "refuse, skip", on_bad_line="replace")
     refused(tmp_path, "--document-separator", document_separator="")
-    refused("local:cobol", "local:python, local:cpp, local:docs or local:perl")
+    refused("local:cobol", "local:python, local:cpp, local:docs, local:perl")
     refused("hf:", "hf:ID")
 
 
