@@ -195,7 +195,7 @@ class RunLog:
         self.row(step, values)
         self.print_line(
             f"step {step}/{self.steps}  loss {nats / count:.4f}  lr {rate:.2e}  grad {grad_norm:.3f}  {speed:,.0f} tok/s  "
-            f"mfu {values['train/mfu']:.0%}  mem {values['memory/peak_mb']:,.0f} MB  "
+            f"mfu {values['train/mfu']:.0%}  mem {values['memory/peak_mb']:,.0f} MiB  "
             f"eta {duration((self.steps - step) * seconds)}"
         )
 
