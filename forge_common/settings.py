@@ -20,9 +20,9 @@ Settings = TypeVar("Settings")
 MODEL_SETTINGS = ("tokenizer", "preset", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MODEL_SETTINGS += ("num_key_value_heads", "tie_word_embeddings", "cross_document_attention", "num_experts")
 MODEL_SETTINGS += ("experts_per_token", "router_aux_loss_coef", "router_z_loss_coef")
-# torch's switch for memory in pages of 2 MiB, on a CPU: a page is filled with zeros when it is first used, and 512
-# small ones take longer. Tensors of 2 MiB and more then begin at a page, and the allocator finds room for them in what
-# others have left.
+# torch's switch for memory in pages of 2 MiB, on a CPU, where tensors of that size and more then begin at a page. It is
+# used for kind lora alone, which needs less memory with it; everything else needs more, and more with each update
+# (docs/EXPERIMENTS.md).
 HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -217,7 +217,7 @@ def _end(faults: list[str]) -> NoReturn:
 
 def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
     """Ends the process with main's code; a UserError is printed without a traceback (code 1)."""
-    if Path("/sys/kernel/mm/transparent_hugepage").exists():
+    if "lora" in str(vars(settings).get("kind")) and Path("/sys/kernel/mm/transparent_hugepage").exists():
         os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
     try:
         exit_code = main(settings)
