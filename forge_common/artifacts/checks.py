@@ -19,9 +19,7 @@ from .assembled import Part
 from .trial import Effect, mean_loss
 
 LARGE_EXCESS = 1.5  # warned; modules had 0.1 to 1.0, and 3.0 after training at a rate of 0.02 on a trunk of 20 updates
-LARGE_CLAIMED = (
-    0.65  # refused without --allow-worse; on text that is likely by its counts, working modules had at most 0.6
-)
+LARGE_CLAIMED = 0.65  # on text that its counts call likely; refused without --allow-worse. Modules had at most 0.6
 THIN_TOKENS = 5_000  # counted; with fewer, the router hardly knows the module's text
 COUNTED = (0.5, 1.1)  # counted tokens as a share of the stated ones: rare ones are left out, counts are rounded by 3%
 LEAST_SPREAD = 0.1  # standard deviation of the counts as a share of their mean; that of a text is far above 1
