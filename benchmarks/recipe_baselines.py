@@ -39,6 +39,8 @@ class Ensemble:
             self.router.prior = torch.full((len(models),), 1 / len(models))
 
     def to(self, device):
+        for model in self.models:
+            model.to(device)
         return self
 
     def eval(self):
@@ -47,7 +49,9 @@ class Ensemble:
     @torch.no_grad()
     def nats(self, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         inputs, labels = self.models[0].split(tokens)
-        log_p = torch.stack([-model.nats(tokens, before) for model in self.models], dim=-1)
+        labels, inputs = labels.cpu(), inputs.cpu()
+        before = None if before is None else before.cpu()
+        log_p = torch.stack([-model.nats(tokens, before).cpu() for model in self.models], dim=-1)
         earlier = torch.cat((torch.zeros_like(log_p[:, :1]), log_p[:, :-1]), dim=1)
         if self.counts:
             weights = self._heard(inputs, before, earlier)
@@ -75,7 +79,7 @@ class DrawnRouter:
         self.rows = torch.randn(layers, hidden_size, modules, generator=generator) * hidden_size**-0.5
 
     def layer(self, index: int, normed: torch.Tensor) -> torch.Tensor:
-        gates = (normed @ self.rows[index]).softmax(-1)
+        gates = (normed @ self.rows[index].to(normed)).softmax(-1)
         return torch.cat((torch.zeros_like(gates[..., :1]), gates), dim=-1)
 
 
@@ -86,7 +90,7 @@ class FixedGates:
         self.gates = gates
 
     def layer(self, index: int, normed: torch.Tensor) -> torch.Tensor:
-        return self.gates.expand(*normed.shape[:2], -1)
+        return self.gates.to(normed).expand(*normed.shape[:2], -1)
 
 
 class TrueLabels:
@@ -98,6 +102,10 @@ class TrueLabels:
     def __init__(self, mixture: Mixture, choice: list[int], labels: torch.Tensor):
         self.mixture = mixture
         self.choice, self.labels, self.place = torch.tensor(choice), labels, 0
+
+    def to(self, device):
+        self.mixture.to(device)
+        return self
 
     def nats(self, tokens: torch.Tensor, before: torch.Tensor | None = None) -> torch.Tensor:
         labels = self.labels[self.place : self.place + len(tokens), 1 : tokens.shape[1]]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import psutil
@@ -28,7 +28,7 @@ from forge_common.data.windows import Tokens
 from forge_common.model.trunk import Trunk
 from forge_common.routing import statistics
 
-CONFIG = Path("accelerate_configs/cpu.yaml")
+CONFIGS = {"cpu": Path("accelerate_configs/cpu.yaml"), "cuda": Path("accelerate_configs/single_gpu_fp32.yaml")}
 TRUNK, MODULE, FLEXOLMO = "train_shared.py", "train_module.py", "benchmarks/recipe_flexolmo.py"
 ORIGINAL_LR = 1e-3
 
@@ -40,6 +40,8 @@ class Settings:
     """Seeds of the trunk, the modules and the order of the data, one after the other."""
     workers: int = 2
     """Training runs at once, of one thread each."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where models are trained and scored, in float32."""
     smoke: bool = False
     """Every step with two domains of a group, one rate and a few updates, into OUTPUT_DIR-smoke: ten minutes of processor time."""
     vocabulary: int = 2048
@@ -105,7 +107,7 @@ class Runs:
         if not published.is_dir():
             started = time.monotonic()
             run(
-                launched(CONFIG, script),
+                launched(CONFIGS[s.device], script),
                 *("--output-dir", folder, "--sequence-length", s.sequence_length, "--seed", self.seed),
                 *("--batch-size", s.batch_size, "--micro-batch-size", s.batch_size, "--val-every", 0),
                 *("--cache-dir", s.output_dir / "cache", "--tracker", "none", *flags),

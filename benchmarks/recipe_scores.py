@@ -20,14 +20,17 @@ SPLICE = 64  # tokens between two changes of domain in the spliced texts
 BATCH = 16  # windows
 
 
-def by_document(model: Any, pieces: list[texts.Piece]) -> tuple[list[float], list[int]]:
-    """The sums of nats and the numbers of tokens of the pieces' documents, sorted by the documents' keys."""
+def by_document(model: Any, pieces: list[texts.Piece], device: str) -> tuple[list[float], list[int]]:
+    """The sums of nats and the numbers of tokens of the pieces' documents, sorted by the documents' keys.
+
+    device: where the model is.
+    """
     sums: dict[Any, list[Any]] = {}
     for start in range(0, len(pieces), BATCH):
         batch = pieces[start : start + BATCH]
         longest = max(piece.scored for piece in batch) + 1
-        tokens = torch.stack([torch.from_numpy(piece.tokens()[:longest]) for piece in batch])
-        before = torch.stack([torch.from_numpy(piece.before()) for piece in batch])
+        tokens = torch.stack([torch.from_numpy(piece.tokens()[:longest]) for piece in batch]).to(device)
+        before = torch.stack([torch.from_numpy(piece.before()) for piece in batch]).to(device)
         values = model.nats(tokens, before).double().sum(1).tolist()
         for piece, nats in zip(batch, values, strict=True):
             if not math.isfinite(nats):
@@ -68,9 +71,10 @@ class Scores:
         missing = [domain for domain in only if domain not in done]
         if not missing:
             return
-        model, started = make(), time.monotonic()
+        device = self.runs.settings.device
+        model, started = make().to(device), time.monotonic()
         for domain in missing:
-            self.rows.append(Row(group, name, part, domain, *by_document(model, columns[domain].pieces)))
+            self.rows.append(Row(group, name, part, domain, *by_document(model, columns[domain].pieces, device)))
         write_json(self.file, [vars(row) for row in self.rows])
         losses = " ".join(f"{self.loss(group, name, part, domain):.4f}" for domain in missing)
         seconds = time.monotonic() - started

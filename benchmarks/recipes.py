@@ -194,7 +194,7 @@ class Seed:
         pieces = self.scores.sample("home", domain, ORACLE_TOKENS)
 
         def loss(model: Mixture) -> float:
-            nats, tokens = by_document(model, pieces)
+            nats, tokens = by_document(model, pieces, self.settings.device)
             return sum(nats) / sum(tokens)
 
         gates = baselines.constant_gates(mixture, loss)
