@@ -192,10 +192,11 @@ class Runs:
 
         return self._add(Recipe(name, domains, train))
 
-    def module(self, name: str, domain: str) -> Recipe:
+    def module(self, name: str, domain: str, *flags: object) -> Recipe:
         """A module on the frozen trunk, named after its domain."""
+        data = self.even((domain,))
         return self._add(
-            Recipe(name, (domain,), lambda folder, lr: self.train_module(folder, domain, lr, self.even((domain,))))
+            Recipe(name, (domain,), lambda folder, lr: self.train_module(folder, domain, lr, data, *flags))
         )
 
     def train_module(
@@ -267,6 +268,7 @@ class Runs:
             [*(self.module(f"head-{domain}", domain) for domain in unseen), self.whole("union-unseen", unseen)],
             [*(self.module(f"head-{domain}", domain) for domain in pair), self.whole("union-pair", pair)],
             [self.split(0), self.whole("upcycled", home, self.upcycled)],
+            [self.module(f"attention-{domain}", domain, "--kind", "attention+ffn+head") for domain in home],
             [self.whole(f"branch-{domain}", (domain,)) for domain in home],
             [self.expert(domain, "expert") for domain in home],
             [self.expert(domain, "expert+head") for domain in home],

@@ -187,7 +187,7 @@ def _order(name: str) -> tuple[int, str]:
         lambda n: n == LABEL,
         lambda n: n.startswith("assembled"),
         lambda n: n.startswith("union"),
-        lambda n: n.startswith(("true labels", "oracle", "ridge", "uniform", "modules on")),
+        lambda n: n.startswith(("true labels", "oracle", "ridge", "uniform", "modules ")),
         lambda n: True,
     )
     return next(i for i, start in enumerate(starts) if start(name)), name

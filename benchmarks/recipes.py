@@ -53,7 +53,7 @@ class Seed:
     def finish(self) -> None:
         """Trains and scores what is missing, the rows that matter most first."""
         rows = (self._home, self._union, partial(self._group, "unseen"), partial(self._group, "pair"))
-        rows += (self._controls, self._branches, partial(self._experts, "expert"))
+        rows += (self._controls, self._attention, self._branches, partial(self._experts, "expert"))
         rows += (partial(self._experts, "expert+head"),)
         stages = self.runs.stages()
         for stage, score in zip(stages, rows, strict=True):
@@ -147,6 +147,14 @@ class Seed:
         add = partial(self.scores.add, "home")
         add("modules on random splits, assembled", lambda: self._mixture(splits))
         add("upcycled mixture, trained jointly", lambda: self._recipe("upcycled"))
+
+    def _attention(self) -> None:
+        folders = [self.runs.published(f"attention-{domain}") for domain in self.settings.group("home")]
+        mixture = self._mixture(folders)
+        for top_k in (0, 1):
+            name = "modules with attention, assembled" + (f", top-{top_k}" if top_k else "")
+            make = lambda top_k=top_k: baselines.with_router(mixture, mixture.router, top_k)  # noqa: E731
+            self.scores.add("home", name, make)
 
     def _branches(self) -> None:
         router = self._mixture(self._modules("home")).router
