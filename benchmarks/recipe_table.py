@@ -49,25 +49,31 @@ def difference(pairs: list[dict[str, tuple[Row, Row]]]) -> Difference:
     are the same.
 
     In each domain it is a ratio of sums over the documents, and the domains count equally. The squares of two errors
-    are added: that over documents of the mean over the seeds (of a ratio estimate, from each document's own
-    difference), and that over seeds. What is random in both is counted twice, so that the sum is rather too large.
+    are added: that over documents of the mean over the seeds, and that over seeds. What is random in both is counted
+    twice, so that the sum is rather too large.
     """
     domains = list(pairs[0])
-    over_documents = 0.0
     by_seed = [fmean(first.loss - second.loss for first, second in seed.values()) for seed in pairs]
-    for domain in domains:
-        rows = [seed[domain] for seed in pairs]
-        tokens = rows[0][0].tokens
-        if any(row.tokens != tokens for pair in rows for row in pair):
-            raise SystemExit(f"the rows of {domain} are not of the same documents. Remove rows.json of each seed.")
-        nats = [fmean(first.nats[place] - second.nats[place] for first, second in rows) for place in range(len(tokens))]
-        ratio = math.fsum(nats) / sum(tokens)
-        squares = math.fsum((n - ratio * t) ** 2 for n, t in zip(nats, tokens, strict=True))
-        number = len(tokens)
-        if number > 1:
-            over_documents += squares * number / (number - 1) / sum(tokens) ** 2
+    over_documents = math.fsum(_variance(domain, [seed[domain] for seed in pairs]) for domain in domains)
     over_seeds = variance(by_seed) / len(by_seed) if len(by_seed) > 1 else 0.0
     return Difference(fmean(by_seed), math.sqrt(over_documents / len(domains) ** 2 + over_seeds))
+
+
+def _variance(domain: str, seeds: list[tuple[Row, Row]]) -> float:
+    """Of the mean over the seeds of the difference in one domain, over its documents: that of a ratio estimate.
+
+    The seeds may divide a document into tokens differently.
+    """
+    number = len(seeds[0][0].tokens)
+    deviations = [0.0] * number  # of each document, from the mean difference
+    for first, second in seeds:
+        if first.tokens != second.tokens or len(first.tokens) != number:
+            raise SystemExit(f"the rows of {domain} are not of the same documents. Remove rows.json of each seed.")
+        ratio = first.loss - second.loss
+        for place, tokens in enumerate(first.tokens):
+            own = first.nats[place] - second.nats[place]
+            deviations[place] += (own - ratio * tokens) / sum(first.tokens) / len(seeds)
+    return math.fsum(deviation**2 for deviation in deviations) * number / max(number - 1, 1)
 
 
 def report(seeds: dict[int, list[Row]]) -> tuple[str, list[dict[str, Any]]]:
