@@ -15,6 +15,7 @@ from ..settings import seconds_of
 from .checkpoint_folder import checkpoints_of, complete
 from .hardware import compute_dtype, peak_flops
 from .pace import duration
+from .totals import from_main_process
 
 MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
 MOST_UPDATES = 10_000  # of a run whose length is not given
@@ -134,10 +135,9 @@ def _mean(value: float, accelerator: Any) -> float:
 
 def _earlier_settings(settings: Any, accelerator: Any) -> dict[str, Any]:
     """The settings of the run that this one continues, or {}, as the main process finds them. A collective."""
-    found: list[dict[str, Any]] = [{}]
+    found: dict[str, Any] = {}
     file = Path(settings.output_dir) / "settings.json"
-    if accelerator.is_main_process and settings.resume != "never" and complete(checkpoints_of(settings)):
-        found = [read_json(file) if file.is_file() else {}]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
+    continues = settings.resume != "never" and accelerator.is_main_process and complete(checkpoints_of(settings))
+    if continues and file.is_file():
+        found = read_json(file)
+    return from_main_process(accelerator, found)

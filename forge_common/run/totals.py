@@ -1,8 +1,10 @@
-"""What the processes of a run tell each other after an update: one collective, read from the device once."""
+"""What the processes of a run tell each other: after an update, in one collective, and what the main process has found."""
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+
+Value = TypeVar("Value")
 
 
 class Totals(NamedTuple):
@@ -51,3 +53,11 @@ def update_totals(
         expert_counts=rows,
         assignments=total[len(scalars) :].to(counts.dtype).view_as(counts),
     )
+
+
+def from_main_process(accelerator: Any, value: Value) -> Value:
+    """The main process's `value`, on all ranks; the others' is not read. A collective."""
+    values = [value]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
