@@ -210,7 +210,7 @@ def main(settings: Settings) -> int:
 
     # ---- Publish ----
     if settings.dry_run:
-        log.timing(progress, settings.steps)
+        log.dry_run_result(progress, settings.steps)
     elif stop.reason == "signal":  # only one that all ranks saw during training; a later one changes nothing
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:
