@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3: the loop decides which update is applied, and weights and moments are read and written
 as float32.
 
-Two habits would break what every other engine keeps here:
+Two things differ from the other engines, and are changed here:
 - accelerate steps inside `accelerator.backward`, before loss and gradient norm are known. `prepare` moves the step to
   `optimizer.step`.
 - In bf16 the float32 weights start from the rounded ones. `prepare` sets them to the model's own.
@@ -136,7 +136,8 @@ def prepare(accelerator: Any, model: Any, optimizer: Any) -> tuple[Any, Any]:
     }
     flops = [model.flops_per_token(length) for length in (0, 1)]
     engine, _ = accelerator.prepare(model, optimizer)
-    # ZeRO-3's parameters have no elements outside of a forward pass: from here on their number is known no more.
+    # ZeRO-3's parameters have no elements outside of a forward pass: flops_per_token, which counts them, is linear in the
+    # length, so two values from before give all others.
     model.flops_per_token = lambda length: flops[0] + length * (flops[1] - flops[0])
     if accelerator.mixed_precision != "no":
         set_weights(model, engine.optimizer, weights)
