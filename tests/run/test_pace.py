@@ -126,8 +126,8 @@ def test_the_first_micro_batch_and_the_first_update_say_how_long_it_takes(clock)
     pace = Pace(CPU, settings(steps=100), 100, 0, lines.append)
     for done in (1, 2, 3, 4):
         clock[0] += 3
-        pace.advance(0, done, 4, DONE if done == 4 else PENDING, mark=0.0)
-        pace.advance(1, done, 4, DONE if done == 4 else PENDING, mark=0.0)
+        pace.advance(0, done, 4, DONE if done == 4 else PENDING, row_start=0.0)
+        pace.advance(1, done, 4, DONE if done == 4 else PENDING, row_start=0.0)
     first, update = lines
     assert "micro-batch 1 of 4 took 3.0 s: an update takes about 12s, 100 updates 20m00s" in first
     assert "loss 5.0000 after 12.0 s; 100 updates at this speed: 20m00s. The next line comes after update 10" in update
@@ -137,7 +137,7 @@ def test_the_first_micro_batch_and_the_first_update_say_how_long_it_takes(clock)
 def test_a_fast_run_says_no_more_than_its_log(changes, step, clock):
     lines: list[str] = []
     pace = Pace(CPU, settings(steps=100, **changes), 100, step, lines.append)
-    pace.advance(step, 1, 1, DONE, mark=0.0)
+    pace.advance(step, 1, 1, DONE, row_start=0.0)
     assert not lines
 
 
@@ -150,7 +150,7 @@ def test_the_bar_of_a_terminal_moves_with_each_micro_batch(is_terminal, monkeypa
     if is_terminal:
         pace.bar.mininterval = 0
     for step, done in ((4, 1), (4, 2), (5, 1)):
-        pace.advance(step, done, 2, PENDING, mark=time.perf_counter())
+        pace.advance(step, done, 2, PENDING, row_start=time.perf_counter())
     drawn = console.getvalue()
     assert all(f"{n} updates" in drawn for n in ("4.50/10", "5.00/10", "5.50/10")) == is_terminal
     assert is_terminal or not drawn
