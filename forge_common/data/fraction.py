@@ -33,8 +33,9 @@ def fraction_for(settings: Any) -> float:
         return 0.0
     reading = reading_of(settings)
     specs = [parse(source)[0] for source in settings.data]
-    decides = [settings.val_fraction, FRACTION, ENOUGH, SHARE, asdict(reading), [facts(spec) for spec in specs]]
-    name = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    # Everything that the fraction depends on. The name of its file is the hash of it.
+    inputs = [settings.val_fraction, FRACTION, ENOUGH, SHARE, asdict(reading), [facts(spec) for spec in specs]]
+    name = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
     file = Path(settings.cache_dir).expanduser() / "fractions" / f"{name}.json"
     if file.is_file():
         return float(read_json(file)["val_fraction"])

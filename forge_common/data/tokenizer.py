@@ -57,17 +57,19 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
-        inside, whole = self.backend.encode("x", add_special_tokens=False).ids, self.backend.encode("x").ids
+        inside = self.backend.encode("x", add_special_tokens=False).ids
+        whole = self.backend.encode("x").ids
         start = next(i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside)
-        facts = {"tokenizer": json.loads(self.backend.to_str()), "eos": self.eos_token_id, "pad": self.pad_token_id}
-        canonical = json.dumps(facts, sort_keys=True, ensure_ascii=True)
-        for name, value in {
+        content = {"tokenizer": json.loads(self.backend.to_str()), "eos": self.eos_token_id, "pad": self.pad_token_id}
+        canonical = json.dumps(content, sort_keys=True, ensure_ascii=True)
+        computed = {
             "vocab_size": max(self.backend.get_vocab(with_added_tokens=True).values()) + 1,
             "prefix": tuple(whole[:start]),
             "suffix": tuple(whole[start + len(inside) :]),
             "digest": hashlib.sha256(canonical.encode()).hexdigest(),
-        }.items():
-            object.__setattr__(self, name, value)
+        }
+        for name, value in computed.items():
+            object.__setattr__(self, name, value)  # as the __init__ of a frozen dataclass does
 
     def encode_batch(self, texts: list[str], *, continued: bool = False) -> list[list[int]]:
         """Ids of each text, in parallel. `continued`: without prefix and suffix, for the middle of a document."""
