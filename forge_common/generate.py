@@ -179,7 +179,8 @@ def write(
         tokens.append(token)
     print(flush=True)
     if settings.show_routing:
-        heads, layers = [token.heads for token in tokens], [token.layers for token in tokens]
+        heads = [token.heads for token in tokens]
+        layers = [token.layers for token in tokens]
         print(routing(model.names, heads, layers, [tokenizer.decode([token.id]) for token in tokens]))
     return "".join(token.text for token in tokens)
 

@@ -281,7 +281,8 @@ class ChatTemplate:
             line_end = self._backend.encode(before, add_special_tokens=False).ids
             encoding = self._backend.encode(before + text[start:end], add_special_tokens=False)
             if encoding.ids[: len(line_end)] != line_end:
-                before, line_end = "", []
+                before = ""
+                line_end = []
                 encoding = self._backend.encode(text[start:end], add_special_tokens=False)
             ids += encoding.ids[len(line_end) :]
             offsets = np.array(encoding.offsets[len(line_end) :], dtype=np.int64).reshape(-1, 2)

@@ -116,7 +116,8 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
     corpora = [prepared(spec, fraction) for spec, _ in parsed]
     val_data = [prepared(parse(source)[0], 0.0).train for source in settings.val_data]
     _check_turns([corpus.train for corpus in corpora], settings.data, tokenizer, config)
-    T, pack = settings.sequence_length, settings.pack
+    T = settings.sequence_length
+    pack = settings.pack
 
     training = [Windows(corpus.train, T, pack=pack, filler=ignore_index) for corpus in corpora]
     for source, windows in zip(settings.data, training, strict=True):
@@ -182,7 +183,8 @@ def general_sample(
         f"general     reading {names} for held-out documents: the module's loss on general text is measured before and after "
         f"training, on at most {settings.general_tokens:,} tokens (--general-tokens 0: not)"
     )
-    reading, cache_dir = reading_of(settings), Path(settings.cache_dir).expanduser()
+    reading = reading_of(settings)
+    cache_dir = Path(settings.cache_dir).expanduser()
     options = {"cache_dir": cache_dir, "report": print_line, "val_fraction": GENERAL_FRACTION, "only_held_out": True}
     stores = [prepare(parse(source)[0], tokenizer, reading, **options).validation for source in settings.general_data]
     share = settings.general_tokens // len(settings.general_data)

@@ -195,7 +195,8 @@ def _distinct(parts: Iterable[Named]) -> Iterator[tuple[str, str, bytes]]:
 
     A near copy is a text most of whose lines (longer than 15 characters, without digits and spaces) were in earlier ones.
     """
-    size, seen = 0, set()
+    size = 0
+    seen = set()
     for part in parts:
         documents = [(hashlib.sha256(text.encode("utf-8", "replace")).digest(), name, text) for name, text in part]
         for digest, name, text in sorted(documents):

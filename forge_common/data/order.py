@@ -90,7 +90,8 @@ class Mixture:
         names: Sequence[str] | None = None,
     ):
         """names: of the sources, for `passes`; None: their numbers."""
-        self.sources, self.seed = list(sources), seed
+        self.sources = list(sources)
+        self.seed = seed
         self.names = list(names or map(str, range(len(self.sources))))
         self.lengths = np.array([len(source) for source in sources], dtype=np.int64)
         self.size = int(self.lengths.sum())

@@ -112,7 +112,8 @@ def _write(
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     writers = {split: SplitWriter(folder, split, dtype, tokenizer) for split in SPLITS}
     began = reported = time.monotonic()
-    fraction, only_held_out = inputs["val_fraction"], "only_held_out" in inputs
+    fraction = inputs["val_fraction"]
+    only_held_out = "only_held_out" in inputs
     documents = sources.read(source, reading, counts)
     wanted = (d for d in documents if not only_held_out or in_validation(d.digest, fraction))
     try:

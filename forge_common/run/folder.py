@@ -191,7 +191,8 @@ def check_room(folder: Path, checkpoint: int, keep: int) -> None:
 
     At most there are the `keep` newest, the best, one that is being written, and the artifact: a third of a checkpoint.
     """
-    kept, published = keep + 2, checkpoint // 3 + MIB
+    kept = keep + 2
+    published = checkpoint // 3 + MIB
     needed = kept * checkpoint + published
     here = sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/**/*") if path.is_file())
     free = shutil.disk_usage(folder).free

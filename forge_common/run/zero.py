@@ -229,7 +229,8 @@ def gather(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[Tensors,
     utils = _deepspeed().utils
     zero = optimizer.optimizer
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights, state = {}, {}
+    weights = {}
+    state = {}
     own = zero.optimizer.state.get(_partitions(zero)[0], {})
     if own:
         _link_moments(zero)

@@ -36,7 +36,7 @@ def test_an_update_that_is_not_applied_changes_neither_weights_nor_moments(step,
     assert all(launch.same_bits(before[index], after[index]) for index in before)
 
 
-def test_updates_after_an_overflow_are_applied(run):
+def test_updates_after_those_that_were_not_applied_are_applied(run):
     for step in (5, 6):
         assert not launch.same_bits(launch.weights(run[0], step - 1), launch.weights(run[0], step))
     assert {int(entry["step"]) for entry in launch.optimizer_state(run[0], STEPS)["state"].values()} == {STEPS - 3}

@@ -89,7 +89,8 @@ def _parquet_batches(path: File, column: str) -> Iterator[Batch]:
     # Without a buffer pyarrow would read a row group's whole column at once.
     how = {"buffer_size": PIECE, "pre_buffer": False, "page_checksum_verification": True}
     with opened(path) as source, pyarrow.parquet.ParquetFile(source, **how) as file:
-        schema, metadata = file.schema_arrow, file.metadata
+        schema = file.schema_arrow
+        metadata = file.metadata
         columns = columns_of(schema.names, column)
         if not columns or (columns == (column,) and not _has_text(schema, column)):
             if not columns or metadata.num_rows:
