@@ -73,7 +73,7 @@ def main(settings: Settings) -> int:
         return 0
     for number, text in enumerate(prompts):
         print("\n" * (number > 0) + text, end="", flush=True)
-        write(model, tokenizer, settings, device, sampling.prompt_ids(tokenizer, text), [])
+        write(model, tokenizer, settings, device, tokenizer.encode_prompt(text), [])
     return 0
 
 

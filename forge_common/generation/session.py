@@ -11,7 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..model.protocol import LanguageModel
 from .conversation import chat_template, conversation_prompt
-from .sampling import Sampling, beyond_context, check_sampling, prompt_ids, stream
+from .sampling import Sampling, beyond_context, check_sampling, stream
 
 NUMBERS = {"temperature": (int, float), "top_p": (int, float), "max_new_tokens": (int,), "seed": (int,)}
 
@@ -111,7 +111,7 @@ class Session:
             template = chat_template(self._tokenizer, self._place)
             ids, left_out = conversation_prompt(model, template, request.system, request.turns, sampling.max_new_tokens)
         else:
-            ids = prompt_ids(self._tokenizer, request.prompt)
+            ids = self._tokenizer.encode_prompt(request.prompt)
         yield {"names": list(model.names), "turns_left_out": left_out, "tokens_left_out": beyond_context(model, ids)}
         for token in stream(model, self._tokenizer, ids, sampling, self._device, self._cache):
             if self.stopping.is_set():
