@@ -231,26 +231,26 @@ def gather(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[Tensors,
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     weights = {}
     state = {}
-    own = zero.optimizer.state.get(_partitions(zero)[0], {})
-    if own:
+    first_state = zero.optimizer.state.get(_partitions(zero)[0], {})  # {} before the first applied update
+    keys = [key for key in ("exp_avg", "exp_avg_sq") if key in first_state]
+    if first_state:
         _link_moments(zero)
     for index, parameter in enumerate(parameter for group in _groups(zero) for parameter in group):
         value = utils.safe_get_full_fp32_param(parameter)
-        moments = {
-            key: utils.safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq") if key in own
-        }
+        moments = {key: utils.safe_get_full_optimizer_state(parameter, key) for key in keys}
         if keep:
             weights[names[id(parameter)]] = value.cpu()
-            if own:  # empty before the first applied update
-                state[index] = {"step": torch.tensor(float(own["step"]))} | {k: v.cpu() for k, v in moments.items()}
-    indices = iter(range(len(names)))
-    counts = [0] * len(zero.param_groups)
-    for number, group in enumerate(_groups(zero)):
-        counts[zero.sub_group_to_group_id[number] if _is_stage_3(zero) else number] += len(group)
-    groups = [
-        {**group, "params": [next(indices) for _ in range(count)]}
-        for group, count in zip(zero.param_groups, counts, strict=True)
-    ]
+            if first_state:
+                state[index] = {"step": torch.tensor(float(first_state["step"]))}
+                state[index] |= {key: moment.cpu() for key, moment in moments.items()}
+    counts = [0] * len(zero.param_groups)  # parameters of each of the optimizer's groups
+    for number, part in enumerate(_groups(zero)):
+        counts[zero.sub_group_to_group_id[number] if _is_stage_3(zero) else number] += len(part)
+    groups = []
+    first = 0
+    for group, count in zip(zero.param_groups, counts, strict=True):
+        groups.append({**group, "params": list(range(first, first + count))})
+        first += count
     return weights, {"state": state, "param_groups": groups}
 
 
