@@ -68,13 +68,13 @@ def main(settings: Settings) -> int:
     from forge_common.model.modules import chosen_layers, plug_in
     from forge_common.model.trunk import even_load, load_of
     from forge_common.run import checkpoint_writer, engines
-    from forge_common.run.folder import claim, prepare, release
+    from forge_common.run.folder import claim, prepare_output, release
     from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch
-    from forge_common.run.length import resolved
+    from forge_common.run.length import with_length
     from forge_common.run.log import Interval, RunLog
     from forge_common.run.plan import plan, show
-    from forge_common.run.progress import PENDING, begin, due, update_outcome
+    from forge_common.run.progress import PENDING, due, new_progress, update_outcome
     from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
     from forge_common.validation import domain_losses, validate
@@ -107,13 +107,13 @@ def main(settings: Settings) -> int:
     config = trunk.config  # of the trunk alone
     module_names = plug_in(trunk, settings.kind, layers, **settings.sizes)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
-    frozen_before = artifact.digest({name: engines.held(accelerator, trunk.get_parameter(name)) for name in frozen})
+    frozen_before = artifact.digest({name: engines.rounded(accelerator, trunk.get_parameter(name)) for name in frozen})
     trunk.activation_checkpointing = settings.activation_checkpointing
     choose_kernels(trunk, settings, accelerator)
-    settings = resolved(settings, corpora, trunk, accelerator)
+    settings = with_length(settings, corpora, trunk, accelerator)
     optimizer = optimizers.make(trunk, settings, accelerator)
     show(accelerator, settings, plan(trunk, settings, corpora, accumulation, processes, device, tracker_report))
-    fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata, general)  # refuses machines that differ
+    fresh = new_progress(accelerator, settings, corpora, tokenizer, trunk_metadata, general)  # compares processes
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
     writer = checkpoint_writer.Writer(accelerator, model, settings)
 
@@ -121,7 +121,7 @@ def main(settings: Settings) -> int:
     progress = checkpoint.resume(accelerator, settings, fresh)
     if progress.global_step == 0 and not settings.dry_run:
         progress.losses_before = domain_losses(accelerator, model, domains, settings.micro_batch_size)
-    prepare(accelerator, settings, checkpoint_writer.size(model))
+    prepare_output(accelerator, settings, checkpoint_writer.size(model))  # free space, settings.json
 
     # ---- Train ----
     # This chapter is the same text in train_shared.py and train_module.py; a test compares them.
@@ -165,13 +165,13 @@ def main(settings: Settings) -> int:
             with accelerator.accumulate(model):
                 sums.append(model(micro_batch, expert_load))
                 accelerator.backward(sums[-1].objective * scale)
-                sums[-1] = sums[-1].detached()  # frees the graph, whose nodes lie between the memory of its activations
+                sums[-1] = sums[-1].detached()  # frees the graph, whose nodes keep the memory around them in use
 
                 # -- apply or skip --
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                    ahead = trunk.scored(following).sum()
-                    totals = update_totals(accelerator, sums, grad_norm, ahead, stop)
+                    following_scored = trunk.scored(following).sum()
+                    totals = update_totals(accelerator, sums, grad_norm, following_scored, stop)
                     outcome = update_outcome(totals.loss, totals.grad_norm, num_scored, accelerator.scaler)
                 if not accelerator.sync_gradients or outcome.applied:
                     optimizer.step()
@@ -179,7 +179,7 @@ def main(settings: Settings) -> int:
             stop.heartbeat()
             log.advance(progress.global_step, len(sums), len(windows), outcome)
         progress.record(outcome, settings, corpora.training, log.print_line)
-        num_scored = totals.num_scored
+        num_scored = totals.following_scored
         if outcome.finite:
             interval.add(sums)
         if outcome.finite and expert_load is not None:
@@ -210,7 +210,7 @@ def main(settings: Settings) -> int:
 
     # ---- Publish ----
     if settings.dry_run:
-        log.timing(progress, settings.steps)
+        log.dry_run_result(progress, settings.steps)
     elif stop.reason == "signal":  # only one that all ranks saw during training; a later one changes nothing
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:

@@ -76,13 +76,13 @@ def main(settings: Settings) -> int:
     from forge_common.model.presets import model_config, preset_sizes
     from forge_common.model.trunk import Trunk, even_load, load_of
     from forge_common.run import checkpoint_writer, engines
-    from forge_common.run.folder import claim, prepare, release
+    from forge_common.run.folder import claim, prepare_output, release
     from forge_common.run.kernels import choose_kernels
     from forge_common.run.launch_checks import check_launch
-    from forge_common.run.length import resolved, sized
+    from forge_common.run.length import with_length, with_preset
     from forge_common.run.log import Interval, RunLog
     from forge_common.run.plan import plan, show
-    from forge_common.run.progress import PENDING, begin, due, update_outcome
+    from forge_common.run.progress import PENDING, due, new_progress, update_outcome
     from forge_common.run.totals import update_totals
     from forge_common.run.trackers import choose_tracker
     from forge_common.validation import validate
@@ -112,24 +112,24 @@ def main(settings: Settings) -> int:
             check_context(settings, config)
         else:
             tokenizer = tokenizer_for(settings, accelerator.print)
-            config = model_config(settings, tokenizer)
+            config = model_config(settings, tokenizer)  # its sizes are chosen below, by the text
         corpora = open_corpora(settings, tokenizer, config, accelerator.print)
     if trunk is None:
-        settings = sized(settings, corpora, preset_sizes(settings, tokenizer), accelerator)
+        settings = with_preset(settings, corpora, preset_sizes(settings, tokenizer), accelerator)
         trunk = Trunk(model_config(settings, tokenizer))
     trunk = trunk.to(getattr(torch, settings.dtype))
     trunk.activation_checkpointing = settings.activation_checkpointing
     choose_kernels(trunk, settings, accelerator)
-    settings = resolved(settings, corpora, trunk, accelerator)
+    settings = with_length(settings, corpora, trunk, accelerator)
     optimizer = optimizers.make(trunk, settings, accelerator)
     show(accelerator, settings, plan(trunk, settings, corpora, accumulation, processes, device, tracker_report))
-    fresh = begin(accelerator, settings, corpora, tokenizer, trunk_metadata)  # refuses machines that differ
+    fresh = new_progress(accelerator, settings, corpora, tokenizer, trunk_metadata)  # compares the processes
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
     writer = checkpoint_writer.Writer(accelerator, model, settings)
 
     # ---- Resume ----
     progress = checkpoint.resume(accelerator, settings, fresh)
-    prepare(accelerator, settings, checkpoint_writer.size(model))
+    prepare_output(accelerator, settings, checkpoint_writer.size(model))  # free space, settings.json
 
     # ---- Train ----
     # This chapter is the same text in train_shared.py and train_module.py; a test compares them.
@@ -173,13 +173,13 @@ def main(settings: Settings) -> int:
             with accelerator.accumulate(model):
                 sums.append(model(micro_batch, expert_load))
                 accelerator.backward(sums[-1].objective * scale)
-                sums[-1] = sums[-1].detached()  # frees the graph, whose nodes lie between the memory of its activations
+                sums[-1] = sums[-1].detached()  # frees the graph, whose nodes keep the memory around them in use
 
                 # -- apply or skip --
                 if accelerator.sync_gradients:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), settings.max_grad_norm)
-                    ahead = trunk.scored(following).sum()
-                    totals = update_totals(accelerator, sums, grad_norm, ahead, stop)
+                    following_scored = trunk.scored(following).sum()
+                    totals = update_totals(accelerator, sums, grad_norm, following_scored, stop)
                     outcome = update_outcome(totals.loss, totals.grad_norm, num_scored, accelerator.scaler)
                 if not accelerator.sync_gradients or outcome.applied:
                     optimizer.step()
@@ -187,7 +187,7 @@ def main(settings: Settings) -> int:
             stop.heartbeat()
             log.advance(progress.global_step, len(sums), len(windows), outcome)
         progress.record(outcome, settings, corpora.training, log.print_line)
-        num_scored = totals.num_scored
+        num_scored = totals.following_scored
         if outcome.finite:
             interval.add(sums)
         if outcome.finite and expert_load is not None:
@@ -218,7 +218,7 @@ def main(settings: Settings) -> int:
 
     # ---- Publish ----
     if settings.dry_run:
-        log.timing(progress, settings.steps)
+        log.dry_run_result(progress, settings.steps)
     elif stop.reason == "signal":  # only one that all ranks saw during training; a later one changes nothing
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:

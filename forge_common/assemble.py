@@ -200,14 +200,12 @@ def _changed(settings: Settings, model: Path, names: list[str]) -> dict[str, Pat
 
 def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     """Copies the trunk and the modules to `temp_dir`, verifies the copies and the router, and adds assembled.json and the card."""
-    from safetensors.torch import save_file
-
     from .artifacts import checks, module_table, texts
     from .artifacts.artifact import read_statistics, read_trunk
     from .artifacts.assembled import check_digests, new_metadata, route
     from .artifacts.card import model_card
     from .files.atomic import write_json
-    from .files.tensors import digest, trunk_files
+    from .files.tensors import trunk_files
     from .routing.statistics import decode
 
     copy = temp_dir / "trunk"
@@ -220,30 +218,18 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
         checks.check_copies(examined, decode(background["unigrams"]) if background else None)
     if not settings.allow_worse:
         checks.check_weights(examined)
-    described = {"trunk": trunk_metadata, **{module.name: module.metadata for module in examined}}
-    staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))] if plan.before else []
-    known = {name: place for name, place in plan.before.get("origins", {}).items() if name in staying}
-    known |= origins({"trunk": plan.trunk, **plan.modules})
-    metadata = new_metadata(plan.router, plan.top_k, described, plan.before, known)
+    staying: list[str] = []  # parts of the model that is changed
+    if plan.before:
+        staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))]
+    places = {name: place for name, place in plan.before.get("origins", {}).items() if name in staying}
+    places |= origins({"trunk": plan.trunk, **plan.modules})
+    metadata_of_parts = {"trunk": trunk_metadata, **{module.name: module.metadata for module in examined}}
+    metadata = new_metadata(plan.router, plan.top_k, metadata_of_parts, plan.before, places)
     if plan.before:
         check_digests(plan.trunk.parent, plan.before, {name: metadata["digests"][name] for name in staying})
-    origin = "the trunk's own" if background else f"none, and --router {plan.router} needs none"
-    path = temp_dir / "statistics.safetensors"
-    trunk_data = settings.trunk_data
-    if not (background or trunk_data or "statistics_digest" in plan.before) and plan.router == "context":
-        trunk_data = GENERAL_TEXT
-    if trunk_data:
-        counts = texts.trunk_statistics(trunk_data, settings, tokenizer, trunk.config.vocab_size)
-        save_file(counts, path)
-        metadata["statistics_digest"] = digest(counts)
-        origin = f"of {', '.join(trunk_data)}"
-        if not settings.trunk_data:
-            origin += ", a general text, since it has none (--trunk-data names text that is more like the trunk's)"
-    elif "statistics_digest" in plan.before:
-        shutil.copyfile(plan.trunk.parent / path.name, path)
-        metadata["statistics_digest"] = plan.before["statistics_digest"]
-        origin = "as before"
-    if "statistics_digest" in metadata:
+    new_digest, source = _write_statistics(settings, plan, tokenizer, trunk.config, background, temp_dir)
+    if new_digest:
+        metadata["statistics_digest"] = new_digest
         background = read_statistics(temp_dir, metadata, trunk.config)
     if settings.calibrate:
         metadata["tuning"] = texts.calibrated(settings, trunk, tokenizer, parts, background, metadata)
@@ -252,7 +238,39 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     write_json(temp_dir / "assembled.json", metadata)
     (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
     print(module_table.table(examined, decode(background["unigrams"]) if background else None, metadata["licences"]))
-    print(f"statistics  of the trunk: {origin}")
+    print(f"statistics  of the trunk: {source}")
+
+
+def _write_statistics(
+    settings: Settings, plan: Plan, tokenizer: Any, config: Any, own: Any, temp_dir: Path
+) -> tuple[str | None, str]:
+    """Writes the statistics that stand for the trunk's, if the assembled model needs other ones than its `own`.
+
+    Returns their digest (None: none were written) and the words that say where the statistics are from.
+    """
+    from safetensors.torch import save_file
+
+    from .artifacts import texts
+    from .files.tensors import digest
+
+    path = temp_dir / "statistics.safetensors"
+    before = plan.before.get("statistics_digest")
+    if settings.trunk_data:
+        trunk_data = settings.trunk_data
+        source = f"of {', '.join(trunk_data)}"
+    elif before:
+        shutil.copyfile(plan.trunk.parent / path.name, path)
+        return before, "as before"
+    elif own:
+        return None, "the trunk's own"
+    elif plan.router == "context":
+        trunk_data = GENERAL_TEXT
+        source = f"of {', '.join(trunk_data)}, a general text, since it has none (--trunk-data names text that is more like the trunk's)"
+    else:
+        return None, f"none, and --router {plan.router} needs none"
+    counts = texts.trunk_statistics(trunk_data, settings, tokenizer, config.vocab_size)
+    save_file(counts, path)
+    return digest(counts), source
 
 
 def _modules(

@@ -51,7 +51,8 @@ def main(settings: Settings) -> int:
         if settings.module:
             raise UserError(f"{settings.model} is an assembled model, which has its modules. Leave out --module.")
         assembly = read_assembly(settings.model, top_k=settings.top_k)
-        names, tokenizer = ["trunk", *(part.name for part in assembly.parts)], assembly.tokenizer
+        names = ["trunk", *(part.name for part in assembly.parts)]
+        tokenizer = assembly.tokenizer
 
         def make(without: Sequence[str]) -> "LanguageModel":
             return assembly.mixture(without).to(device).eval()

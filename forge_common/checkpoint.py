@@ -22,25 +22,30 @@ from safetensors.torch import load_file
 from .errors import UserError
 from .files.tensors import Tensors
 from .run import zero
-from .run.checkpoint_folder import checkpoints_of, complete, fault, newest_good, verified
+from .run.checkpoint_folder import checkpoints_of, complete, fault, newest_intact, verify_or_rename
 from .run.engines import bare, engine_of, prepared, trained
 from .run.progress import Progress, check_same, read_progress
+from .run.totals import from_main_process
 from .settings import differences
 
 FILES = re.compile(r"model\.safetensors|optimizer\.bin|scaler\.pt|random_states_\d+\.pkl|progress\.json|manifest\.json")
-# Of the optimizer: of this run's settings, not of the checkpoint, where --accept-change lets them differ.
+# Entries of the optimizer's parameter groups that follow this run's settings, not the checkpoint: --accept-change lets
+# them differ.
 CONSTANTS = {"weight_decay", "betas", "eps"}
 
 
 def full_tensors(accelerator: Any, model: torch.nn.Module) -> Tensors:
-    """All tensors of the prepared `model`, whole, under the names that it had before. A collective; on the main process only."""
+    """All tensors of the prepared `model`, whole, under the names that it had before. The main process alone gets them.
+    A collective.
+    """
     if accelerator.state.deepspeed_plugin:
         return zero.full_tensors(bare(accelerator, model), accelerator.is_main_process)
     return accelerator.get_state_dict(bare(accelerator, model))
 
 
 def _load_weights(accelerator: Any, models: list, folder: str) -> None:
-    """In place of load_state's own: a checkpoint holds only the parameters that require a gradient.
+    """A hook of load_state, which loads what is left in `models` by itself: it would look for all of the parameters,
+    and a checkpoint holds only those that require a gradient.
 
     The names are those of the unwrapped model, so a checkpoint of one process loads into many and back.
     """
@@ -56,7 +61,8 @@ def _stored_weights(folder: Path, parameters: Tensors) -> Tensors:
     """The tensors of a checkpoint, memory-mapped; UserError where the run trains others than `parameters`."""
     stored = load_file(folder / "model.safetensors")
     changed = differences(_shapes(parameters), _shapes(stored))
-    for name, (ours, theirs) in changed.items():
+    if changed:
+        name, (ours, theirs) = next(iter(changed.items()))
         raise UserError(
             f"{folder}: this run trains {name} as {ours}, the checkpoint holds it as {theirs}. "
             "Resume with the settings of the checkpoint, or name another --output-dir."
@@ -69,13 +75,11 @@ def _shapes(tensors: Tensors) -> dict[str, str]:
 
 
 def newest(accelerator: Any, folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None (`newest_good`). A collective."""
-    chosen: list[Path | None] = [None]
+    """The newest checkpoint that verifies, or None (`newest_intact`). A collective."""
+    chosen: Path | None = None
     if accelerator.is_main_process and folder.is_dir():
-        chosen = [newest_good(folder)]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(chosen, src=0)
-    return chosen[0]
+        chosen = newest_intact(folder)
+    return from_main_process(accelerator, chosen)
 
 
 def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
@@ -87,15 +91,15 @@ def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
     """
     folder = checkpoints_of(settings)
     path = None if settings.resume == "never" or settings.dry_run else newest(accelerator, folder)
-    _check_fresh(settings, folder, path)
+    _check_resume_flag(settings, folder, path)
     if path is None:
         return fresh
     before = read_progress(path / "progress.json")
     check_same(before, fresh, settings, path)
-    ours = [{name: group[name] for name in CONSTANTS & group.keys()} for group in _groups(accelerator)]
+    constants = [{name: group[name] for name in CONSTANTS & group.keys()} for group in _groups(accelerator)]
     load(accelerator, path)
-    for group, constants in zip(_groups(accelerator), ours, strict=True):
-        group.update(constants)
+    for group, own in zip(_groups(accelerator), constants, strict=True):
+        group.update(own)
     # accelerate counts micro-batches across runs; with another division of the batch it would be out of step.
     accelerator.step = 0
     accelerator.print(f"resumed     {path} at update {before.global_step} of {settings.steps}")
@@ -107,11 +111,11 @@ def _groups(accelerator: Any) -> list[dict[str, Any]]:
     return [group for optimizer in accelerator._optimizers for group in optimizer.param_groups]
 
 
-def _check_fresh(settings: Any, folder: Path, path: Path | None) -> None:
+def _check_resume_flag(settings: Any, folder: Path, path: Path | None) -> None:
     """UserError for --resume require without a checkpoint, and for --resume never with checkpoints of another run."""
     if settings.resume == "require" and path is None:
-        sound = settings.dry_run and any(fault(candidate) is None for candidate in complete(folder))
-        if not sound:
+        would_resume = settings.dry_run and any(fault(candidate) is None for candidate in complete(folder))
+        if not would_resume:
             raise UserError(
                 f"--resume require, but {folder} holds no complete checkpoint. Use --resume auto to start a new run."
             )
@@ -168,25 +172,23 @@ def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: C
         _free_optimizer_state(accelerator)
         return False
     path = checkpoints_of(settings) / f"step-{progress.best_step:08d}"
-    loadable = [False]
-    if accelerator.is_main_process:
-        loadable = [path.is_dir() and verified(path)]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(loadable, src=0)
-    if loadable[0]:
+    is_intact = accelerator.is_main_process and path.is_dir() and verify_or_rename(path)
+    is_intact = from_main_process(accelerator, is_intact)
+    if is_intact:
         load(accelerator, path)
         print_line(f"publishing the best weights by validation, those of update {progress.best_step}")
     else:
         lost = f"the best weights by validation, of update {progress.best_step}, are missing or damaged"
         print_line(f"{lost}; publishing the newest, of update {progress.global_step}")
-        progress.best_step, progress.best_val_loss = progress.global_step, None
+        progress.best_step = progress.global_step
+        progress.best_val_loss = None
         progress.best_tokens = progress.tokens
     _free_optimizer_state(accelerator)
-    return loadable[0]
+    return is_intact
 
 
 def _free_optimizer_state(accelerator: Any) -> None:
-    """AdamW's two moments of each trained parameter. DeepSpeed's lie in partitions of its own, and stay."""
+    """Drops AdamW's two moments of each trained parameter. DeepSpeed keeps them in its own partitions, where they stay."""
     if not accelerator.state.deepspeed_plugin:
         _, optimizer = prepared(accelerator)
         optimizer.state.clear()

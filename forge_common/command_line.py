@@ -58,6 +58,11 @@ OTHER_NAMES = {
 }  # fmt: skip
 
 
+def flag_of(name: str) -> str:
+    """The flag of a setting: batch_size -> --batch-size."""
+    return f"--{name.replace('_', '-')}"
+
+
 class BadConfig(ValueError):
     """A file of settings that cannot be used; the message names it."""
 
@@ -99,11 +104,11 @@ def _words_of(file: Path, kind: type[Any], given: set[str]) -> list[str]:
     faults = []
     for key, value in content.items():
         name = str(key).replace("-", "_")
-        flag = f"--{name.replace('_', '-')}"
+        flag = flag_of(name)
         if name not in fields:
             faults.append(f"--config {file} has {key}, which is no setting{_meant(name, kind)}")
         elif name in given or (name in LENGTH and given & LENGTH) or value == _plain(fields[name].default):
-            pass
+            continue
         elif isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
         elif isinstance(value, list):
@@ -117,7 +122,9 @@ def _words_of(file: Path, kind: type[Any], given: set[str]) -> list[str]:
 
 def _plain(default: Any) -> Any:
     """A default as YAML has it."""
-    return str(default) if isinstance(default, Path) else list(default) if isinstance(default, tuple) else default
+    if isinstance(default, Path):
+        return str(default)
+    return list(default) if isinstance(default, tuple) else default
 
 
 def given_settings(words: list[str]) -> set[str]:
@@ -171,7 +178,7 @@ def _meant(name: str, kind: type[Any]) -> str:
     if other == "trunk_from" and "trunk" in names:
         other = "trunk"
     near = [other] if other in names else difflib.get_close_matches(name, names, 1)
-    return f"; did you mean --{near[0].replace('_', '-')}?" if near else ""
+    return f"; did you mean {flag_of(near[0])}?" if near else ""
 
 
 @contextlib.contextmanager

@@ -110,10 +110,7 @@ def main(settings: Settings) -> int:
                 f"evaluate    {len(work)} models on {len(columns)} texts, {tokens:,} tokens each: about "
                 f"{duration(seconds)} on {device.type}"
             )
-            for name, choice in choices.items():
-                pieces = columns[name].pieces
-                documents, labels = len({piece.document for piece in pieces}), sum(piece.scored for piece in pieces)
-                print(f"scoring     {name}: {labels:,} tokens of {documents:,} documents, {choice.reason}", flush=True)
+            print_choices(columns, choices)
             progress.start(sum(work) * tokens)
         for domain, column in columns.items():
             progress.begin(f"{label} on {domain}", weight)
@@ -132,6 +129,15 @@ def main(settings: Settings) -> int:
     if settings.svg:
         write_text(settings.svg, draw(rows))
     return 0
+
+
+def print_choices(columns: "dict[str, Column]", choices: "dict[str, Choice]") -> None:
+    """A line for each text: how many of its tokens and documents are scored, and why these."""
+    for name, choice in choices.items():
+        pieces = columns[name].pieces
+        num_scored = sum(piece.scored for piece in pieces)
+        num_documents = len({piece.document for piece in pieces})
+        print(f"scoring     {name}: {num_scored:,} tokens of {num_documents:,} documents, {choice.reason}", flush=True)
 
 
 def named_sources(data: tuple[str, ...]) -> dict[str, str]:
@@ -256,10 +262,13 @@ def score(
     num_scored = sum(counts.values())
     num_documents = len(nats)
     loss = total / num_scored
-    squares = math.fsum((nats[d] - loss * counts[d]) ** 2 for d in nats)  # of a ratio estimate over documents
+    stderr = None
+    if num_documents > 1:  # of a ratio estimate over documents
+        squares = math.fsum((nats[document] - loss * counts[document]) ** 2 for document in nats)
+        stderr = math.sqrt(squares * num_documents / (num_documents - 1)) / num_scored
     result: dict[str, Any] = {
         "loss": loss,
-        "stderr": math.sqrt(squares * num_documents / (num_documents - 1)) / num_scored if num_documents > 1 else None,
+        "stderr": stderr,
         "tokens": num_scored,
         "documents": num_documents,
         "perplexity": math.exp(min(loss, 700.0)),

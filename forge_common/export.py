@@ -74,28 +74,38 @@ def _check(settings: Settings) -> None:
     from .artifacts.assembled import is_assembled
 
     assembled = is_assembled(settings.model)
-    wanted = {"--peft": settings.peft, "--name": settings.name} if settings.format == "module" else {}
-    wanted |= {"--module": settings.module} if settings.format == "peft" and not assembled else {}
-    foreign: dict[str, Any] = (
-        {} if assembled else {"--without": settings.without, "--top-k": settings.top_k is not None}
-    )
-    if settings.format != "module":
-        foreign |= {
-            "--peft": settings.peft,
-            "--name": settings.name,
-            "--licence": settings.licence,
-            "--data": settings.data,
-        }
-    if assembled or settings.format == "module":
-        foreign |= {"--module": settings.module}
-    missing = [flag for flag, value in wanted.items() if not value]
-    surplus = [flag for flag, value in foreign.items() if value]
+    to_module = settings.format == "module"
+    given = {
+        "--module": bool(settings.module),
+        "--peft": bool(settings.peft),
+        "--name": bool(settings.name),
+        "--licence": bool(settings.licence),
+        "--data": bool(settings.data),
+        "--without": bool(settings.without),
+        "--top-k": settings.top_k is not None,
+    }
+    required: tuple[str, ...] = ()
+    if to_module:
+        required = ("--peft", "--name")
+    elif settings.format == "peft" and not assembled:
+        required = ("--module",)
+    useless: list[str] = []
+    if not assembled:
+        useless += ["--without", "--top-k"]
+    if not to_module:
+        useless += ["--peft", "--name", "--licence", "--data"]
+    if assembled or to_module:
+        useless += ["--module"]
+    missing = [flag for flag in required if not given[flag]]
+    surplus = [flag for flag in useless if given[flag]]
     if missing or surplus:
         what = f"--as {settings.format} of {'an assembled model' if assembled else 'a trunk'}"
-        parts = [f"needs {', '.join(missing)}"] * bool(missing) + [f"has no use for {', '.join(surplus)}"] * bool(
-            surplus
-        )
-        raise UserError(f"{what} {' and '.join(parts)}. --help says what belongs to what.")
+        problems = []
+        if missing:
+            problems.append(f"needs {', '.join(missing)}")
+        if surplus:
+            problems.append(f"has no use for {', '.join(surplus)}")
+        raise UserError(f"{what} {' and '.join(problems)}. --help says what belongs to what.")
     if assembled and settings.format != "transformers":
         raise UserError(
             f"{settings.model} is an assembled model, and --as {settings.format} cannot express its router, which reads counts of the "
@@ -107,7 +117,7 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
 
 
-def _publish(settings: Settings, title: str, facts: dict[str, Any], write: Callable[[Path], float]) -> None:
+def _publish(settings: Settings, title: str, metadata: dict[str, Any], write: Callable[[Path], float]) -> None:
     """Publishes what `write` writes to a folder; it returns the largest difference of a logit, which must be small and
     is on the card.
     """
@@ -119,8 +129,8 @@ def _publish(settings: Settings, title: str, facts: dict[str, Any], write: Calla
     def write_proven(temp_dir: Path) -> None:
         largest = write(temp_dir)
         proof.check(f"--as {settings.format}", largest)
-        described = facts | {"exported_as": settings.format, "largest_logit_difference": largest}
-        (temp_dir / "README.md").write_text(model_card(title, described), encoding="utf-8")
+        with_proof = metadata | {"exported_as": settings.format, "largest_logit_difference": largest}
+        (temp_dir / "README.md").write_text(model_card(title, with_proof), encoding="utf-8")
 
     publish(settings.output_dir, write_proven, lambda temp_dir: read_bounded(temp_dir / "README.md"))
 
@@ -133,23 +143,23 @@ def _assembled(settings: Settings) -> None:
 
     model, tokenizer, metadata = read_assembled(settings.model, without=settings.without, top_k=settings.top_k)
     folder = local_folder(settings.model, None)
-    described = {name: read_module_metadata(folder / "modules" / name) for name in model.names[1:]}
+    module_metadata = {name: read_module_metadata(folder / "modules" / name) for name in model.names[1:]}
 
     def write(temp_dir: Path) -> float:
-        assembled_model.write(temp_dir, model, tokenizer, described)
+        assembled_model.write(temp_dir, model, tokenizer, module_metadata)
         return assembled_model.prove(temp_dir, model, tokenizer)
 
     digests = {name: metadata["digests"][name] for name in model.names}
     licences = {name: licence for name, licence in metadata.get("licences", {}).items() if name in model.names}
     known = metadata.get("origins", {}) | origins({"model": folder})
-    facts = {
+    exported_metadata = {
         "router": metadata["router"],
         "top_k": model.top_k,
         "digests": digests,
         "licences": licences,
         "origins": known,
     }
-    _publish(settings, "assembled model", facts, write)
+    _publish(settings, "assembled model", exported_metadata, write)
 
 
 def _merged(settings: Settings) -> None:
@@ -169,15 +179,15 @@ def _merged(settings: Settings) -> None:
         fold(trunk)
         check_trial(trunk, settings.module)
     folder = local_folder(settings.model)
-    facts = trunk_metadata
+    metadata = trunk_metadata
     if module is not None:
         assert settings.module is not None
         places = {"trunk": folder, module["name"]: local_folder(settings.module, "module")}
-        facts = merged_metadata(trunk_metadata, module, origins(places))
+        metadata = merged_metadata(trunk_metadata, module, origins(places))
 
     def write_transformers(temp_dir: Path) -> float:
         statistics = None if module else read_statistics(folder, trunk_metadata, trunk.config)
-        write_trunk(temp_dir, trunk.state_dict(), trunk.config, tokenizer, facts, statistics)
+        write_trunk(temp_dir, trunk.state_dict(), trunk.config, tokenizer, metadata, statistics)
         exported = proof.load(temp_dir)
         with torch.no_grad():
             return proof.difference(expected, lambda ids: exported(ids).logits)
@@ -188,7 +198,7 @@ def _merged(settings: Settings) -> None:
         return gguf_file.prove(temp_dir, expected, trunk, tokenizer, split)
 
     write = write_gguf if settings.format == "gguf" else write_transformers
-    _publish(settings, f"trunk with {module['name']}" if module else "trunk", facts, write)
+    _publish(settings, f"trunk with {module['name']}" if module else "trunk", metadata, write)
 
 
 def _adapter(settings: Settings) -> None:

@@ -73,7 +73,7 @@ def main(settings: Settings) -> int:
         return 0
     for number, text in enumerate(prompts):
         print("\n" * (number > 0) + text, end="", flush=True)
-        write(model, tokenizer, settings, device, sampling.prompt_ids(tokenizer, text), [])
+        write(model, tokenizer, settings, device, tokenizer.encode_prompt(text), [])
     return 0
 
 
@@ -179,7 +179,8 @@ def write(
         tokens.append(token)
     print(flush=True)
     if settings.show_routing:
-        heads, layers = [token.heads for token in tokens], [token.layers for token in tokens]
+        heads = [token.heads for token in tokens]
+        layers = [token.layers for token in tokens]
         print(routing(model.names, heads, layers, [tokenizer.decode([token.id]) for token in tokens]))
     return "".join(token.text for token in tokens)
 

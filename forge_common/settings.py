@@ -179,7 +179,8 @@ def read_settings(
         words, file = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
     except BadConfig as error:
         _end([str(error)])
-    if unknown := unknown_flags(words, kind):
+    unknown = unknown_flags(words, kind)
+    if unknown:
         _end(unknown)
     with grouped_help(words, kind):
         program = program_name(Path(sys.argv[0]))
@@ -190,7 +191,8 @@ def read_settings(
             description=description,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    if faults := check(settings):
+    faults = check(settings)
+    if faults:
         _end(faults)
     if "--print-config" in sys.argv[1:]:
         import yaml
@@ -272,7 +274,9 @@ def defaults(settings: Any) -> dict[str, Any]:
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
     def plain(value: Any) -> Any:
-        return list(map(plain, value)) if isinstance(value, tuple) else str(value) if isinstance(value, Path) else value
+        if isinstance(value, tuple):
+            return [plain(part) for part in value]
+        return str(value) if isinstance(value, Path) else value
 
     return {name: plain(value) for name, value in values.items()}
 

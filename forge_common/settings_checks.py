@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command_line import expanded, given_settings
+from .command_line import expanded, flag_of, given_settings
 from .files.hub import upload_problem
 from .files.places import missing_artifact, missing_file, missing_source
 from .files.untrusted import LINE, PLAIN
@@ -21,23 +21,23 @@ from .settings import MODEL_SETTINGS, is_first_process, processes, seconds_of
 def problems(settings: Any) -> list[str]:
     """Problems with a script's settings that can be found without loading anything, each with how to fix it."""
     faults = []
-    value = vars(settings).get
+    value = vars(settings).get  # None for a setting that only the other script has
     for name in ("batch_size", "micro_batch_size", "sequence_length", "keep", "log_every", "max_bad_updates"):
         if value(name) < 1:
-            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+            faults.append(f"{flag_of(name)} is {value(name)}; it must be at least 1")
     for name in ("statistics_tokens", "statistics_min_documents"):
         if value(name) is not None and value(name) < 1:
-            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be at least 1")
+            faults.append(f"{flag_of(name)} is {value(name)}; it must be at least 1")
     if value("steps") < 0:
         faults.append(f"--steps is {value('steps')}; it must be at least 1 (0 means those of --epochs)")
     for name in ("val_every", "save_every", "patience", "warmup_steps", "general_tokens", "num_experts"):
         if (value(name) or 0) < 0:
-            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it cannot be negative (0 means never or none)")
+            faults.append(f"{flag_of(name)} is {value(name)}; it cannot be negative (0 means never or none)")
     if value("val_tokens") < 0:
         faults.append(f"--val-tokens is {value('val_tokens')}; it cannot be negative (0 means all)")
     for name in ("lr", "max_grad_norm", "eps", "epochs"):
         if value(name) is not None and not (value(name) > 0 and math.isfinite(value(name))):
-            faults.append(f"--{name.replace('_', '-')} is {value(name)}; it must be a positive number")
+            faults.append(f"{flag_of(name)} is {value(name)}; it must be a positive number")
     if not value("hang_timeout") >= 0:
         faults.append(f"--hang-timeout is {value('hang_timeout')}; it must be 0 (never) or more seconds")
     if not 0 <= value("weight_decay") < 1:
@@ -88,18 +88,21 @@ def problems(settings: Any) -> list[str]:
     largest = 2**32 - 1 - max(value("steps") or 10**7, 0) * processes() - processes()
     if not 0 <= value("seed") <= largest:  # each update of each process adds to it, and NumPy takes 32 bits
         faults.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")
-    for name, (rule, holds) in {"name": PLAIN, "licence": LINE}.items():
-        if value(name) is not None and not holds(value(name)):
-            faults.append(f"--{name} {value(name)!r} must be {rule}")
+    for name, (description, is_valid) in {"name": PLAIN, "licence": LINE}.items():
+        if value(name) is not None and not is_valid(value(name)):
+            faults.append(f"--{name} {value(name)!r} must be {description}")
     known = {field.name for field in dataclasses.fields(settings)} | {"mixed_precision"}
-    for name in value("accept_change"):
-        if name.replace("-", "_") not in known:
-            near = difflib.get_close_matches(name.replace("-", "_"), known, 1)
-            faults.append(f"--accept-change {name} is not a setting{f'; did you mean {near[0]}?' if near else ''}")
+    for word in value("accept_change"):
+        name = word.replace("-", "_")
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            faults.append(f"--accept-change {word} is not a setting{hint}")
     faults += _shape_problems(settings) + _folder_problems(value) + _missing(value)
     if value("push_to_hub") and not faults and is_first_process():
         problem = upload_problem(value("push_to_hub"))
-        faults += [f"--push-to-hub {problem}; or leave it out, and use forge_common.push afterwards"] if problem else []
+        if problem:
+            faults.append(f"--push-to-hub {problem}; or leave it out, and use forge_common.push afterwards")
     return faults
 
 
@@ -115,18 +118,17 @@ def _shape_problems(settings: Any) -> list[str]:
     value = vars(settings).get
     if value("trunk_from"):
         on_command_line = given_settings(expanded(sys.argv[1:], type(settings))[0])
-        given = [f"--{name.replace('_', '-')}" for name in MODEL_SETTINGS if name in on_command_line]
-        shaped = f"--trunk-from {value('trunk_from')} has its own sizes and tokenizer; leave out {', '.join(given)}"
-        return [shaped] if given else []
+        given = [flag_of(name) for name in MODEL_SETTINGS if name in on_command_line]
+        if not given:
+            return []
+        return [f"--trunk-from {value('trunk_from')} has its own sizes and tokenizer; leave out {', '.join(given)}"]
     if value("preset") is None:
         return []
     named = "small" if value("preset") == AUTO else value("preset")
     if named not in PRESETS:
         return [f"--preset {named} is not one of {AUTO}, {', '.join(PRESETS)}"]
     size = {name: value(name) or preset for name, preset in PRESETS[named].items()}
-    faults = [
-        f"--{name.replace('_', '-')} is {number}; it must be positive" for name, number in size.items() if number < 1
-    ]
+    faults = [f"{flag_of(name)} is {number}; it must be positive" for name, number in size.items() if number < 1]
     if faults:
         return faults
     if size["hidden_size"] % size["num_attention_heads"] or size["hidden_size"] // size["num_attention_heads"] % 2:
@@ -164,14 +166,15 @@ def _folder_problems(value: Any) -> list[str]:
 
 def _missing(value: Any) -> list[str]:
     """Files and folders that are named and do not exist, each with the nearest name that does."""
-    found = [
-        (name, missing_source(source))
-        for name in ("data", "val_data", "general_data")
-        for source in value(name) or ()
-        if name != "general_data" or value("general_tokens")
-    ]
-    found += [(name, missing_artifact(value(name))) for name in ("trunk", "trunk_from") if value(name)]
+    problems_found = []
+    for name in ("data", "val_data", "general_data"):
+        if name == "general_data" and not value("general_tokens"):
+            continue  # it is not read
+        problems_found += [(name, missing_source(source)) for source in value(name) or ()]
+    for name in ("trunk", "trunk_from"):
+        if value(name):
+            problems_found.append((name, missing_artifact(value(name))))
     tokenizer = value("tokenizer") or "bytes"
     if not value("trunk_from") and tokenizer != "bytes" and not tokenizer.startswith("train:"):
-        found.append(("tokenizer", missing_file(tokenizer)))
-    return [f"--{name.replace('_', '-')} {problem}" for name, problem in found if problem]
+        problems_found.append(("tokenizer", missing_file(tokenizer)))
+    return [f"{flag_of(name)} {problem}" for name, problem in problems_found if problem]

@@ -45,7 +45,7 @@ def test_it_was_executed_from_top_to_bottom():
     assert not re.search(r"/(root|home|tmp|work)\b", NOTEBOOK.read_text()), "a place on the machine where it ran"
 
 
-def test_its_commands_are_accepted():
+def test_the_commands_of_the_notebook_are_accepted():
     import tyro
 
     values = {"small": None, "launch": None}
@@ -65,7 +65,7 @@ def test_its_commands_are_accepted():
 
 
 @pytest.mark.soak
-def test_its_cells_run(tmp_path):
+def test_the_cells_of_the_notebook_run(tmp_path):
     for name in ("forge_common", "accelerate_configs", "train_shared.py", "train_module.py"):
         (tmp_path / name).symlink_to(launch.ROOT / name)
     (tmp_path / "docs").mkdir()

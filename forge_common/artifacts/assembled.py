@@ -1,8 +1,7 @@
 """Reads the folder that `assemble` writes as one model. Every part is verified.
 
-assembled/  assembled.json (router, its numbers, names, digests, licences, version and history), trunk/, modules/NAME/,
-README.md, and
-            statistics.safetensors where the trunk has none
+assembled/  assembled.json (router, its numbers, names, digests, licences, version and history), README.md, trunk/,
+            modules/NAME/, and statistics.safetensors where the trunk has none
 """
 
 from collections.abc import Mapping, Sequence

@@ -34,8 +34,11 @@ def _front_matter(metadata: dict[str, Any]) -> dict[str, Any]:
     """What the hub reads: https://huggingface.co/docs/hub/model-cards, "Model card metadata"."""
     content: dict[str, Any] = {"library_name": _library(metadata), "pipeline_tag": "text-generation", "tags": ["forge"]}
     parts = metadata.get("digests", {})
-    licences = {metadata.get("licence")} if not parts else {metadata.get("licences", {}).get(name) for name in parts}
-    if len(licences) == 1 and (licence := licences.pop()):  # nothing about parts with different ones
+    licences = {metadata.get("licence")}
+    if parts:
+        licences = {metadata.get("licences", {}).get(name) for name in parts}
+    licence = licences.pop() if len(licences) == 1 else None  # nothing about parts with different ones
+    if licence:
         identifier = licence.strip().lower()
         content["license"] = identifier if identifier in LICENCES.split() else "other"
         if identifier not in LICENCES.split():
@@ -43,8 +46,11 @@ def _front_matter(metadata: dict[str, Any]) -> dict[str, Any]:
     bases = [place.partition("@")[0] for place in metadata.get("origins", {}).values()]
     if bases:
         content["base_model"] = sorted(set(bases))
-        merged = bool(parts) or "merged_from" in metadata
-        content["base_model_relation"] = "merge" if merged else "adapter" if "trunk_digest" in metadata else "finetune"
+        content["base_model_relation"] = "finetune"
+        if parts or "merged_from" in metadata:
+            content["base_model_relation"] = "merge"
+        elif "trunk_digest" in metadata:
+            content["base_model_relation"] = "adapter"
     sources = [split_weight(source)[0] for source in metadata.get("sources", ())]
     found = [re.fullmatch(r"hf:(\w[\w.-]*(?:/[\w.-]+)?)(?::.*)?", source) for source in sources]
     datasets = {match[1] for match in found if match}

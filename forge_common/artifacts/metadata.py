@@ -23,6 +23,7 @@ from ..files.untrusted import (
     dict_of,
     integer,
     list_of,
+    matches,
     number,
     one_of,
     quoted,
@@ -44,7 +45,7 @@ def _ascending(layers: Any) -> bool:
 def _is_tuning(numbers: Any) -> bool:
     """All numbers of a router and no others: with a default instead of one it would be another router."""
     known = {field.name for field in dataclasses.fields(Tuning)}
-    return dict_of(number(0, 1e9))[1](numbers) and numbers.keys() == known
+    return matches(numbers, dict_of(number(0, 1e9))) and numbers.keys() == known
 
 
 class Text(NamedTuple):
@@ -65,7 +66,7 @@ class Text(NamedTuple):
 def _is_text(text: Any) -> bool:
     if not isinstance(text, dict) or text.keys() != set(Text._fields) or not isinstance(text["source"], str):
         return False
-    return number(0, 1)[1](text["val_fraction"]) and (text["digest"] is None or DIGEST[1](text["digest"]))
+    return matches(text["val_fraction"], number(0, 1)) and (text["digest"] is None or matches(text["digest"], DIGEST))
 
 
 COMMON: dict[str, Field] = {
@@ -103,6 +104,7 @@ MODULE = COMMON | {
     "dropout": number(0, 1),
     "targets": list_of(one_of(*TARGETS)),
 }
+PLAIN_NAMES = list_of(PLAIN)
 CHANGE: Field = (
     "a line of at most 300 printable characters",
     lambda value: isinstance(value, str) and len(value) <= 300 and value.isprintable(),
@@ -112,8 +114,8 @@ ASSEMBLED = COMMON | {
     "top_k": COUNT,
     "tuning": ("all numbers of the router", _is_tuning),
     "modules": (
-        f"names of folders, none of them outside of the assembled model: {list_of(PLAIN)[0]}",
-        list_of(PLAIN)[1],
+        f"names of folders, none of them outside of the assembled model: {PLAIN_NAMES[0]}",
+        PLAIN_NAMES[1],
     ),
     "digests": dict_of(DIGEST),
     "licences": dict_of(LINE),
@@ -143,7 +145,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 def training_texts(metadata: dict[str, Any]) -> list[Text]:
     """The texts that a trunk or a module was trained on, also before it was continued; [] where it does not say."""
-    digests = {source: value for source, value in metadata.get("data", {}).items() if DIGEST[1](value)}
+    digests = {source: value for source, value in metadata.get("data", {}).items() if matches(value, DIGEST)}
     fraction = float(metadata.get("val_fraction", 0))
     own = [Text(source, digests.get(source), fraction) for source in metadata.get("sources", [])]
     return own + [Text(**text) for text in metadata.get("texts_before", [])]

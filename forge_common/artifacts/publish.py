@@ -29,8 +29,14 @@ OPERATING = {
     "sample_prompt",
     "log_every",
     "save_every",
+    "keep",
+    "on_full_disk",
+    "resume",
+    "accept_change",
+    "hang_timeout",
+    "dry_run",
+    "push_to_hub",
 }
-OPERATING |= {"keep", "on_full_disk", "resume", "accept_change", "hang_timeout", "dry_run", "push_to_hub"}
 PLACES = {"trunk", "trunk_from", "tokenizer", "val_data", "general_data"}  # only --data is published as it was given
 PUBLIC = re.compile("hf:|local:|train:")
 

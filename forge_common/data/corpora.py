@@ -18,7 +18,7 @@ from .held_out import HeldOut, choose
 from .order import Mixture
 from .readers.document import reading_of
 from .sources import facts, parse, read
-from .store import prepare
+from .store import Corpus, prepare
 from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, give_back_memory, load_tokenizer, resolve
 from .windows import Tokens, Windows
 from .writer import in_validation
@@ -27,16 +27,18 @@ GENERAL_FRACTION = 0.01  # of the documents of --general-data are held out, as i
 
 
 class Corpora(NamedTuple):
-    """training: the endless stream. held_out: windows to validate on (may be []). digests: source -> SHA-256 of its tokens.
-
-    fraction: of the documents that is held out; 0 with --val-data.
-    """
+    """What a run reads."""
 
     training: Mixture
+    """The endless stream of windows."""
     held_out: list[HeldOut]
+    """Windows to validate on; may be []."""
     digests: dict[str, str]
+    """Source -> SHA-256 of its tokens."""
     report: list[str]
+    """Lines of the plan."""
     fraction: float
+    """Fraction of the documents that is held out; 0 with --val-data."""
 
 
 def log_names(sources: Sequence[str]) -> list[str]:
@@ -55,9 +57,10 @@ def tokenizer_for(settings: Any, print_line: Callable[[str], None] = lambda line
     if not settings.tokenizer.startswith("train:"):
         return resolve(settings.tokenizer, lambda characters: (), settings.eos_token)
     fraction = fraction_for(settings)
-    decides: list[Any] = [settings.tokenizer, fraction, asdict(reading_of(settings))]
-    decides += [SAMPLE_PER_TOKEN, *(facts(parse(source)[0]) for source in settings.data)]
-    name = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    # Everything that the tokenizer depends on. The name of its folder is the hash of it.
+    inputs: list[Any] = [settings.tokenizer, fraction, asdict(reading_of(settings))]
+    inputs += [SAMPLE_PER_TOKEN, *(facts(parse(source)[0]) for source in settings.data)]
+    name = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(settings.cache_dir).expanduser() / "tokenizers" / name
     if folder.is_dir():
         return load_tokenizer(folder)
@@ -97,8 +100,12 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
     config: of the model.
     """
     ignore_index = config.ignore_index
-    options = {"cache_dir": Path(settings.cache_dir).expanduser(), "report": print_line}
     reading = reading_of(settings)
+
+    def prepared(spec: str, val_fraction: float) -> Corpus:
+        cache_dir = Path(settings.cache_dir).expanduser()
+        return prepare(spec, tokenizer, reading, cache_dir=cache_dir, val_fraction=val_fraction, report=print_line)
+
     parsed = [parse(source) for source in settings.data]
     weights = [weight for _, weight in parsed]
     if any(weights) and not all(weights):
@@ -106,12 +113,11 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
     if len(set(settings.data)) < len(settings.data):
         raise UserError("--data names a source twice. Name it once, with a weight if it should come more often.")
     fraction = fraction_for(settings)
-    corpora = [prepare(spec, tokenizer, reading, val_fraction=fraction, **options) for spec, _ in parsed]
-    outside = [
-        prepare(parse(source)[0], tokenizer, reading, val_fraction=0.0, **options).train for source in settings.val_data
-    ]
+    corpora = [prepared(spec, fraction) for spec, _ in parsed]
+    val_data = [prepared(parse(source)[0], 0.0).train for source in settings.val_data]
     _check_turns([corpus.train for corpus in corpora], settings.data, tokenizer, config)
-    T, pack = settings.sequence_length, settings.pack
+    T = settings.sequence_length
+    pack = settings.pack
 
     training = [Windows(corpus.train, T, pack=pack, filler=ignore_index) for corpus in corpora]
     for source, windows in zip(settings.data, training, strict=True):
@@ -126,10 +132,10 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
             f"the training text gives {count} windows of {T} tokens, fewer than one update of --batch-size "
             f"{settings.batch_size}. Add text, or lower --batch-size or --sequence-length."
         )
-    validation: list[Tokens] = outside or [corpus.validation for corpus in corpora if fraction > 0]
+    validation: list[Tokens] = val_data or [corpus.validation for corpus in corpora if fraction > 0]
     sources = (settings.val_data or settings.data) if validation else ()
-    opened = _held_out(settings, validation, sources, ignore_index)
-    held_out = choose(opened, settings.val_tokens, ByteLengths(tokenizer))
+    held_out_windows = _held_out(settings, validation, sources, ignore_index)
+    held_out = choose(held_out_windows, settings.val_tokens, ByteLengths(tokenizer))
     if validation and not held_out:
         raise UserError(
             "the held-out documents have no token to score. Raise --val-fraction, or name other --val-data."
@@ -138,8 +144,8 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
     for i, part in enumerate(held_out):
         digest = part.tokens.digest
         digests[f"held out {i}"] = digest if part.is_whole else f"{part.labels:,} tokens of {digest}"
-    shares = [weight or 0.0 for weight in weights] if any(weights) else None
-    mixture = Mixture(training, shares, settings.seed, log_names(settings.data))
+    mixture_weights = [weight for weight in weights if weight]  # of all sources or of none
+    mixture = Mixture(training, mixture_weights or None, settings.seed, log_names(settings.data))
     return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out), fraction)
 
 
@@ -177,7 +183,8 @@ def general_sample(
         f"general     reading {names} for held-out documents: the module's loss on general text is measured before and after "
         f"training, on at most {settings.general_tokens:,} tokens (--general-tokens 0: not)"
     )
-    reading, cache_dir = reading_of(settings), Path(settings.cache_dir).expanduser()
+    reading = reading_of(settings)
+    cache_dir = Path(settings.cache_dir).expanduser()
     options = {"cache_dir": cache_dir, "report": print_line, "val_fraction": GENERAL_FRACTION, "only_held_out": True}
     stores = [prepare(parse(source)[0], tokenizer, reading, **options).validation for source in settings.general_data]
     share = settings.general_tokens // len(settings.general_data)

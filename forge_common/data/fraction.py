@@ -18,7 +18,7 @@ from .writer import position
 
 FRACTION = 0.01  # of a large corpus
 ENOUGH = 20  # documents: the mean over them has a standard error of about SPREAD / sqrt(20) = 0.22 nats
-SHARE = 10  # at most one document in ten is held out for it
+SHARE = 10  # of a small corpus at most one document in ten is held out, to have ENOUGH
 SPREAD = 1.0  # nats: the standard deviation of the documents' losses, about (docs/RESULTS.md has errors of many texts)
 
 
@@ -33,8 +33,9 @@ def fraction_for(settings: Any) -> float:
         return 0.0
     reading = reading_of(settings)
     specs = [parse(source)[0] for source in settings.data]
-    decides = [settings.val_fraction, FRACTION, ENOUGH, SHARE, asdict(reading), [facts(spec) for spec in specs]]
-    name = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
+    # Everything that the fraction depends on. The name of its file is the hash of it.
+    inputs = [settings.val_fraction, FRACTION, ENOUGH, SHARE, asdict(reading), [facts(spec) for spec in specs]]
+    name = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
     file = Path(settings.cache_dir).expanduser() / "fractions" / f"{name}.json"
     if file.is_file():
         return float(read_json(file)["val_fraction"])
@@ -59,14 +60,14 @@ def fraction_for(settings: Any) -> float:
 
 
 def _fraction(positions: Iterable[float], wanted: float | None) -> float | None:
-    """`wanted` or FRACTION, or more where that holds out too few documents, whose positions are given; None where there
-    is one.
+    """The fraction for documents at these positions: `wanted`, or FRACTION without it, or more where that holds out too
+    few of them. None where all of them have one position: they are copies.
 
-    Stops reading as soon as enough documents are below it, so of a large corpus only the beginning is read.
+    Stops reading as soon as enough documents are held out, so of a large corpus only the beginning is read.
     """
     least = FRACTION if wanted is None else wanted
     enough = ENOUGH if wanted is None else 1
-    smallest: set[float] = set()
+    smallest: set[float] = set()  # the smallest positions so far, as many as can decide
     for place in positions:
         smallest.add(place)
         if len(smallest) > ENOUGH * SHARE:

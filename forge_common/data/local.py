@@ -23,9 +23,8 @@ from .readers.document import Document
 
 CAP = 16_000_000  # characters of a corpus
 SIZES = range(200, 256 << 10)  # bytes of a document: shorter ones hold little text, longer ones mostly tables
-SEEN_BEFORE = (
-    0.7  # of a document's lines: from this fraction on it counts as a near copy (or a licence and little else)
-)
+# Fraction of a document's lines that earlier ones had, from which on it counts as a near copy (or a licence and little else).
+SEEN_BEFORE = 0.7
 
 # The domains share no text: a package whose code is in `python` is left out of `docs`.
 CODE_PACKAGES = ("accelerate", "datasets", "torch")
@@ -180,7 +179,9 @@ def _docstrings() -> Named:
 def docstrings(source: str) -> list[re.Match]:
     """The docstrings of Python code, in order; group 1 is the text between the quotes."""
     first = FIRST_DOCSTRING.match(source)
-    return [*([first] if first else []), *DOCSTRING.finditer(source, first.end() if first else 0)]
+    if first is None:
+        return list(DOCSTRING.finditer(source))
+    return [first, *DOCSTRING.finditer(source, first.end())]
 
 
 def _dedented(docstring: str) -> str:
@@ -194,7 +195,8 @@ def _distinct(parts: Iterable[Named]) -> Iterator[tuple[str, str, bytes]]:
 
     A near copy is a text most of whose lines (longer than 15 characters, without digits and spaces) were in earlier ones.
     """
-    size, seen = 0, set()
+    size = 0
+    seen = set()
     for part in parts:
         documents = [(hashlib.sha256(text.encode("utf-8", "replace")).digest(), name, text) for name, text in part]
         for digest, name, text in sorted(documents):

@@ -5,6 +5,7 @@ Nothing is shuffled in memory: single places of a permutation are computed, in O
 """
 
 import hashlib
+import itertools
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
@@ -74,7 +75,7 @@ def _permute(
 
 
 class Mixture:
-    """The windows of several sources as one endless stream, `mixture[position] -> (source, window, pass)`.
+    """The windows of several sources as one endless stream, `mixture[position] -> int64 [T + 1]`.
 
     Without weights the sources are one corpus: every window comes once an epoch, in another order each epoch. With
     weights each source has its own order and its own epochs; the weights hold in every 1,024 positions (to 1 in 1,024),
@@ -89,18 +90,19 @@ class Mixture:
         names: Sequence[str] | None = None,
     ):
         """names: of the sources, for `passes`; None: their numbers."""
-        self.sources, self.seed = list(sources), seed
+        self.sources = list(sources)
+        self.seed = seed
         self.names = list(names or map(str, range(len(self.sources))))
         self.lengths = np.array([len(source) for source in sources], dtype=np.int64)
         self.size = int(self.lengths.sum())
         self._starts = np.concatenate(([0], np.cumsum(self.lengths)))
-        self._pattern = None if weights is None else self._shares(np.asarray(weights, dtype=np.float64))
+        self._pattern = None if weights is None else self._block_of_sources(np.asarray(weights, dtype=np.float64))
         self._counts = self.lengths if self._pattern is None else np.bincount(self._pattern)
         self._last_block = (-1, np.empty(0, np.int64), np.empty(0, np.int64))
 
     @staticmethod
-    def _shares(weights: np.ndarray) -> np.ndarray:
-        """BLOCK source numbers, each as often as its weight asks, by largest remainder."""
+    def _block_of_sources(weights: np.ndarray) -> np.ndarray:
+        """BLOCK numbers of sources, each as often as its weight says, rounded by largest remainder."""
         exact = weights / weights.sum() * BLOCK
         counts = np.floor(exact).astype(np.int64)
         counts[np.argsort(counts - exact, kind="stable")[: BLOCK - counts.sum()]] += 1
@@ -117,7 +119,7 @@ class Mixture:
         return [(source.tokens, float(part)) for source, part in zip(self.sources, fractions, strict=True)]
 
     def locate(self, position: int) -> tuple[int, int, int]:
-        """(source, window of that source, how often the source was seen whole before)."""
+        """(source, window of that source, how many times all of the source came before)."""
         source, window, seen = self.places(np.array([position], dtype=np.int64))[0].tolist()
         return source, window, seen
 
@@ -187,7 +189,7 @@ class Mixture:
         return list(origins)
 
 
-def rows_of(update: int, batch_size: int, micro_batch_size: int, rank: int, processes: int) -> np.ndarray:
+def positions_of(update: int, batch_size: int, micro_batch_size: int, rank: int, processes: int) -> np.ndarray:
     """The positions that a rank takes in an update counted from 0: [micro-batches, micro_batch_size]."""
     positions = np.arange(update * batch_size, (update + 1) * batch_size)
     return positions.reshape(-1, processes, micro_batch_size)[:, rank]
@@ -210,14 +212,13 @@ def updates(
     pinned = device.type == "cuda"
 
     def read(update: int) -> torch.Tensor:
-        places = rows_of(update, batch_size, micro_batch_size, rank, processes)
-        windows = mixture.windows(places.ravel())
-        share = torch.from_numpy(windows).view(*places.shape, -1)
-        return share.pin_memory() if pinned else share
+        positions = positions_of(update, batch_size, micro_batch_size, rank, processes)
+        windows = torch.from_numpy(mixture.windows(positions.ravel())).view(*positions.shape, -1)
+        return windows.pin_memory() if pinned else windows
 
     with ThreadPoolExecutor(1, thread_name_prefix="windows") as reader:
-        ahead = reader.submit(read, start)
-        while True:
-            share, start = ahead.result(), start + 1
-            ahead = reader.submit(read, start)
-            yield share.to(device, non_blocking=True)
+        reading = reader.submit(read, start)
+        for update in itertools.count(start + 1):
+            windows = reading.result()
+            reading = reader.submit(read, update)
+            yield windows.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""From documents to tokens on disk: written once, cached under a fingerprint of everything that decides them, memory-mapped.
+"""From documents to tokens on disk: written once, cached under a fingerprint of everything that they depend on, memory-mapped.
 
 cache_dir/<fingerprint>/ holds, for train and validation, <split>.tokens (uint16 or uint32), <split>.offsets (uint64:
 each document's first token, and the total) and <split>.origins (a line a document), and facts.json. Little endian. A
@@ -62,15 +62,16 @@ def prepare(
     """
     if not 0 <= val_fraction <= 1:
         raise UserError(f"--val-fraction is {val_fraction}. Give a number between 0 and 1.")
-    decides = {"format": FORMAT, "source": source, "files": sources.facts(source)}
+    # Everything that the tokens depend on. The name of their folder is the hash of it.
+    inputs = {"format": FORMAT, "source": source, "files": sources.facts(source)}
     if tokenizer.chat:
-        decides["chat_template"] = [tokenizer.chat.digest, sorted(tokenizer.chat.tokens.items())]
-    decides |= {"tokenizer": tokenizer.digest, "val_fraction": val_fraction, "reading": asdict(reading)}
-    fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        inputs["chat_template"] = [tokenizer.chat.digest, sorted(tokenizer.chat.tokens.items())]
+    inputs |= {"tokenizer": tokenizer.digest, "val_fraction": val_fraction, "reading": asdict(reading)}
+    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     cached = _cached(Path(cache_dir) / fingerprint, report)
     if not cached and only_held_out:
-        decides["only_held_out"] = True
-        fingerprint = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+        inputs["only_held_out"] = True
+        fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
         cached = _cached(Path(cache_dir) / fingerprint, report)
     if cached:
         return cached
@@ -79,7 +80,7 @@ def prepare(
     try:
         _remove_abandoned(Path(cache_dir), fingerprint)
         partial.mkdir(parents=True)
-        _write(partial, source, tokenizer, decides, reading, report)
+        _write(partial, source, tokenizer, inputs, reading, report)
         give_back_memory()
         sync(partial)
         rename_if_absent(partial, folder)
@@ -105,13 +106,14 @@ def _cached(folder: Path, report: Callable[[str], None]) -> Corpus | None:
 
 
 def _write(
-    folder: Path, source: str, tokenizer: Tokenizer, decides: dict, reading: Reading, report: Callable[[str], None]
+    folder: Path, source: str, tokenizer: Tokenizer, inputs: dict, reading: Reading, report: Callable[[str], None]
 ) -> None:
     counts: Counter = Counter()
     dtype = "<u2" if tokenizer.vocab_size <= 1 << 16 else "<u4"
     writers = {split: SplitWriter(folder, split, dtype, tokenizer) for split in SPLITS}
     began = reported = time.monotonic()
-    fraction, only_held_out = decides["val_fraction"], "only_held_out" in decides
+    fraction = inputs["val_fraction"]
+    only_held_out = "only_held_out" in inputs
     documents = sources.read(source, reading, counts)
     wanted = (d for d in documents if not only_held_out or in_validation(d.digest, fraction))
     try:
@@ -137,9 +139,9 @@ def _write(
         raise UserError(f"{source}: no document in it ({skipped or 'nothing was read'}). Name a source with text.")
     if skipped:
         report(f"{source}: {skipped}")
-    if sources.facts(source) != decides["files"]:
+    if sources.facts(source) != inputs["files"]:
         raise UserError(f"{source}: changed while it was being read. Start again when nothing writes to it.")
-    facts = {**decides, **written, "dtype": dtype, "counters": +counts}
+    facts = {**inputs, **written, "dtype": dtype, "counters": +counts}
     # ASCII: the name of a file need not be UTF-8.
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
 

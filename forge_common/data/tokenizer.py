@@ -57,23 +57,30 @@ class Tokenizer:
         self.backend.no_truncation()
         self.backend.no_padding()
         self.backend.encode_special_tokens = True
-        inside, whole = self.backend.encode("x", add_special_tokens=False).ids, self.backend.encode("x").ids
+        inside = self.backend.encode("x", add_special_tokens=False).ids
+        whole = self.backend.encode("x").ids
         start = next(i for i in range(len(whole) + 1) if whole[i : i + len(inside)] == inside)
-        facts = {"tokenizer": json.loads(self.backend.to_str()), "eos": self.eos_token_id, "pad": self.pad_token_id}
-        canonical = json.dumps(facts, sort_keys=True, ensure_ascii=True)
-        for name, value in {
+        content = {"tokenizer": json.loads(self.backend.to_str()), "eos": self.eos_token_id, "pad": self.pad_token_id}
+        canonical = json.dumps(content, sort_keys=True, ensure_ascii=True)
+        computed = {
             "vocab_size": max(self.backend.get_vocab(with_added_tokens=True).values()) + 1,
             "prefix": tuple(whole[:start]),
             "suffix": tuple(whole[start + len(inside) :]),
             "digest": hashlib.sha256(canonical.encode()).hexdigest(),
-        }.items():
-            object.__setattr__(self, name, value)
+        }
+        for name, value in computed.items():
+            object.__setattr__(self, name, value)  # as the __init__ of a frozen dataclass does
 
     def encode_batch(self, texts: list[str], *, continued: bool = False) -> list[list[int]]:
         """Ids of each text, in parallel. `continued`: without prefix and suffix, for the middle of a document."""
         with _refusing("the tokenizer cannot encode a text"):
             encodings = self.backend.encode_batch_fast(texts, add_special_tokens=not continued)
         return [encoding.ids for encoding in encodings]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of a text to continue: the start of a document without an EOS after it; EOS alone for an empty text."""
+        ids = self.encode_batch([text])[0] or [self.eos_token_id]
+        return ids[:-1] if len(ids) > 1 and ids[-1] == self.eos_token_id else ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of ids; special tokens are left out."""
@@ -206,9 +213,9 @@ def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tok
         ends = [end for end in declared.pop("ends", []) if _known(backend, end) is not None]
         chat = _chat_template(file.parent, backend) if file.name == "tokenizer.json" else None
         eos = _eos_id(backend, file, eos_token, declared)
-        pads = (_id_of(backend, declared.get("pad_token")), _known(backend, declared.get("pad_token_id")))
-        pads += tuple(map(backend.token_to_id, PAD_NAMES))
-        pad = next((pad for pad in pads if pad is not None and pad != eos), None)
+        candidates = [_id_of(backend, declared.get("pad_token")), _known(backend, declared.get("pad_token_id"))]
+        candidates += map(backend.token_to_id, PAD_NAMES)
+        pad = next((id for id in candidates if id is not None and id != eos), None)
         made = Tokenizer(backend, eos, pad, chat, tuple(ends))
     if max(made.prefix + made.suffix, default=0) >= made.vocab_size:
         raise UserError(f"{file}: the post-processor adds ids beyond the vocabulary. Use another tokenizer.")
@@ -216,19 +223,23 @@ def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tok
 
 
 def _declared(folder: Path) -> dict:
-    """eos_token, pad_token (names), eos_token_id, pad_token_id, each from the first file that declares it; ends: all EOS ids."""
+    """What the files beside a tokenizer declare: eos_token and pad_token (names), eos_token_id and pad_token_id, each from
+    the first file that declares it; ends: the EOS ids of all files.
+    """
     declared: dict = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "config.json", "generation_config.json"):
         if not (folder / name).exists():
             continue
         content = read_json(folder / name)
+        eos_ids = content.get("eos_token_id")
+        eos_ids = eos_ids if isinstance(eos_ids, list) else [eos_ids]
+        declared.setdefault("ends", []).extend(id for id in eos_ids if type(id) is int)
         for key in ("eos_token", "pad_token", "eos_token_id", "pad_token_id"):
             value = content.get(key)
-            if key == "eos_token_id":
-                ends = value if isinstance(value, list) else [value]
-                declared.setdefault("ends", []).extend(end for end in ends if type(end) is int)
-            value = value[0] if isinstance(value, list) and value else value  # Llama 3 lists several ends
-            value = value.get("content") if isinstance(value, dict) else value
+            if isinstance(value, list) and value:  # Llama 3 lists several EOS ids: the first is EOS
+                value = value[0]
+            if isinstance(value, dict):  # an AddedToken
+                value = value.get("content")
             if type(value) is (int if key.endswith("id") else str):
                 declared.setdefault(key, value)
     return declared
@@ -263,7 +274,9 @@ def _id_of(backend: Backend, name: str | None) -> int | None:
 
 def _known(backend: Backend, id: int | None) -> int | None:
     """The id, or None if the vocabulary does not have it."""
-    return id if id is not None and 0 <= id < LARGEST_VOCABULARY and backend.id_to_token(id) is not None else None
+    if id is None or not 0 <= id < LARGEST_VOCABULARY or backend.id_to_token(id) is None:
+        return None
+    return id
 
 
 def _eos_id(backend: Backend, file: Path, wanted: str | None, declared: dict) -> int:

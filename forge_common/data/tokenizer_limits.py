@@ -40,7 +40,8 @@ def bounded_parts(content: bytes, file: Path) -> dict[str, Any]:
     others = dict(parts)
     added = others.pop("added_tokens", None) or []
     model = others["model"] = dict(parts["model"]) if isinstance(parts.get("model"), dict) else {}
-    vocabulary, merges = model.pop("vocab", ()), model.pop("merges", ())
+    vocabulary = model.pop("vocab", ())
+    merges = model.pop("merges", ())
     limit(len(vocabulary), VOCABULARY, "entries in its vocabulary")
     limit(_text(vocabulary), VOCABULARY_TEXT, "bytes in its vocabulary")
     limit(len(merges or ()), MERGES, "merges")

@@ -28,7 +28,8 @@ class Tokens:
 
     def __init__(self, folder: Path, split: str):
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        self.folder, self.split = folder, split
+        self.folder = folder
+        self.split = split
         self.documents, self.bytes, self.digest = (facts[split][key] for key in ("documents", "bytes", "digest"))
         _verify(folder / f"{split}.tokens", self.digest)
         if "offsets_digest" in facts[split]:  # caches of earlier versions have none
@@ -90,8 +91,10 @@ class Windows:
     def __init__(self, tokens: Tokens, sequence_length: int, *, pack: bool, filler: int, tail: bool = False):
         if sequence_length < 1:
             raise UserError(f"--sequence-length is {sequence_length}; it must be at least 1")
-        self.tokens, self.sequence_length = tokens, sequence_length
-        self.pack, self.filler = pack, filler
+        self.tokens = tokens
+        self.sequence_length = sequence_length
+        self.pack = pack
+        self.filler = filler
         total = len(tokens.tokens)
         if pack:
             possible = max(total - 1, 0)
@@ -158,7 +161,8 @@ class Windows:
             raise IndexError(f"window {index} of {self._length}")
         index = int(index) % self._length
         if self.pack:
-            start, stop = index * self.sequence_length, len(self.tokens.tokens)
+            start = index * self.sequence_length
+            stop = len(self.tokens.tokens)
         else:
             # In the array's own type: NumPy would turn all of a memory map into floats to compare it with an int.
             document = int(np.searchsorted(self._firsts, np.uint64(index), side="right")) - 1

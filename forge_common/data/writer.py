@@ -14,8 +14,10 @@ from .readers.document import PIECE, Document
 from .tokenizer import Tokenizer
 
 # Tokenized at once: enough for all cores, little in memory (about 45 bytes a character until the batch is written).
-BATCH_PIECES, BATCH_CHARACTERS = 1024, 4 * PIECE
-ENOUGH_PIECES, ENOUGH_CHARACTERS = 64, PIECE  # of short documents
+BATCH_PIECES = 1024
+BATCH_CHARACTERS = 4 * PIECE
+ENOUGH_PIECES = 64  # of short documents
+ENOUGH_CHARACTERS = PIECE
 
 
 def position(digest: bytes) -> float:
@@ -37,7 +39,8 @@ class Piece(NamedTuple):
 
 def batches(documents: Iterable[Document]) -> Iterator[list[Piece]]:
     """Pieces of documents, in order, in batches of bounded size."""
-    batch, characters = [], 0
+    batch = []
+    characters = 0
     for document in documents:
         for piece in _pieces(document):
             batch.append(piece)
@@ -45,7 +48,8 @@ def batches(documents: Iterable[Document]) -> Iterator[list[Piece]]:
             is_full = len(batch) >= BATCH_PIECES or characters >= BATCH_CHARACTERS
             if is_full or (len(batch) >= ENOUGH_PIECES and characters >= ENOUGH_CHARACTERS):
                 yield batch
-                batch, characters = [], 0
+                batch = []
+                characters = 0
     if batch:
         yield batch
 
@@ -64,8 +68,10 @@ class SplitWriter:
     """Appends documents to one split's files."""
 
     def __init__(self, folder: Path, split: str, dtype: str, tokenizer: Tokenizer):
-        self.tokenizer, self.dtype = tokenizer, dtype
-        self.hash, self.offset_hash = hashlib.sha256(), hashlib.sha256()
+        self.tokenizer = tokenizer
+        self.dtype = dtype
+        self.hash = hashlib.sha256()
+        self.offset_hash = hashlib.sha256()
         self.documents = self.tokens = self.bytes = 0
         suffix = tokenizer.suffix
         self.end = suffix if suffix[-1:] == (tokenizer.eos_token_id,) else (*suffix, tokenizer.eos_token_id)
@@ -73,7 +79,8 @@ class SplitWriter:
         kinds = ("tokens", "offsets", "origins")
         files = [open(folder / f"{split}.{kind}", "wb", buffering=PIECE) for kind in kinds]  # noqa: SIM115
         self.token_file, self.offset_file, self.origin_file = files
-        self.context_path, self.context_file = folder / f"{split}.context", None
+        self.context_path = folder / f"{split}.context"
+        self.context_file = None
 
     def add(self, piece: Piece, ids: list[int]) -> None:
         if piece.first:
@@ -88,9 +95,11 @@ class SplitWriter:
         last answer.
         """
         self._begin(document)
-        ids, is_context = conversation.ids, ~conversation.scored
+        ids = conversation.ids
+        is_context = ~conversation.scored
         if ids[-1] != self.tokenizer.eos_token_id:
-            ids, is_context = [*ids, self.tokenizer.eos_token_id], np.append(is_context, not conversation.is_open)
+            ids = [*ids, self.tokenizer.eos_token_id]
+            is_context = np.append(is_context, not conversation.is_open)
         if self.context_file is None:
             self.context_file = open(self.context_path, "wb")  # noqa: SIM115 (as the others)
         self.context_file.seek(self.tokens)  # what it jumps over reads as zeros

@@ -24,7 +24,8 @@ class Progress:
 
     def begin(self, name: str, work: float) -> None:
         """name: what is scored from here on. work: of each of its tokens."""
-        self._name, self._work = name, work
+        self._name = name
+        self._work = work
         self._began = time.monotonic()
         if self._bar is not None:
             self._bar.set_description_str(name)

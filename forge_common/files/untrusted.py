@@ -89,6 +89,12 @@ def checked(
     return content
 
 
+def matches(value: Any, field: Field) -> bool:
+    """Whether a value is what a field must be."""
+    _, is_valid = field
+    return is_valid(value)
+
+
 def integer(least: int, most: int) -> Field:
     """An integer in these bounds; true and 1.0 are not integers."""
     return f"an integer from {least} to {most}", lambda value: type(value) is int and least <= value <= most

@@ -57,12 +57,6 @@ def check_sampling(sampling: Sampling) -> None:
         raise UserError(f"--seed is {sampling.seed}. Give a number of at most 63 bits.")
 
 
-def prompt_ids(tokenizer: "Tokenizer", text: str) -> list[int]:
-    """The ids of a text to continue: the start of a document, without an EOS after it."""
-    ids = tokenizer.encode_batch([text])[0] or [tokenizer.eos_token_id]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
-
-
 def beyond_context(model: "LanguageModel", prompt: list[int]) -> int:
     """How many tokens at the beginning of a prompt `sample` leaves out, so that one more has a place in the context."""
     return max(len(prompt) - (model.config.context - 1), 0)

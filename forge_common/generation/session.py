@@ -11,7 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..model.protocol import LanguageModel
 from .conversation import chat_template, conversation_prompt
-from .sampling import Sampling, beyond_context, check_sampling, prompt_ids, stream
+from .sampling import Sampling, beyond_context, check_sampling, stream
 
 NUMBERS = {"temperature": (int, float), "top_p": (int, float), "max_new_tokens": (int,), "seed": (int,)}
 
@@ -32,8 +32,10 @@ def read_request(content: Any) -> Request:
     if not isinstance(content, dict):
         raise UserError("the request is not a JSON object. Load the page again.")
     fields = dict(content)
-    prompt, system = fields.pop("prompt", ""), fields.pop("system", None)
-    without, messages = fields.pop("without", []), fields.pop("messages", [])
+    prompt = fields.pop("prompt", "")
+    system = fields.pop("system", None)
+    without = fields.pop("without", [])
+    messages = fields.pop("messages", [])
     if not isinstance(prompt, str) or not isinstance(system, str | None):
         raise UserError("prompt and system must be texts. Load the page again.")
     if not isinstance(without, list) or not all(isinstance(name, str) for name in without):
@@ -100,14 +102,16 @@ class Session:
     def _lines(self, request: Request) -> Iterator[dict[str, Any]]:
         if set(request.without) != set(self._without):
             self._cache.clear()
-            self._model, self._without = self._make(request.without), request.without
-        model, sampling = self._model, request.sampling
+            self._model = self._make(request.without)
+            self._without = request.without
+        model = self._model
+        sampling = request.sampling
         left_out = 0
         if request.turns:
             template = chat_template(self._tokenizer, self._place)
             ids, left_out = conversation_prompt(model, template, request.system, request.turns, sampling.max_new_tokens)
         else:
-            ids = prompt_ids(self._tokenizer, request.prompt)
+            ids = self._tokenizer.encode_prompt(request.prompt)
         yield {"names": list(model.names), "turns_left_out": left_out, "tokens_left_out": beyond_context(model, ids)}
         for token in stream(model, self._tokenizer, ids, sampling, self._device, self._cache):
             if self.stopping.is_set():

@@ -17,22 +17,28 @@ from ..errors import UserError
 from ..settings import to_json
 from .folder import sees_lock
 
-LOCAL = {"output_dir", "cache_dir"}  # settings that a machine may write in its own way
+LOCAL = {"output_dir", "cache_dir"}  # settings that may differ between machines
 NAMED = 4  # ranks that a message names for each value
 
 
 def check_agreement(accelerator: Any, settings: Any, digests: dict[str, str | None]) -> None:
     """UserError on every process, with the entry, the ranks and their hosts, where the processes differ. A collective.
 
-    digests: of what the run reads. Where nothing differs, one hash of a process is compared; the entries stay where they are.
+    digests: of what the run reads. Each process sends one hash; only if the hashes differ are all entries sent.
     """
     if accelerator.num_processes == 1:
         return
-    mine = {f"--{name.replace('_', '-')}": value for name, value in to_json(settings).items() if name not in LOCAL}
-    mine |= {f"digest of {name}": value for name, value in digests.items()}
-    mine |= {"precision": accelerator.mixed_precision, "engine": str(accelerator.distributed_type)}
-    mine |= {"torch": str(torch.__version__), "accelerate": importlib.metadata.version("accelerate")}
-    mine |= {"digest of the code": _code_digest(), "output": sees_lock(accelerator, settings)}
+    flags = {f"--{name.replace('_', '-')}": value for name, value in to_json(settings).items() if name not in LOCAL}
+    mine = {
+        **flags,
+        **{f"digest of {name}": value for name, value in digests.items()},
+        "precision": accelerator.mixed_precision,
+        "engine": str(accelerator.distributed_type),
+        "torch": str(torch.__version__),
+        "accelerate": importlib.metadata.version("accelerate"),
+        "digest of the code": _code_digest(),
+        "output": sees_lock(accelerator, settings),
+    }
     hashed = hashlib.sha256(json.dumps(mine, sort_keys=True).encode()).digest()
     everyone = accelerator.gather(torch.tensor([list(hashed)], dtype=torch.uint8, device=accelerator.device))
     if bool((everyone == everyone[0]).all()):
@@ -61,20 +67,18 @@ def _report(entries: list[tuple[str, str, dict[str, Any]]]) -> str:
         for name in mine.keys() - {"output"}:
             value = str(mine[name])[:12] if name.startswith("digest") else repr(mine[name])
             values.setdefault(name, {}).setdefault(value, []).append(named)
-    parts = []
-    lines = [
-        f"  {name}: " + "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in found.items())
-        for name, found in sorted(values.items())
-        if len(found) > 1
-    ]
-    if lines:
-        parts += ["the processes of this run differ, and would not train one model:", *lines]
-        parts.append("Start all of them with the same flags, data, code and packages.")
+    lines = []
+    different = {name: found for name, found in sorted(values.items()) if len(found) > 1}
+    if different:
+        lines.append("the processes of this run differ, and would not train one model:")
+        for name, found in different.items():
+            lines.append(f"  {name}: " + "; ".join(f"{value} on {_ranks(ranks)}" for value, ranks in found.items()))
+        lines.append("Start all of them with the same flags, data, code and packages.")
     if places:
-        parts.append(f"--output-dir is {entries[0][1]} for rank 0, which another process does not see:")
-        parts += [f"  {_ranks(ranks)}: {place}" for place, ranks in places.items()]
-        parts.append("All machines read the checkpoints: name a folder on a file system that they share.")
-    return "\n".join(parts)
+        lines.append(f"--output-dir is {entries[0][1]} for rank 0, which another process does not see:")
+        lines += [f"  {_ranks(ranks)}: {place}" for place, ranks in places.items()]
+        lines.append("All machines read the checkpoints: name a folder on a file system that they share.")
+    return "\n".join(lines)
 
 
 def _ranks(ranks: list[str]) -> str:

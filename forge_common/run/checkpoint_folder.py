@@ -63,30 +63,33 @@ def fault(folder: Path) -> str | None:
     except (OSError, UserError) as reason:
         return f"manifest.json: {reason}"
     changed = differences(expected_files, present)
-    for name, (expected, actual) in changed.items():
-        return f"{name}: {actual or 'missing'}, the manifest has {expected or 'no such file'}"
-    return None
+    if not changed:
+        return None
+    name, (expected, actual) = next(iter(changed.items()))
+    return f"{name}: {actual or 'missing'}, the manifest has {expected or 'no such file'}"
 
 
-def newest_good(folder: Path) -> Path | None:
-    """The newest checkpoint that verifies, or None; damaged ones are reported and renamed, partial ones deleted.
+def newest_intact(folder: Path) -> Path | None:
+    """The newest checkpoint that verifies, or None. Damaged ones are reported and renamed, partial ones deleted.
 
     UserError where all are damaged: a run that starts again would silently discard the old one.
     """
     for leftover in [*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    good = next((path for path in reversed(complete(folder)) if verified(path)), None)
+    for path in reversed(complete(folder)):
+        if verify_or_rename(path):
+            return path
     broken = sorted(path.name for path in folder.glob("step-*.broken*"))
-    if broken and good is None:
+    if broken:
         raise UserError(
             f"{folder} holds only damaged checkpoints: {', '.join(broken)}. Restore one from a backup (under its name "
             "without .broken), delete them to start again, or name another --output-dir."
         )
-    return good
+    return None
 
 
-def verified(path: Path) -> bool:
-    """Whether every file matches the manifest; a damaged checkpoint is reported and renamed to step-N.broken."""
+def verify_or_rename(path: Path) -> bool:
+    """Whether every file matches the manifest. A damaged checkpoint is reported and renamed to step-N.broken."""
     wrong = fault(path)
     if wrong is None:
         return True

@@ -1,4 +1,4 @@
-"""The writer of a run's checkpoints: the loop waits for a copy of the trained state, a thread writes it (docs/DESIGN.md)."""
+"""The writer of a run's checkpoints: the loop waits for a copy of the trained state; a thread writes the copy (docs/DESIGN.md)."""
 
 import dataclasses
 import errno
@@ -37,16 +37,21 @@ NO_TENSORS = State({}, {})
 
 @dataclass
 class Save:
-    """A checkpoint that is being written. progress: the content of progress.json. needed: bytes. beside: while the loop goes on."""
+    """A checkpoint that is being written."""
 
     final: Path
     partial: Path
+    """The folder's name until it is complete."""
     progress: dict[str, Any]
-    needed: int
+    """The content of progress.json."""
+    num_bytes: int
     required: bool
-    beside: bool
+    """Whether the run ends with an error if it cannot be written."""
+    in_background: bool
+    """Whether the loop goes on while it is written."""
     print_line: Callable[[str], None]
-    state: State = NO_TENSORS  # of the main process, once it is taken
+    state: State = NO_TENSORS
+    """On the main process, once it is taken."""
 
 
 def size(model: torch.nn.Module) -> int:
@@ -55,7 +60,7 @@ def size(model: torch.nn.Module) -> int:
 
 
 class Writer:
-    """Writes the checkpoints of a run beside its training.
+    """Writes the checkpoints of a run in a background thread.
 
     The loop waits for a copy of the trained state in host memory (12 bytes for a float32 parameter, on the main
     process, from the first copy to the end of the run). A thread writes, hashes, syncs and renames. The loop waits for
@@ -85,22 +90,28 @@ class Writer:
             return
         content = dataclasses.asdict(progress)  # a copy: the loop changes the other
         save = Save(
-            folder / name, folder / f".tmp-{name}", content, size(self.model), required, not required, print_line
+            final=folder / name,
+            partial=folder / f".tmp-{name}",
+            progress=content,
+            num_bytes=size(self.model),
+            required=required,
+            in_background=not required,
+            print_line=print_line,
         )
-        parts = (self._begin, self._take_state, self._start)
-        if not all(self._has_room(part, save) for part in parts):
-            self._give_up(save)
+        for step in (self._make_folder, self._take_state, self._start_thread):
+            if not self._run_on_all_ranks(step, save):
+                self._give_up(save)
+                return
 
-    def _begin(self, save: Save) -> None:
+    def _make_folder(self, save: Save) -> None:
         if self.accelerator.is_main_process:
             self.wait()
             shutil.rmtree(save.partial, ignore_errors=True)
-            save.partial.parent.mkdir(
-                exist_ok=True
-            )  # without parents: an output directory that is gone is not made again
+            # Without parents: an output directory that is gone is not made again.
+            save.partial.parent.mkdir(exist_ok=True)
             save.partial.mkdir()
             sync_folder(save.partial.parent.parent)
-            if shutil.disk_usage(save.partial).free < save.needed:
+            if shutil.disk_usage(save.partial).free < save.num_bytes:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save.partial))
 
     def _take_state(self, save: Save) -> None:
@@ -117,19 +128,20 @@ class Writer:
         _save_state(accelerator, save.partial, NO_TENSORS)  # the tensors follow
         if accelerator.is_main_process:
             present = State({name: tensor.detach() for name, tensor in trained(model).items()}, optimizer.state_dict())
-            save.beside &= self._copy is not None or save.needed < psutil.virtual_memory().available / 2
-            if save.beside:
+            if self._copy is None and save.num_bytes >= psutil.virtual_memory().available / 2:
+                save.in_background = False
+            if save.in_background:
                 present = self._copy = in_host_memory(present, self._copy)
             else:
                 self._copy = None  # after a required one, the last of most runs, no copy is needed
             save.state = present
 
-    def _start(self, save: Save) -> None:
+    def _start_thread(self, save: Save) -> None:
         if self.accelerator.is_main_process:
             pool = ThreadPoolExecutor(1, "checkpoint")
             self._thread = pool.submit(self._finish, save)
             pool.shutdown(wait=False)  # it ends with its work; the end of the process waits for it, os._exit does not
-            if not save.beside:
+            if not save.in_background:
                 self.wait()
 
     def wait(self) -> None:
@@ -154,14 +166,14 @@ class Writer:
             self._give_up(save)
 
     def _write_tensors(self, save: Save) -> None:
-        """Writes them by save_state, where it writes the format."""
+        """Writes the files TENSORS: by save_state, or one by one under an engine that divides the state."""
         if engine_of(self.accelerator) is not None:
             save_file(save.state.weights, save.partial / TENSORS[0], metadata={"format": "pt"})
             torch.save(save.state.optimizer, save.partial / TENSORS[1])
             return
-        small = {path: path.read_bytes() for path in save.partial.iterdir() if path.name not in TENSORS}
+        others = {path: path.read_bytes() for path in save.partial.iterdir() if path.name not in TENSORS}
         _save_state(self.accelerator, save.partial, save.state)
-        for path, content in small.items():  # of the update that is saved; save_state wrote those of now
+        for path, content in others.items():  # save_state has overwritten them with those of a later update
             path.write_bytes(content)
 
     def _give_up(self, save: Save) -> None:
@@ -169,16 +181,16 @@ class Writer:
         if self.accelerator.is_main_process:
             shutil.rmtree(save.partial, ignore_errors=True)
         message = f"the checkpoint of update {save.progress['global_step']} was not saved"
-        message += f": {lack_of_room(save.partial.parent, save.needed)} The older ones are kept"
+        message += f": {lack_of_room(save.partial.parent, save.num_bytes)} The older ones are kept"
         if save.required:
             raise UserError(f"{message}. Run the same command to resume from the newest.")
         save.print_line(f"{message}, and the run continues (--on-full-disk).")
 
-    def _has_room(self, part: Callable[[Save], None], save: Save) -> bool:
-        """Calls `part` on every rank; whether the disk had room for it on all. Another error is raised on all. A collective."""
+    def _run_on_all_ranks(self, step: Callable[[Save], None], save: Save) -> bool:
+        """Calls `step` on every rank; False where a disk is full. Another error is raised on all ranks. A collective."""
         error: Exception | None = None
         try:
-            part(save)
+            step(save)
         except Exception as reason:  # noqa: BLE001 (raised below: the other ranks wait for this one)
             error = reason
         full = error is not None and _is_full(save, error)

@@ -40,7 +40,7 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     """`accelerator.prepare`, with which the loop's `optimizer.step` applies an update also under DeepSpeed.
 
     Frozen weights that are mapped from a file stay mapped: DDP does not broadcast them (all ranks have read the same,
-    `begin` compares), and on CPUs they are not moved from "cpu" to "cpu:0", which copies.
+    `new_progress` compares), and on CPUs they are not moved from "cpu" to "cpu:0", which copies.
     """
     if accelerator.state.deepspeed_plugin:
         return zero.prepare(accelerator, model, optimizer)
@@ -53,10 +53,10 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     return prepared
 
 
-def held(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """A frozen tensor as the engine holds it: DeepSpeed's has the 16 bits that it computes with."""
-    rounded = accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "bf16"
-    return tensor.bfloat16() if rounded else tensor
+def rounded(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
+    """A frozen tensor with the values that the engine gives it: DeepSpeed rounds it to the 16 bits that it computes with."""
+    is_rounded = accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "bf16"
+    return tensor.bfloat16() if is_rounded else tensor
 
 
 def prepared(accelerator: Any) -> tuple[torch.nn.Module, Any]:

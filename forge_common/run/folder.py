@@ -37,7 +37,7 @@ def claim(accelerator: Any, folder: Path) -> TextIO | None:
     except OSError as reason:
         raise UserError(f"--output-dir {folder} cannot be written ({reason.strerror}). Name another folder.") from None
     file.seek(0)
-    owner = _read(file.read())
+    owner = _parse_owner(file.read())
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         taken = _is_alive_here(owner)
@@ -47,12 +47,13 @@ def claim(accelerator: Any, folder: Path) -> TextIO | None:
         taken = bool(owner) and (owner["host"] != socket.gethostname() or _is_alive_here(owner))
     if taken:
         raise UserError(
-            f"--output-dir {folder} is in use by another run: {_name(owner)}. Wait for it or stop it, or name another "
+            f"--output-dir {folder} is in use by another run: {_describe(owner)}. Wait for it or stop it, or name another "
             f"folder. (Was it on a machine that is gone for good? Then delete {folder / '.lock'}.)"
         )
     if owner:
-        print(f"{folder}: the previous run did not end normally: {_name(owner)}. Its lock is taken over.", flush=True)
-    _write(file, {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
+        previous = f"the previous run did not end normally: {_describe(owner)}"
+        print(f"{folder}: {previous}. Its lock is taken over.", flush=True)
+    _write_owner(file, {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())})
     atexit.register(_release_at_exit, file, os.getpid())
     _remove_partial(folder)
     return file
@@ -61,7 +62,7 @@ def claim(accelerator: Any, folder: Path) -> TextIO | None:
 def release(file: TextIO | None) -> None:
     """Marks the lock as released by a run that ended by itself, and closes it."""
     if file:
-        _write(file, None)
+        _write_owner(file, None)
         file.close()
 
 
@@ -93,16 +94,18 @@ def check_still_there(folder: Path) -> None:
     )
 
 
-def _read(text: str) -> dict[str, Any] | None:
+def _parse_owner(text: str) -> dict[str, Any] | None:
     """The owner that a lock file names; None where it is empty or incomplete."""
+    if not text.strip():
+        return None
     try:
-        owner = json.loads(text) if text.strip() else None
-        return owner and {"pid": int(owner["pid"]), "host": str(owner["host"]), "started": float(owner["started"])}
+        owner = json.loads(text)
+        return {"pid": int(owner["pid"]), "host": str(owner["host"]), "started": float(owner["started"])}
     except (ValueError, TypeError, KeyError):
         return None
 
 
-def _write(file: TextIO, owner: dict[str, Any] | None) -> None:
+def _write_owner(file: TextIO, owner: dict[str, Any] | None) -> None:
     file.seek(0)
     file.truncate()
     file.write(json.dumps(owner) + "\n" if owner else "")
@@ -153,7 +156,7 @@ def _is_alive_here(owner: dict[str, Any] | None) -> bool:
     return abs(_started(owner["pid"]) - owner["started"]) < 1
 
 
-def _name(owner: dict[str, Any] | None) -> str:
+def _describe(owner: dict[str, Any] | None) -> str:
     if not owner:
         return "its lock file does not name it"
     since = datetime.datetime.fromtimestamp(owner["started"]).isoformat(" ", "seconds")
@@ -163,14 +166,20 @@ def _name(owner: dict[str, Any] | None) -> str:
 def _remove_partial(folder: Path) -> None:
     """Removes partial files that a killed run left; what they were to replace gets its name back."""
     for leftover in folder.glob(".tmp-*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink()
     for old in folder.glob(".old-*"):
         final = old.with_name(old.name.removeprefix(".old-"))
-        shutil.rmtree(old) if final.exists() else old.rename(final)
+        if final.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(final)
     sync_folder(folder)
 
 
-def prepare(accelerator: Any, settings: Any, checkpoint_size: int) -> None:
+def prepare_output(accelerator: Any, settings: Any, checkpoint_size: int) -> None:
     """Checks the free space and writes settings.json, on the main process of a run that is not a dry run."""
     if accelerator.is_main_process and not settings.dry_run:
         check_room(settings.output_dir, checkpoint_size, settings.keep)
@@ -182,7 +191,8 @@ def check_room(folder: Path, checkpoint: int, keep: int) -> None:
 
     At most there are the `keep` newest, the best, one that is being written, and the artifact: a third of a checkpoint.
     """
-    kept, published = keep + 2, checkpoint // 3 + MIB
+    kept = keep + 2
+    published = checkpoint // 3 + MIB
     needed = kept * checkpoint + published
     here = sum(path.stat().st_size for path in folder.glob("checkpoints/step-*/**/*") if path.is_file())
     free = shutil.disk_usage(folder).free

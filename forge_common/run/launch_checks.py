@@ -100,9 +100,11 @@ def processes_requested(command: list[str], arguments: list[str]) -> int:
     start += [i + 1 for i, name in enumerate(names[:-1]) if (name, names[i + 1]) == ("accelerate", "launch")]
     if not start or command[len(command) - len(arguments) :] != arguments:
         return 0
-    flags = command[start[0] + 1 : len(command) - len(arguments)]
-    flags = [word for flag in flags for word in (flag.split("=", 1) if flag.startswith("--") else [flag])]
-    options = dict(zip([flag.replace("-", "_") for flag in flags], [*flags[1:], ""], strict=True))
+    words: list[str] = []  # of the launcher, --flag=value as two
+    for word in command[start[0] + 1 : len(command) - len(arguments)]:
+        words += word.split("=", 1) if word.startswith("--") else [word]
+    # Each word with the one after it, which is its value if the word is a flag.
+    options = dict(zip([word.replace("-", "_") for word in words], [*words[1:], ""], strict=True))
     if "__num_processes" in options:
         return int(options["__num_processes"])
     if "__config_file" not in options and "__cpu" in options:

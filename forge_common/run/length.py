@@ -15,28 +15,36 @@ from ..settings import seconds_of
 from .checkpoint_folder import checkpoints_of, complete
 from .hardware import compute_dtype, peak_flops
 from .pace import duration
+from .totals import from_main_process
 
 MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
 MOST_UPDATES = 10_000  # of a run whose length is not given
 WARMUP_STEPS = 100
 # That a preset needs. 20 are best for a given time (Hoffmann et al., arXiv 2203.15556), and presets lie far apart.
 TOKENS_PER_PARAMETER = 10
-SHARE = 0.4  # of the peak that an update reaches, about, where none is timed (docs/PERFORMANCE.md, docs/ENGINES.md)
+# Share of the peak that an update reaches, about, where none is timed (docs/PERFORMANCE.md, docs/ENGINES.md).
+ASSUMED_MFU = 0.4
 
 
-def sized(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]], accelerator: Any) -> Any:
+def with_preset(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]], accelerator: Any) -> Any:
     """The settings with a preset in place of auto: the largest that the run's tokens teach, within --budget. A collective.
 
     presets: parameters, and FLOPs of an update per token, the smallest first; {} where a preset is given.
     """
     if not presets:
         return settings
-    if earlier := _earlier(settings, accelerator):
+    earlier = _earlier_settings(settings, accelerator)
+    if earlier:
         return dataclasses.replace(settings, preset=earlier["preset"])
-    windows = settings.steps * settings.batch_size or (settings.epochs or MANY_PASSES) * corpora.training.size
-    if not settings.steps and settings.epochs is None:
-        windows = min(windows, MOST_UPDATES * settings.batch_size)
-    affordable = _flops(settings, accelerator) * seconds_of(settings.budget) if settings.budget else math.inf
+    if settings.steps:
+        windows = settings.steps * settings.batch_size
+    elif settings.epochs is not None:
+        windows = settings.epochs * corpora.training.size
+    else:
+        windows = min(MANY_PASSES * corpora.training.size, MOST_UPDATES * settings.batch_size)
+    affordable = math.inf  # FLOPs
+    if settings.budget:
+        affordable = _flops(settings, accelerator) * seconds_of(settings.budget)
     tokens = {name: min(windows * settings.sequence_length, affordable / flops) for name, (_, flops) in presets.items()}
     taught = [name for name, (parameters, _) in presets.items() if tokens[name] >= TOKENS_PER_PARAMETER * parameters]
     preset = taught[-1] if taught else next(iter(presets))
@@ -48,7 +56,7 @@ def sized(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]], acce
     return dataclasses.replace(settings, preset=preset)
 
 
-def resolved(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> Any:
+def with_length(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> Any:
     """The settings with numbers for --steps, --warmup-steps and --val-fraction in place of None, --epochs and --budget.
     A collective.
 
@@ -67,14 +75,16 @@ def resolved(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> Any:
     warmup = min(WARMUP_STEPS, steps // 10) if settings.warmup_steps is None else settings.warmup_steps
     if warmup > steps:
         raise UserError(f"--warmup-steps {warmup} exceeds the {steps} updates of the run. Lower it, or train longer.")
-    fraction = corpora.fraction if not settings.val_data else settings.val_fraction or 0.01
-    found = {"steps": steps, "epochs": None, "budget": None, "warmup_steps": warmup, "val_fraction": fraction}
-    return dataclasses.replace(settings, **found)
+    fraction = (settings.val_fraction or 0.01) if settings.val_data else corpora.fraction
+    return dataclasses.replace(
+        settings, steps=steps, epochs=None, budget=None, warmup_steps=warmup, val_fraction=fraction
+    )
 
 
 def _within_budget(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> int:
     """Updates that --budget allows, validations included; of a run that continues, those that it has."""
-    if earlier := _earlier(settings, accelerator):
+    earlier = _earlier_settings(settings, accelerator)
+    if earlier:
         accelerator.print(f"length      {earlier['steps']:,} updates, as when this run began")
         return earlier["steps"]
     micro_batch, how = _micro_batch_seconds(settings, corpora, trunk, accelerator)
@@ -97,7 +107,7 @@ def _micro_batch_seconds(settings: Any, corpora: Any, trunk: Any, accelerator: A
     if accelerator.distributed_type.value in ("FSDP", "DEEPSPEED"):  # one device may not hold the model
         tokens = settings.micro_batch_size * settings.sequence_length
         seconds = tokens * trunk.flops_per_token(settings.sequence_length) / _flops(settings, accelerator)
-        return seconds * accelerator.num_processes, f"computed from {SHARE:.0%} of the device's peak"
+        return seconds * accelerator.num_processes, f"computed from {ASSUMED_MFU:.0%} of the device's peak"
     trunk.to(accelerator.device)
     windows = corpora.training.windows(np.arange(settings.micro_batch_size) % corpora.training.size)
     windows = torch.from_numpy(windows).to(accelerator.device)
@@ -115,7 +125,7 @@ def _micro_batch_seconds(settings: Any, corpora: Any, trunk: Any, accelerator: A
 def _flops(settings: Any, accelerator: Any) -> float:
     """FLOP/s that training reaches on all devices, about."""
     peak = peak_flops(accelerator.device, compute_dtype(accelerator.mixed_precision, settings.dtype))
-    return SHARE * _mean(peak, accelerator) * accelerator.num_processes
+    return ASSUMED_MFU * _mean(peak, accelerator) * accelerator.num_processes
 
 
 def _mean(value: float, accelerator: Any) -> float:
@@ -123,12 +133,11 @@ def _mean(value: float, accelerator: Any) -> float:
     return float(accelerator.reduce(torch.tensor(value, device=accelerator.device), "mean"))
 
 
-def _earlier(settings: Any, accelerator: Any) -> dict[str, Any]:
+def _earlier_settings(settings: Any, accelerator: Any) -> dict[str, Any]:
     """The settings of the run that this one continues, or {}, as the main process finds them. A collective."""
-    found: list[dict[str, Any]] = [{}]
+    found: dict[str, Any] = {}
     file = Path(settings.output_dir) / "settings.json"
-    if accelerator.is_main_process and settings.resume != "never" and complete(checkpoints_of(settings)):
-        found = [read_json(file) if file.is_file() else {}]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(found)
-    return found[0]
+    continues = settings.resume != "never" and accelerator.is_main_process and complete(checkpoints_of(settings))
+    if continues and file.is_file():
+        found = read_json(file)
+    return from_main_process(accelerator, found)

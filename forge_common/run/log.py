@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -84,13 +84,15 @@ class RunLog:
         self.main = accelerator.is_main_process
         self.writes = self.main and not settings.dry_run
         self.tracker: Tracker | None = None
-        self.sample = partial(continuations, accelerator, trunk, tokenizer, settings.sample_prompt) if trunk else list
+        self.sample: Callable[[], list[dict[str, str]]] = lambda: []
+        if trunk:
+            self.sample = partial(continuations, accelerator, trunk, tokenizer, settings.sample_prompt)
         self.flops_per_token = trunk.flops_per_token(settings.sequence_length) if trunk else 0
         self.dtype = compute_dtype(accelerator.mixed_precision, settings.dtype) if trunk else torch.float32
         self.peak_flops = peak_flops(accelerator.device, self.dtype) if trunk else math.inf
         self._unwritten: list[str] = []
-        self._mark = self._start = time.perf_counter()
-        self._lap_step = progress.global_step
+        self._row_start = self._start = time.perf_counter()
+        self._row_start_step = progress.global_step
         self._untimed_tokens = progress.tokens
         self._report = LiveReport(self.folder, last, self.print_line)
         if self.writes:
@@ -121,13 +123,14 @@ class RunLog:
         if self._unwritten:
             self._write()
         yield
-        self._mark += time.perf_counter() - start
+        self._row_start += time.perf_counter() - start
 
     def restart_clock(self, step: int) -> float:
         """Seconds per update since the last call, without the time in clock_paused."""
         now = time.perf_counter()
-        seconds = (now - self._mark) / max(step - self._lap_step, 1)
-        self._mark, self._lap_step = now, step
+        seconds = (now - self._row_start) / max(step - self._row_start_step, 1)
+        self._row_start = now
+        self._row_start_step = step
         return max(seconds, 1e-9)
 
     def row(self, step: int, values: dict[str, Any]) -> None:
@@ -170,9 +173,10 @@ class RunLog:
         rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak; as in tokens per second,
         only scored tokens count, not padding.
         """
-        step, before = progress.global_step, self._lap_step
+        step = progress.global_step
         nats, tokens, balance, z = interval.take()
-        updates, seconds = step - before, self.restart_clock(step)
+        updates = step - self._row_start_step
+        seconds = self.restart_clock(step)
         count = max(tokens, 1.0)
         speed = tokens / (seconds * max(updates, 1))
         values = {
@@ -245,7 +249,7 @@ class RunLog:
 
     def advance(self, step: int, done: int, micro_batches: int, outcome: Any) -> None:
         """Shows a micro-batch on the console (Pace.advance)."""
-        self.pace.advance(step, done, micro_batches, outcome, self._mark)
+        self.pace.advance(step, done, micro_batches, outcome, self._row_start)
 
     def end_warm_up(self, progress: Any) -> int:
         """Starts the clock of a dry run again after the updates that are not timed; returns the update that it ends
@@ -261,9 +265,9 @@ class RunLog:
             self._untimed_tokens = progress.tokens
         return last
 
-    def timing(self, progress: Any, steps: int) -> None:
+    def dry_run_result(self, progress: Any, steps: int) -> None:
         """The last line of a dry run: speed, the estimated time of `steps` updates, and the peak memory."""
-        timed = progress.global_step - self._lap_step
+        timed = progress.global_step - self._row_start_step
         seconds = self.restart_clock(progress.global_step)
         speed = (progress.tokens - self._untimed_tokens) / (timed * seconds)
         self.print_line(

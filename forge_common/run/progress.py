@@ -13,8 +13,15 @@ from ..settings import MODEL_SETTINGS, defaults, differences, to_json
 from .agreement import check_agreement
 
 # Settings that a resumed run may change: they affect neither the updates nor the order of the data.
-FREE = {"output_dir", "resume", "accept_change", "micro_batch_size", "log_every", "save_every", "val_every", "keep"}
-FREE |= {
+FREE = {
+    "output_dir",
+    "resume",
+    "accept_change",
+    "micro_batch_size",
+    "log_every",
+    "save_every",
+    "val_every",
+    "keep",
     "tracker",
     "project",
     "run_name",
@@ -24,12 +31,29 @@ FREE |= {
     "patience",
     "max_bad_updates",
     "hang_timeout",
+    "on_full_disk",
+    "activation_checkpointing",
+    "deterministic",
+    "sample_prompt",
+    "push_to_hub",
 }
-FREE |= {"on_full_disk", "activation_checkpointing", "deterministic", "sample_prompt", "push_to_hub"}
 # Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
-ACCEPTABLE = {"steps", "lr", "schedule", "warmup_steps", "min_lr_ratio", "weight_decay", "max_grad_norm", "licence"}
-ACCEPTABLE |= {"beta1", "beta2", "eps", "wsd_decay_share", "module_dtype"}
-ACCEPTABLE |= {"mixed_precision"}  # of the launcher
+ACCEPTABLE = {
+    "steps",
+    "lr",
+    "schedule",
+    "warmup_steps",
+    "min_lr_ratio",
+    "weight_decay",
+    "max_grad_norm",
+    "licence",
+    "beta1",
+    "beta2",
+    "eps",
+    "wsd_decay_share",
+    "module_dtype",
+    "mixed_precision",  # of the launcher
+}
 # Settings that earlier versions did not have -> the values that give what those versions did.
 ADDED = {"val_tokens": 0, "val_documents": False}
 # Fields of progress.json that earlier versions wrote and nothing read.
@@ -151,7 +175,7 @@ class Progress:
         }
 
 
-def begin(
+def new_progress(
     accelerator: Any, settings: Any, corpora: Any, tokenizer: Any, trunk_metadata: dict[str, Any], general: Any = ()
 ) -> Progress:
     """The progress of a run before its first update, with a new run id. A collective.
@@ -187,14 +211,16 @@ def check_same(before: Progress, fresh: Progress, settings: Any, where: Path) ->
     A setting that the checkpoint's version did not have counts as its default; such a checkpoint does not tell its precision.
     """
     precision = {"mixed_precision": fresh.settings["mixed_precision"]}
-    changed = differences(defaults(settings) | precision | before.settings, fresh.settings) | {
-        f"digest of {name}": (str(old)[:12], str(new)[:12])
-        for name, (old, new) in differences(before.data, fresh.data).items()
-    }
+    changed = differences(defaults(settings) | precision | before.settings, fresh.settings)
+    for name, (old, new) in differences(before.data, fresh.data).items():
+        changed[f"digest of {name}"] = (str(old)[:12], str(new)[:12])
     if not any(name.startswith("digest of held out") for name in changed):
         changed.pop("val_tokens", None)  # both score everything that is held out
-    acceptable = ACCEPTABLE - ({"mixed_precision"} if fresh.settings["mixed_precision"] == "fp16" else set())
-    allowed = FREE | ({name.replace("-", "_") for name in settings.accept_change} & acceptable)
+    acceptable = set(ACCEPTABLE)
+    if fresh.settings["mixed_precision"] == "fp16":  # the checkpoint has no loss scale
+        acceptable.remove("mixed_precision")
+    accepted = {name.replace("-", "_") for name in settings.accept_change}
+    allowed = FREE | (accepted & acceptable)
     if before.settings.get("trunk_from"):
         allowed |= set(MODEL_SETTINGS)  # earlier versions ignored them then; now they are refused
     refused = {name: pair for name, pair in changed.items() if name not in allowed}

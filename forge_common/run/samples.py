@@ -22,17 +22,11 @@ def continuations(accelerator: Any, trunk: Any, tokenizer: Any, prompts: Sequenc
     samples = []
     with accelerator.autocast():
         for prompt in prompts:
-            ids = _greedy(trunk, _ids(tokenizer, prompt), accelerator.device)
+            ids = _greedy(trunk, tokenizer.encode_prompt(prompt), accelerator.device)
             end = ids.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in ids else len(ids)
             samples.append({"prompt": prompt, "continuation": tokenizer.decode(ids[:end])})
     trunk.train(training)
     return samples
-
-
-def _ids(tokenizer: Any, prompt: str) -> list[int]:
-    """The prompt's tokens as the start of a document: without an EOS after them, or EOS alone for an empty prompt."""
-    ids = tokenizer.encode_batch([prompt])[0] or [tokenizer.eos_token_id]
-    return ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids
 
 
 def _greedy(trunk: Any, prompt: list[int], device: torch.device) -> list[int]:

@@ -29,19 +29,22 @@ Phase = Literal["starting", "dry run", "training", "publishing", "ended"]
 class StopRequest:
     """Whether a run is to end before its last update, and why. Handles signals from its construction on.
 
-    reason: None; "signal", once all ranks agreed in `check`; "patience", when validation no longer improves. exit_code:
-    128 + its number after a signal (143 for SIGTERM, 130 for SIGINT), else 0. phase: in "training" a signal waits for
-    the end of the update, or of a batch of validation. In "ended" it has no effect. In the other phases (imports, data,
-    publishing) there is nothing to save, and it ends the run at once. A second signal always ends it at once, but for
-    SIGXCPU, which the kernel repeats; files with their final name are complete even then. A SIGHUP that the caller
-    ignores (nohup) stays ignored.
+    reason: None; "signal", once all ranks agreed in `check`; "patience", when validation no longer improves.
+    exit_code: 128 + the number of the signal (143 for SIGTERM, 130 for SIGINT); 0 without one.
+    phase: what a signal does. In "training" it takes effect at the end of the update, or of a batch of validation. In
+    "ended" it has no effect. In the other phases (imports, data, publishing) there is nothing to save, and it ends the
+    run at once.
 
-    A thread reads the signals too, because Python runs no signal handler during a collective or a compilation. It also
-    detects that the launcher has ended (a killed `accelerate launch` does not end its trainer, accelerate #929), and a
-    standstill: `hang_timeout` seconds (0: no limit), or NORMAL_FACTOR times the longest update, without progress in
-    training. Progress is a layer, a micro-batch or a batch of validation. A process that uses the CPU without progress
-    (it compiles, or a kernel takes long; an endless loop and NCCL's waiting look the same) has SLOW_FACTOR times as
-    long.
+    A second signal ends the run at once in any phase, except SIGXCPU, which the kernel repeats. Files with their final
+    name are complete even then. A SIGHUP that the caller ignores (nohup) stays ignored.
+
+    A thread does the rest, since Python runs no signal handler during a collective or a compilation:
+    - It reads the signals too.
+    - It detects that the launcher has ended: a killed `accelerate launch` does not end its trainer (accelerate #929).
+    - It detects a standstill: no progress in training for `hang_timeout` seconds (0: no limit), or for NORMAL_FACTOR
+      times the longest update. Progress is a layer, a micro-batch or a batch of validation. A process that uses the CPU
+      without progress has SLOW_FACTOR times as long: it may compile, or a kernel may take long. (An endless loop and
+      NCCL's waiting look the same.)
     """
 
     def __init__(self, hang_timeout: float):
@@ -50,15 +53,15 @@ class StopRequest:
         self.hang_timeout = hang_timeout
         self._phase: Phase = "starting"
         self._clock = 0.0  # seconds that the thread has counted
-        self._progress = 0.0  # the clock at the last progress
-        self._seen = 0.0  # `_progress` at the thread's last check
+        self._last_progress = 0.0  # the clock at the last progress
+        self._checked_progress = 0.0  # `_last_progress` at the thread's last check
         self._cpu: tuple[float, float] | None = None  # the clock and the CPU time at the first check without progress
-        self._update = 0.0  # the clock at the end of the last update
-        self._normal = 0.0  # seconds of the longest update; the older it is, the less it counts
-        self._slow = True
-        self._in_section = False
+        self._update_start = 0.0  # the clock at the end of the last update, where the present one began
+        self._longest_update = 0.0  # seconds of the longest update; the older it is, the less it counts
+        self._is_slow = True  # what runs now may take SLOW_FACTOR times as long
+        self._in_section = False  # within slow_section
         self._handled_in_main_thread = False
-        self._first: float | None = None  # when the thread received the first signal
+        self._first_signal: float | None = None  # when the thread received the first signal
         self._forced_end: float | None = None  # when a run that was to end at once is ended by force
         self._parent = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
         self._inbox, outbox = os.pipe()
@@ -76,8 +79,8 @@ class StopRequest:
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
-        self._progress = self._update = self._clock
-        self._slow = True
+        self._last_progress = self._update_start = self._clock
+        self._is_slow = True
         self._phase = phase
 
     def check(self, accelerator: Any) -> bool:
@@ -90,9 +93,9 @@ class StopRequest:
     def agree(self, any_rank: bool) -> None:
         """Ends an update. The signal that any rank has received becomes the reason to stop, on all ranks at the same update."""
         if not self._in_section:
-            self._normal = max(self._clock - self._update, 0.9 * self._normal)
-            self._update = self._clock
-            self._slow = False
+            self._longest_update = max(self._clock - self._update_start, 0.9 * self._longest_update)
+            self._update_start = self._clock
+            self._is_slow = False
         if any_rank:
             self.exit_code = self.exit_code or 128 + signal.SIGTERM
             self.reason = "signal"
@@ -119,29 +122,32 @@ class StopRequest:
                 layer.register_forward_hook(self._layer_ended)
 
     def _layer_ended(self, layer: Any, inputs: Any, outputs: tuple[Any, ...]) -> None:
-        self._progress = self._clock
+        self._last_progress = self._clock
         if outputs[0].requires_grad:
             outputs[0].register_hook(self._gradient_arrived)
 
     def _gradient_arrived(self, gradient: Any) -> None:
-        self._progress = self._clock
+        self._last_progress = self._clock
 
     def heartbeat(self) -> None:
         """Counts as progress. Call it after each micro-batch and each batch of validation."""
-        self._progress = self._clock
+        self._last_progress = self._clock
         if self._in_section:
-            self._slow = False
+            self._is_slow = False
 
     @contextmanager
     def slow_section(self) -> Iterator[None]:
         """The code inside may take SLOW_FACTOR times as long, until a heartbeat."""
-        slow, start = self._slow, self._clock
-        self._in_section = self._slow = True
-        self._progress = start
+        was_slow = self._is_slow
+        start = self._clock
+        self._in_section = True
+        self._is_slow = True
+        self._last_progress = start
         yield
-        self._in_section, self._slow = False, slow
-        self._progress = self._clock
-        self._update += self._clock - start  # it is no part of an update
+        self._in_section = False
+        self._is_slow = was_slow
+        self._last_progress = self._clock
+        self._update_start += self._clock - start  # it is no part of an update
 
     def _handle(self, number: int, frame: Any) -> None:
         """The signal handler, in the main thread: ends a run outside training by SystemExit."""
@@ -162,7 +168,7 @@ class StopRequest:
                     self._receive(number, now)
             if self._forced_end and now > self._forced_end:
                 os._exit(self.exit_code)
-            if self._first is None and self._parent not in (None, os.getppid()):
+            if self._first_signal is None and self._parent not in (None, os.getppid()):
                 self._parent = None
                 os.kill(os.getpid(), signal.SIGTERM)
             # A process that was suspended (Ctrl-Z) and continued has not been idle: a late check counts as one interval.
@@ -172,34 +178,35 @@ class StopRequest:
                 self._abort()
 
     def _receive(self, number: int, now: float) -> None:
-        if self._first is not None and now - self._first > SAME_REQUEST and number != signal.SIGXCPU:
+        if self._first_signal is not None and now - self._first_signal > SAME_REQUEST and number != signal.SIGXCPU:
             os._exit(128 + number)
         self.exit_code = self.exit_code or 128 + number
-        if self._first is None:
-            self._first = now
+        if self._first_signal is None:
+            self._first_signal = now
             self._forced_end = None if self.phase in ("training", "ended") else now + GRACE
 
     def _stands_still(self) -> bool:
         """Whether there was no progress for too long. The CPU time is read only where there was none since the last check."""
-        if self._progress != self._seen:
-            self._seen, self._cpu = self._progress, None
+        if self._last_progress != self._checked_progress:
+            self._checked_progress = self._last_progress
+            self._cpu = None
             return False
         if self._cpu is None:
             self._cpu = self._clock, _cpu_seconds()
             return False
         start, cpu_before = self._cpu
-        limit = max(self.hang_timeout * (SLOW_FACTOR if self._slow else 1), NORMAL_FACTOR * self._normal)
+        limit = max(self.hang_timeout * (SLOW_FACTOR if self._is_slow else 1), NORMAL_FACTOR * self._longest_update)
         if self._clock - start <= limit:
             return False
         cpu_now = _cpu_seconds()
         self._cpu = self._clock, cpu_now  # the next decision is after as long again
         computes = cpu_now - cpu_before > BUSY * (self._clock - start)
-        return not computes or self._clock - self._progress > SLOW_FACTOR * limit
+        return not computes or self._clock - self._last_progress > SLOW_FACTOR * limit
 
     def _abort(self) -> None:
         """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be interrupted."""
         rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
-        seconds = f"{self._clock - self._progress:.0f} s (--hang-timeout {self.hang_timeout:g})"
+        seconds = f"{self._clock - self._last_progress:.0f} s (--hang-timeout {self.hang_timeout:g})"
         _print_unbuffered(f"{rank}: no progress for {seconds}. It hangs, or waits for a rank that does:")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         _print_unbuffered(

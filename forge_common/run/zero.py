@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO-2 and ZeRO-3: the loop decides which update is applied, and weights and moments are read and written
 as float32.
 
-Two habits would break what every other engine keeps here:
+Two things differ from the other engines, and are changed here:
 - accelerate steps inside `accelerator.backward`, before loss and gradient norm are known. `prepare` moves the step to
   `optimizer.step`.
 - In bf16 the float32 weights start from the rounded ones. `prepare` sets them to the model's own.
@@ -136,7 +136,8 @@ def prepare(accelerator: Any, model: Any, optimizer: Any) -> tuple[Any, Any]:
     }
     flops = [model.flops_per_token(length) for length in (0, 1)]
     engine, _ = accelerator.prepare(model, optimizer)
-    # ZeRO-3's parameters have no elements outside of a forward pass: from here on their number is known no more.
+    # ZeRO-3's parameters have no elements outside of a forward pass: flops_per_token, which counts them, is linear in the
+    # length, so two values from before give all others.
     model.flops_per_token = lambda length: flops[0] + length * (flops[1] - flops[0])
     if accelerator.mixed_precision != "no":
         set_weights(model, engine.optimizer, weights)
@@ -228,27 +229,28 @@ def gather(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[Tensors,
     utils = _deepspeed().utils
     zero = optimizer.optimizer
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    weights, state = {}, {}
-    own = zero.optimizer.state.get(_partitions(zero)[0], {})
-    if own:
+    weights = {}
+    state = {}
+    first_state = zero.optimizer.state.get(_partitions(zero)[0], {})  # {} before the first applied update
+    keys = [key for key in ("exp_avg", "exp_avg_sq") if key in first_state]
+    if first_state:
         _link_moments(zero)
     for index, parameter in enumerate(parameter for group in _groups(zero) for parameter in group):
         value = utils.safe_get_full_fp32_param(parameter)
-        moments = {
-            key: utils.safe_get_full_optimizer_state(parameter, key) for key in ("exp_avg", "exp_avg_sq") if key in own
-        }
+        moments = {key: utils.safe_get_full_optimizer_state(parameter, key) for key in keys}
         if keep:
             weights[names[id(parameter)]] = value.cpu()
-            if own:  # empty before the first applied update
-                state[index] = {"step": torch.tensor(float(own["step"]))} | {k: v.cpu() for k, v in moments.items()}
-    indices = iter(range(len(names)))
-    counts = [0] * len(zero.param_groups)
-    for number, group in enumerate(_groups(zero)):
-        counts[zero.sub_group_to_group_id[number] if _is_stage_3(zero) else number] += len(group)
-    groups = [
-        {**group, "params": [next(indices) for _ in range(count)]}
-        for group, count in zip(zero.param_groups, counts, strict=True)
-    ]
+            if first_state:
+                state[index] = {"step": torch.tensor(float(first_state["step"]))}
+                state[index] |= {key: moment.cpu() for key, moment in moments.items()}
+    counts = [0] * len(zero.param_groups)  # parameters of each of the optimizer's groups
+    for number, part in enumerate(_groups(zero)):
+        counts[zero.sub_group_to_group_id[number] if _is_stage_3(zero) else number] += len(part)
+    groups = []
+    first = 0
+    for group, count in zip(zero.param_groups, counts, strict=True):
+        groups.append({**group, "params": list(range(first, first + count))})
+        first += count
     return weights, {"state": state, "param_groups": groups}
 
 

@@ -82,7 +82,7 @@ def test_a_changed_model_equals_a_new_one(root):
     ]
 
 
-def test_several_changes_at_once(root):
+def test_several_changes_at_once_equal_a_new_assembly(root):
     assert assemble.main(change(root, add=(root / "third",), replace=(root / "again",), remove=("two",))) == 0
     equal_to_new(root, ("again", "third"))
     assert read(root / "assembled")["version"] == 2 and len(read(root / "assembled")["history"]) == 6

@@ -357,7 +357,7 @@ FATAL = re.compile("no column|same name|file is empty")  # errors under every po
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_random_bytes(place, suffix):
+def test_random_bytes_are_read_or_refused_never_silently_cut(place, suffix):
     start = st.sampled_from(
         [b"", b"\xef\xbb\xbf", b'{"text": "a"}\n', b'[{"text": "', b"id,text\n", b"PAR1", b"ARROW1\0\0"]
     )
@@ -371,7 +371,7 @@ def test_random_bytes(place, suffix):
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
-def test_damage(place, suffix):
+def test_a_damaged_file_is_read_or_refused_never_silently_cut(place, suffix):
     @fuzz(150)
     @given(edited(suffix), policies)
     def holds(data, how):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from forge_common.data.order import BLOCK, Mixture, permute, rows_of, updates
+from forge_common.data.order import BLOCK, Mixture, permute, positions_of, updates
 from forge_common.data.readers.document import Reading
 from forge_common.data.store import Windows, prepare
 from forge_common.data.tokenizer import byte_tokenizer
@@ -184,7 +184,7 @@ def test_passes_count_what_was_seen_of_each_source(positions):
 @pytest.mark.parametrize("update", [0, 5])
 def test_the_ranks_share_an_update_between_them(update, micro, processes):
     batch = 24
-    shares = [rows_of(update, batch, micro, rank, processes) for rank in range(processes)]
+    shares = [positions_of(update, batch, micro, rank, processes) for rank in range(processes)]
     assert all(share.shape == (batch // (micro * processes), micro) for share in shares)
     together = np.concatenate([share.ravel() for share in shares])
     assert sorted(together.tolist()) == list(range(update * batch, (update + 1) * batch))

@@ -169,7 +169,7 @@ def no_text(characters):
     raise AssertionError("text is read for train:VOCAB alone")
 
 
-def test_resolve(tmp_path):
+def test_each_form_of_the_tokenizer_flag_gives_its_tokenizer(tmp_path):
     asked = []
 
     def sample(characters):

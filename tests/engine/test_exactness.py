@@ -55,7 +55,7 @@ def test_gradients_do_not_depend_on_the_division(divided):
             assert row["train/tokens"] == reference["train/tokens"]
 
 
-def test_token_counts_are_ragged(divided):
+def test_updates_have_different_numbers_of_scored_tokens(divided):
     """Otherwise the tests above could not fail."""
     _, _, folders = divided
     tokens = [row["train/tokens"] for row in launch.rows(folders["1 x 64"])]

@@ -36,7 +36,7 @@ def test_an_update_that_is_not_applied_changes_neither_weights_nor_moments(step,
     assert all(launch.same_bits(before[index], after[index]) for index in before)
 
 
-def test_the_run_continues_after_it(run):
+def test_updates_after_those_that_were_not_applied_are_applied(run):
     for step in (5, 6):
         assert not launch.same_bits(launch.weights(run[0], step - 1), launch.weights(run[0], step))
     assert {int(entry["step"]) for entry in launch.optimizer_state(run[0], STEPS)["state"].values()} == {STEPS - 3}
@@ -46,6 +46,6 @@ def test_only_an_overflow_lowers_the_loss_scale(run):
     assert run[1] == [256.0, 256.0, 128.0, 128.0, 128.0, 128.0]
 
 
-def test_each_is_counted_as_what_it_is(run):
+def test_empty_skipped_and_bad_updates_are_counted_apart(run):
     last = launch.rows(run[0])[-1]
     assert (last["train/empty_updates"], last["train/scaler_skips"], last["train/bad_updates"]) == (1, 1, 1)

@@ -234,7 +234,7 @@ def test_routers(router, top_k, autocast, other):
 
 
 @pytest.mark.parametrize("router", [None, "context", "ridge"])
-def test_generation(router, other):
+def test_greedy_generation_is_that_of_the_cpu(router, other):
     """At temperature 0: the device has no random numbers of its own."""
     settings = Sampling(temperature=0, max_new_tokens=6)
     found = []
@@ -245,7 +245,7 @@ def test_generation(router, other):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
-def test_moments(kind, other):
+def test_moments_are_those_of_the_cpu(kind, other):
     trunk = make(kind)
     documents = [tokens(1, 40)[0].numpy() for _ in range(2)]
     here, there = (

@@ -677,6 +677,6 @@ def test_an_unknown_kind_or_layer_is_refused(kind, layers):
     assert all(parameter.requires_grad for parameter in trunk.parameters())
 
 
-def test_the_loss_of_several_chunks():
+def test_the_loss_is_the_same_in_one_chunk_and_in_several():
     trunk, tokens = make("llama").double(), text(3, CHUNK_ROWS // 2 + 2)
     assert trunk(tokens).nats.item() == pytest.approx(sum(trunk(row[None]).nats.item() for row in tokens), rel=1e-12)

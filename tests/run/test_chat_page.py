@@ -186,7 +186,7 @@ def test_a_long_prompt_loses_its_beginning(server):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium: the other tests speak HTTP")
-def test_in_a_browser(server, tmp_path):
+def test_a_conversation_in_a_browser(server, tmp_path):
     with browser.Browser(f"http://127.0.0.1:{server.port}/", tmp_path) as page:
         use(page, server)
 
@@ -258,7 +258,7 @@ def test_flags_that_do_not_fit_the_model(server):
     assert "--top-k -1 is negative" in small_artifacts.refused(chat.main, chat.Settings(str(server.model), top_k=-1))
 
 
-def test_names_are_text():
+def test_markup_in_the_names_of_models_is_shown_as_text():
     found = Page(chat_page(EVIL, ["trunk", EVIL], chat=True, defaults={}))
     assert "img" not in found.tags and EVIL in found.text
 

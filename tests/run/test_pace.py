@@ -15,7 +15,7 @@ from forge_common.errors import UserError
 from forge_common.model.config import ModelConfig
 from forge_common.model.presets import preset_sizes
 from forge_common.model.trunk import Trunk
-from forge_common.run.length import resolved, sized
+from forge_common.run.length import with_length, with_preset
 from forge_common.run.pace import Pace
 from forge_common.run.progress import PENDING, UpdateOutcome
 from forge_common.settings import seconds_of
@@ -47,15 +47,15 @@ def corpora(windows: int, fraction: float = 0.02) -> types.SimpleNamespace:
     ],
 )
 def test_the_length_follows_the_text(windows, given, steps, warmup, capsys):
-    found = resolved(settings(**given), corpora(windows), None, ACCELERATOR)
+    found = with_length(settings(**given), corpora(windows), None, ACCELERATOR)
     assert (found.steps, found.warmup_steps, found.epochs, found.val_fraction) == (steps, warmup, None, 0.02)
     assert (f"{steps:,} updates: 4 passes" in capsys.readouterr().out) == (not given)
-    assert resolved(found, corpora(windows), None, ACCELERATOR) == found, "a settings.json gives the same run"
+    assert with_length(found, corpora(windows), None, ACCELERATOR) == found, "a settings.json gives the same run"
 
 
 def test_a_warm_up_longer_than_the_run_is_refused():
     with pytest.raises(UserError, match="--warmup-steps 99 exceeds the 62 updates"):
-        resolved(settings(warmup_steps=99), corpora(1000), None, ACCELERATOR)
+        with_length(settings(warmup_steps=99), corpora(1000), None, ACCELERATOR)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_budget_of_time_gives_the_updates(budget, val_every, steps, monkeypatc
     text.held_out = [types.SimpleNamespace(labels=48 * 16 * 16)]
     given = settings(budget=budget, val_every=val_every, sequence_length=16)
     trunk = Trunk(config)
-    found = resolved(given, text, trunk, ACCELERATOR)
+    found = with_length(given, text, trunk, ACCELERATOR)
     assert (found.steps, found.budget) == (steps, None)
     assert all(parameter.grad is None for parameter in trunk.parameters())
     assert "an update takes about 8 s, a validation 32 s (timed)" in capsys.readouterr().out
@@ -100,7 +100,7 @@ def test_a_budget_of_time_gives_the_updates(budget, val_every, steps, monkeypatc
 )
 def test_the_size_follows_the_text_and_the_budget(windows, given, preset, capsys):
     given = settings(**given)
-    found = sized(given, corpora(windows), preset_sizes(given, byte_tokenizer()), ACCELERATOR)
+    found = with_preset(given, corpora(windows), preset_sizes(given, byte_tokenizer()), ACCELERATOR)
     assert found.preset == preset
     assert not preset_sizes(found, byte_tokenizer())
 
@@ -109,8 +109,8 @@ def test_a_run_that_continues_keeps_its_length_and_its_size(tmp_path, capsys):
     given = settings(budget="1s", output_dir=tmp_path)
     (tmp_path / "settings.json").write_text('{"steps": 123, "preset": "base"}')
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
-    found = sized(given, corpora(10_000), preset_sizes(given, byte_tokenizer()), ACCELERATOR)
-    assert (found.preset, resolved(found, corpora(10_000), None, ACCELERATOR).steps) == ("base", 123)
+    found = with_preset(given, corpora(10_000), preset_sizes(given, byte_tokenizer()), ACCELERATOR)
+    assert (found.preset, with_length(found, corpora(10_000), None, ACCELERATOR).steps) == ("base", 123)
 
 
 @pytest.mark.parametrize(
@@ -126,8 +126,8 @@ def test_the_first_micro_batch_and_the_first_update_say_how_long_it_takes(clock)
     pace = Pace(CPU, settings(steps=100), 100, 0, lines.append)
     for done in (1, 2, 3, 4):
         clock[0] += 3
-        pace.advance(0, done, 4, DONE if done == 4 else PENDING, mark=0.0)
-        pace.advance(1, done, 4, DONE if done == 4 else PENDING, mark=0.0)
+        pace.advance(0, done, 4, DONE if done == 4 else PENDING, row_start=0.0)
+        pace.advance(1, done, 4, DONE if done == 4 else PENDING, row_start=0.0)
     first, update = lines
     assert "micro-batch 1 of 4 took 3.0 s: an update takes about 12s, 100 updates 20m00s" in first
     assert "loss 5.0000 after 12.0 s; 100 updates at this speed: 20m00s. The next line comes after update 10" in update
@@ -137,7 +137,7 @@ def test_the_first_micro_batch_and_the_first_update_say_how_long_it_takes(clock)
 def test_a_fast_run_says_no_more_than_its_log(changes, step, clock):
     lines: list[str] = []
     pace = Pace(CPU, settings(steps=100, **changes), 100, step, lines.append)
-    pace.advance(step, 1, 1, DONE, mark=0.0)
+    pace.advance(step, 1, 1, DONE, row_start=0.0)
     assert not lines
 
 
@@ -150,7 +150,7 @@ def test_the_bar_of_a_terminal_moves_with_each_micro_batch(is_terminal, monkeypa
     if is_terminal:
         pace.bar.mininterval = 0
     for step, done in ((4, 1), (4, 2), (5, 1)):
-        pace.advance(step, done, 2, PENDING, mark=time.perf_counter())
+        pace.advance(step, done, 2, PENDING, row_start=time.perf_counter())
     drawn = console.getvalue()
     assert all(f"{n} updates" in drawn for n in ("4.50/10", "5.00/10", "5.50/10")) == is_terminal
     assert is_terminal or not drawn

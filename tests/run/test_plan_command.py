@@ -112,7 +112,7 @@ def test_activation_checkpointing_keeps_less_and_computes_the_forward_pass_again
     assert seconds[1] == pytest.approx(seconds[0] * (1 + results[0].flops[0] / results[0].flops[1]))
 
 
-def test_the_time_of_a_ring():
+def test_the_slowest_link_of_a_ring_decides_its_time():
     within = hardware.seconds_on_links("all-gather", 8e9, 8, 8, within=400, between=100)
     assert within == pytest.approx(7 / 400)
     across = hardware.seconds_on_links("reduce-scatter", 8e9, 16, 8, within=400, between=100)

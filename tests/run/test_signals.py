@@ -20,7 +20,7 @@ def checkpoints(folder: Path) -> list[int]:
     return sorted(int(path.name[-8:]) for path in (folder / "checkpoints").glob("step-????????"))
 
 
-def test_while_it_imports(started, tmp_path):
+def test_a_signal_while_it_imports_ends_the_run(started, tmp_path):
     """Python handles no signal inside an import. The run ends nevertheless, before it has written anything."""
     running = started(tmp_path / "run", *MORE, new=True)
     maps = Path(f"/proc/{running.pid}/maps")

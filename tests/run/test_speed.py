@@ -57,7 +57,7 @@ def test_a_dry_run_leaves_out_its_first_two_updates(updates, line, clock, tmp_pa
         progress.global_step, progress.tokens = step, 300 * step
         if log.end_warm_up(progress) == step:
             break
-    log.timing(progress, 1000)
+    log.dry_run_result(progress, 1000)
     assert line in capsys.readouterr().out
 
 

@@ -16,7 +16,7 @@ def run(shared, tmp_path_factory):
     return folder, shared(folder, "--steps", 10, "--log-every", 4, "--val-every", 5, launcher=launch.LAUNCH)
 
 
-def test_rows_and_lines(run):
+def test_each_interval_has_a_row_and_a_line_and_the_tail_is_not_lost(run):
     folder, printed = run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert (
@@ -29,7 +29,7 @@ def test_rows_and_lines(run):
         assert word in next(line for line in printed.splitlines() if line.startswith("step 4/10"))
 
 
-def test_numbers_agree(run):
+def test_the_columns_of_a_row_agree_with_each_other(run):
     folder, _ = run
     for row in launch.rows(folder):
         assert row["train/tokens"] == row["step"] * 64 * 64  # packed: every label is scored

@@ -79,7 +79,8 @@ def bad_line(message: str, reading: Reading, counts: Counter) -> None:
 
 def cut(text: str) -> tuple[str, ...]:
     """Cut a text into pieces of at most PIECE characters, after line ends where there are any."""
-    pieces, start = [], 0
+    pieces = []
+    start = 0
     while len(text) - start > PIECE:
         end = text.rfind("\n", start, start + PIECE) + 1 or start + PIECE
         pieces.append(text[start:end])
@@ -97,7 +98,8 @@ def checked(origin: str, text: str, reading: Reading, counts: Counter) -> tuple[
         at = text.find("\0")
         data = text.encode() if at < 0 else None
     except UnicodeEncodeError as error:
-        at, data = error.start, None
+        at = error.start
+        data = None
     if data is None:
         if reading.on_bad_text == "refuse":
             raise bad_text(f"{origin}: character {at + 1} of the text ({text[at]!a}) is not text")

@@ -91,7 +91,9 @@ class _Stream(io.RawIOBase):
     """A library's stream, whose errors (dozens of types) become a UserError that names the file."""
 
     def __init__(self, file: File, stream: Any, fix: str):
-        self.file, self.stream, self.fix = file, stream, fix
+        self.file = file
+        self.stream = stream
+        self.fix = fix
 
     def readable(self) -> bool:
         return True

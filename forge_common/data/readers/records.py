@@ -84,8 +84,11 @@ class _Json:
     """The text of a JSON file, a block at a time; `line` is the line of the next character."""
 
     def __init__(self, path: File, reading: Reading):
-        self.blocks, self.decoder = _characters(path, reading), _decoder(reading)
-        self.buffer, self.at, self.line = "", 0, 1
+        self.blocks = _characters(path, reading)
+        self.decoder = _decoder(reading)
+        self.buffer = ""
+        self.at = 0
+        self.line = 1
 
     def values(self) -> Iterator[tuple[int, Any]]:
         """(line, value) of each. ValueError or RecursionError for what is not JSON; `line` is then the line of the fault."""
@@ -116,12 +119,15 @@ class _Json:
             block = next(self.blocks, None)
             if block is None:
                 return ""
-            self.buffer, self.at = block, 0
+            self.buffer = block
+            self.at = 0
 
     def value(self) -> Any:
         """The value that begins here."""
         while True:
-            fault, value, end = None, None, self.at
+            fault = None
+            value = None
+            end = self.at
             try:
                 value, end = self.decoder.raw_decode(self.buffer, self.at)
                 if end < len(self.buffer) or isinstance(value, dict):
@@ -135,7 +141,8 @@ class _Json:
                 raise ValueError(f"a value longer than {RECORD_LIMIT >> 20} MiB") from fault
             more = "".join(islice(self.blocks, min(1 + held // PIECE, RECORD_LIMIT // PIECE)))
             if more:
-                self.buffer, self.at = self.buffer[self.at :] + more, 0
+                self.buffer = self.buffer[self.at :] + more
+                self.at = 0
             elif fault is None:
                 self._to(end)
                 return value
@@ -144,7 +151,8 @@ class _Json:
                 raise fault
 
     def _to(self, end: int) -> None:
-        self.line, self.at = self.line + self.buffer.count("\n", self.at, end), end
+        self.line = self.line + self.buffer.count("\n", self.at, end)
+        self.at = end
 
 
 def _json_array(path: File, reading: Reading, counts: Counter) -> Rows:
@@ -168,7 +176,9 @@ def _json_array(path: File, reading: Reading, counts: Counter) -> Rows:
 def _characters(path: File, reading: Reading) -> Iterator[str]:
     """A file's text in blocks; bytes that are not UTF-8 are treated as in _lines."""
     decoder = codecs.getincrementaldecoder("utf-8-sig")("surrogateescape")
-    line, column, block = 1, 0, b"more"
+    line = 1
+    column = 0
+    block = b"more"
     with opened(path) as file:
         while block:
             block = file.read(PIECE)
@@ -202,7 +212,8 @@ def _csv_rows(path: File, reading: Reading, counts: Counter) -> Rows:
     names: list[str] | None = None
     places: dict[str, int] = {}  # of the columns that are read
     while True:
-        lines.length, number = 0, lines.number + 1
+        lines.length = 0
+        number = lines.number + 1
         try:
             cells = next(reader)
         except StopIteration:
@@ -236,7 +247,9 @@ class _Record:
     """Lines for csv.reader, which has no limit of its own for a record. length: characters of it so far; number: its last line."""
 
     def __init__(self, lines: Iterator[tuple[int, str]]):
-        self.lines, self.length, self.number = lines, 0, 0
+        self.lines = lines
+        self.length = 0
+        self.number = 0
 
     def __iter__(self) -> "_Record":
         return self

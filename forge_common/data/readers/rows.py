@@ -30,7 +30,8 @@ def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, coun
     UserError if the column is missing or holds no text. A column that the *first* row does not have is a wrong flag,
     and an error under every policy: skipping would skip every row.
     """
-    column, column_seen = reading.text_column, False
+    column = reading.text_column
+    column_seen = False
     for origin, row in rows:
         columns = columns_of(row, column)
         if not columns:
@@ -97,7 +98,8 @@ def _messages(value: Any, column: str, role_of_text: str | None) -> list[Message
 
 def _message(item: Any, place: str) -> Message:
     fields = {name: value for name, value in item.items() if value is not None} if isinstance(item, dict) else {}
-    role, content = fields.get("role"), fields.get("content")
+    role = fields.get("role")
+    content = fields.get("content")
     if role not in ROLES:
         raise ValueError(f"{place} has the role {str(role)[:80]!a}, not one of {', '.join(ROLES)}")
     if not isinstance(content, str):

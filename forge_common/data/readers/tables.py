@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 from functools import cache, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...errors import UserError
 from .document import PIECE, RECORD_LIMIT, Document, Reading, bad_line
@@ -13,9 +13,16 @@ from .rows import columns_of, from_rows
 ROWS = 256  # rows decoded at once, at most
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-Batches = Iterator[
-    tuple[Any, int, Any]
-]  # (schema, number of rows, the columns to read: None where the text's holds no text)
+
+
+class Batch(NamedTuple):
+    """Rows of a table."""
+
+    schema: Any
+    """Of the whole table."""
+    num_rows: int
+    columns: Any
+    """An Arrow batch of the columns to read; None where there are none, or where the column of the text holds no text."""
 
 
 def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Document]:
@@ -31,10 +38,11 @@ def hub_documents(spec: str, reading: Reading, counts: Counter) -> Iterator[Docu
 def _file_rows(path: File, reading: Reading, counts: Counter) -> Rows:
     import pyarrow
 
-    number, column = 0, reading.text_column
+    number = 0
+    column = reading.text_column
     batches = _parquet_batches if suffixes(path)[0] == ".parquet" else _arrow_batches
     try:
-        for schema, rows, values in batches(path, column):
+        for schema, num_rows, values in batches(path, column):
             columns = columns_of(schema.names, column)
             if not columns:
                 yield f"{path}:row 1", dict.fromkeys(schema.names)
@@ -44,15 +52,15 @@ def _file_rows(path: File, reading: Reading, counts: Counter) -> Rows:
                     raise UserError(f"{path}: two columns have the name {name!r}. Rename one.")
             if columns != (column,):
                 values.validate(full=True)
-                for place in range(rows):
+                for place in range(num_rows):
                     number += 1
                     yield f"{path}:row {number}", values.slice(place, 1).to_pylist()[0]
                 continue
             if values is None:
                 kind = f"holds values of type {schema.field(column).type} where text should be"
                 bad_line(f"{path}:row {number + 1}: column {column!r} {kind}", reading, counts)
-                number += rows
-                counts["skipped_bad_line"] += rows - 1
+                number += num_rows
+                counts["skipped_bad_line"] += num_rows - 1  # bad_line has counted one
                 continue
             for value in _values(values.column(0)):
                 number += 1
@@ -71,7 +79,7 @@ def _file_rows(path: File, reading: Reading, counts: Counter) -> Rows:
         counts["skipped_bad_file"] += 1
 
 
-def _parquet_batches(path: File, column: str) -> Batches:
+def _parquet_batches(path: File, column: str) -> Iterator[Batch]:
     """A row group at a time, in batches that are small where its rows are large.
 
     By pyarrow and not by `datasets`, which decodes all texts of a row group at once.
@@ -81,21 +89,22 @@ def _parquet_batches(path: File, column: str) -> Batches:
     # Without a buffer pyarrow would read a row group's whole column at once.
     how = {"buffer_size": PIECE, "pre_buffer": False, "page_checksum_verification": True}
     with opened(path) as source, pyarrow.parquet.ParquetFile(source, **how) as file:
-        schema, metadata = file.schema_arrow, file.metadata
+        schema = file.schema_arrow
+        metadata = file.metadata
         columns = columns_of(schema.names, column)
         if not columns or (columns == (column,) and not _has_text(schema, column)):
             if not columns or metadata.num_rows:
-                yield schema, metadata.num_rows, None
+                yield Batch(schema, metadata.num_rows, None)
             return
         for number in range(metadata.num_row_groups):
             group = metadata.row_group(number)
             size_of_row = group.total_byte_size // max(group.num_rows, 1)
             rows = min(max(RECORD_LIMIT // max(size_of_row, 1), 1), ROWS)
             for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=list(columns)):
-                yield schema, len(batch), batch
+                yield Batch(schema, len(batch), batch)
 
 
-def _arrow_batches(path: File, column: str) -> Batches:
+def _arrow_batches(path: File, column: str) -> Iterator[Batch]:
     """Arrow's stream format (what `datasets` writes) or its file format (Feather), told apart by the first bytes."""
     import pyarrow
 
@@ -110,11 +119,12 @@ def _arrow_batches(path: File, column: str) -> Batches:
         reader = open_(source, options=pyarrow.ipc.IpcReadOptions(included_fields=fields))
         is_read = columns != (column,) or _has_text(schema, column)
         if not columns:
-            yield schema, 0, None
+            yield Batch(schema, 0, None)
             return
-        for batch in (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader:
+        batches = (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else reader
+        for batch in batches:
             if len(batch):
-                yield schema, len(batch), batch if is_read else None
+                yield Batch(schema, len(batch), batch if is_read else None)
 
 
 def _text_type(kind: Any) -> Any:

@@ -26,7 +26,8 @@ def documents(path: File, reading: Reading, counts: Counter) -> Iterator[Documen
     local = isinstance(path, Path) and not suffixes(path)[1]
     copy = None if local else decompressed_copy(path)
     place = Path(copy.name if copy else path)
-    line, read_to = 1, 0
+    line = 1
+    read_to = 0
     # Two handles: the search for the next separator is up to a piece ahead of the reading.
     with opened(place) as search, opened(place) as file:
         for start, end in _spans(search, separator):
@@ -53,7 +54,12 @@ class _Pieces:
     """The text of bytes start..end of a file, read again each time it is iterated over."""
 
     def __init__(self, path: File, place: Path, copy: Any, start: int, end: int, line: int, replace: bool):
-        self.path, self.place, self.start, self.end, self.line, self.replace = path, place, start, end, line, replace
+        self.path = path
+        self.place = place
+        self.start = start
+        self.end = end
+        self.line = line
+        self.replace = replace
         self.copy = copy  # a temporary file, which must not be deleted before this
         self.digest: bytes | None = None
         self.replaced = False
@@ -68,7 +74,8 @@ class _Pieces:
             text = self._decode(data, self.line, 0)
             counts["replaced_bad_text"] += self.replaced
             return from_text(origin, text, reading, counts)
-        digest, blank = hashlib.sha256(), True
+        digest = hashlib.sha256()
+        blank = True
         for text in self:
             digest.update(text.encode())
             blank = blank and not text.strip()
@@ -80,7 +87,9 @@ class _Pieces:
         return Document(origin, self.digest, self)
 
     def __iter__(self) -> Iterator[str]:
-        digest, line, column = hashlib.sha256(), self.line, 0
+        digest = hashlib.sha256()
+        line = self.line
+        column = 0
         with opened(self.place) as file:
             file.seek(self.start)
             for data in _blocks(file, self.end - self.start):
@@ -103,7 +112,8 @@ class _Pieces:
                 return data.decode()
             reason = "a NUL byte: this looks like a binary file, not text"
         except UnicodeDecodeError as error:
-            at, reason = error.start, f"byte 0x{data[error.start]:02x} is not UTF-8"
+            at = error.start
+            reason = f"byte 0x{data[error.start]:02x} is not UTF-8"
         if self.replace:
             self.replaced = True
             return data.decode("utf-8", "replace").replace("\0", "\ufffd")

@@ -223,7 +223,7 @@ JSON_PLACES = [(kind, name) for kind, name in PLACES if name.endswith(".json")]
 
 @fuzz(250)
 @given(place=st.sampled_from(JSON_PLACES), data=st.data())
-def test_edited_json(artifacts, place, data):
+def test_an_edited_json_file_is_refused_or_changes_nothing(artifacts, place, data):
     kind, name = place
     path = artifacts.folder / kind / name
     content = json.loads(path.read_bytes())
