@@ -40,7 +40,7 @@ def full_tensors(accelerator: Any, model: torch.nn.Module) -> Tensors:
     """
     if accelerator.state.deepspeed_plugin:
         return zero.full_tensors(bare(accelerator, model), accelerator.is_main_process)
-    return accelerator.get_state_dict(bare(accelerator, model))
+    return accelerator.get_state_dict(bare(accelerator, model), unwrap=False)
 
 
 def _load_weights(accelerator: Any, models: list, folder: str) -> None:

@@ -1,5 +1,6 @@
 """The optimizer of a training run, made from the model and the settings."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ def make(model: nn.Module, settings: Any, accelerator: Any) -> torch.optim.Optim
                 "Use --optimizer adamw, or start one process or DDP."
             )
         return MuonAdamW(layer_matrices(model), groups, settings.lr, settings.weight_decay, **adamw)
-    return torch.optim.AdamW(groups, lr=settings.lr, **adamw)
+    if accelerator.state.deepspeed_plugin:  # which knows torch's optimizers by their type
+        return torch.optim.AdamW(groups, lr=settings.lr, **adamw)
+    return AdamW(groups, lr=settings.lr, **adamw)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -37,6 +40,18 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
     routers = (".block_sparse_moe.gate.weight", ".addition.row.weight")
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     return [p for name, p in named if ".layers." in name and p.ndim == 2 and not name.endswith(routers)]
+
+
+class AdamW(torch.optim.AdamW):
+    """torch's AdamW without the wrappers of its methods, which are for an optimizer that is compiled: they import
+    torch._dynamo, which takes 2 s.
+    """
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
+from .run.engines import bare
 
 
 class Validation(NamedTuple):
@@ -39,7 +40,7 @@ def validate(
     """
     training = model.training
     model.eval()
-    bare = accelerator.unwrap_model(model, keep_torch_compile=False)
+    config: Any = bare(accelerator, model).config
     processes = accelerator.num_processes
     rank = accelerator.process_index
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64
@@ -51,7 +52,7 @@ def validate(
             return None
         store = stores[i]
         batch = range(start + rank, min(start + processes * batch_size, len(store)), processes)
-        padding = np.full(store.windows.sequence_length + 1, bare.config.ignore_index)
+        padding = np.full(store.windows.sequence_length + 1, config.ignore_index)
         windows = np.stack([*(store[index] for index in batch), *[padding] * (batch_size - len(batch))])
         sums = model(torch.from_numpy(windows).to(accelerator.device))
         totals[i] += torch.stack((sums.nats, sums.tokens)).to(dtype)

@@ -102,7 +102,10 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        shape = (config.vocab_size, config.hidden_size)
+        # Random values on the meta device, which holds none, would import torch._dynamo.
+        values = torch.empty(shape) if torch.get_default_device().type == "meta" else None
+        self.embed_tokens = nn.Embedding(*shape, _weight=values)
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.layers = cast(Sequence[DecoderLayer], layers)
         self.norm = rms_norm(config)

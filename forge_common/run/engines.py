@@ -12,11 +12,11 @@ To add an engine, write two functions and return them from `engine_of`. All rank
   only. `model` is without the wrappers of DDP and torch.compile, the `optimizer` that which `prepare` returned.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch.distributed.fsdp import register_fsdp_forward_method
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
@@ -49,6 +49,8 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
     prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
     if accelerator.is_fsdp2:  # gathers the parameters for it as it does for `forward`
+        from torch.distributed.fsdp import register_fsdp_forward_method
+
         register_fsdp_forward_method(model, "next_logits")
     return prepared
 
@@ -66,6 +68,9 @@ def prepared(accelerator: Any) -> tuple[torch.nn.Module, Any]:
 
 def bare(accelerator: Any, model: torch.nn.Module) -> torch.nn.Module:
     """`model` without the wrappers of DDP and torch.compile."""
+    wrapped = isinstance(model, DistributedDataParallel) or accelerator.state.deepspeed_plugin
+    if not wrapped and "torch._dynamo" not in sys.modules:  # accelerate would import it to see that nothing is compiled
+        return model
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 

@@ -1,6 +1,8 @@
 """torch.compile, as the launcher asks for it: the same training, checkpoints and artifacts, under the names of the model."""
 
 import json
+import subprocess
+import sys
 
 import launch
 import pytest
@@ -73,3 +75,25 @@ def test_inductor_trains_the_same(straight, shared, module, tmp_path):
     losses = [json.loads((folder / "module.json").read_text())["losses"] for folder in (plain, compiled)]
     for domain in losses[0]:
         assert losses[0][domain]["after"] == pytest.approx(losses[1][domain]["after"], rel=1e-4)
+
+
+@pytest.mark.parametrize("script", ["train_shared.py", "train_module.py"])
+def test_a_run_that_compiles_nothing_does_not_import_the_compiler(script, request, text, cache, tmp_path):
+    """From the first import to the published artifact, with validation and checkpoints. It takes seconds."""
+    code = f"""
+import runpy, sys
+sys.argv = [{script!r}, *sys.argv[1:]]
+try:
+    runpy.run_path({script!r}, run_name="__main__")
+except SystemExit as ended:
+    assert not ended.code
+print("COMPILER", "torch._dynamo" in sys.modules)
+"""
+    flags = [*launch.SHAPE, "--data", text]
+    if script == "train_module.py":
+        flags = ["--trunk", request.getfixturevalue("trunk"), "--name", "text", "--data", text, "--general-tokens", 640]
+    flags += [*launch.SIZES, "--steps", 2, "--output-dir", tmp_path, "--cache-dir", cache]
+    line = [sys.executable, "-c", code, *map(str, flags)]
+    environment = launch.environment(ACCELERATE_USE_CPU="true")
+    done = subprocess.run(line, cwd=launch.ROOT, env=environment, text=True, capture_output=True, check=False)
+    assert done.stdout.rstrip().endswith("COMPILER False"), done.stdout[-300:] + done.stderr[-300:]

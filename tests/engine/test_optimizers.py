@@ -47,6 +47,40 @@ def train(model, parts, steps):
             part.step()
 
 
+def test_adamw_is_torchs_to_the_bit():
+    """Also after its state was saved and loaded."""
+    ours, theirs = trunk_of(), trunk_of()
+    settings = settings_of(beta1=0.8, beta2=0.9, eps=1e-6, weight_decay=0.2)
+    optimizer = optimizers.make(ours, settings, ONE_PROCESS)
+    groups = optimizers.parameter_groups(theirs, 0.2)
+    reference = torch.optim.AdamW(groups, lr=0.01, betas=(0.8, 0.9), eps=1e-6, fused=True)
+
+    train(theirs, [reference], range(4))
+    train(ours, [optimizer], range(2))
+    again = optimizers.make(ours, settings, ONE_PROCESS)
+    again.load_state_dict(optimizer.state_dict())
+    train(ours, [again], range(2, 4))
+    assert launch.same_bits(ours.state_dict(), theirs.state_dict())
+    found, wanted = again.state_dict(), reference.state_dict()
+    assert found["param_groups"] == wanted["param_groups"]
+    for index, state in wanted["state"].items():
+        assert launch.same_bits(found["state"][index], state)
+
+    calls = []
+    again.register_step_pre_hook(lambda *_: calls.append("before"))
+    again.register_step_post_hook(lambda *_: calls.append("after"))
+    train(ours, [again], [4])
+    assert calls == ["before", "after"]
+    again.zero_grad()
+    assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+def test_deepspeed_gets_the_optimizer_that_it_knows():
+    """It compares types: a subclass would be refused."""
+    deepspeed = types.SimpleNamespace(**vars(ONE_PROCESS) | {"state": types.SimpleNamespace(deepspeed_plugin=object())})
+    assert type(optimizers.make(trunk_of(), settings_of(), deepspeed)) is torch.optim.AdamW
+
+
 @pytest.mark.parametrize(
     ("module", "experts"), [(None, 0), (None, 3), ("ffn", 0), ("lora+head", 0), ("expert", 0), ("narrow", 0)]
 )
