@@ -114,6 +114,8 @@ IN_BF16: dict[str, dict] = {
     "lora": {"kind": "lora"},
     "lora on bf16": {"kind": "lora", "trunk_dtype": "bf16"},
     "ffn": {"kind": "ffn"},
+    "narrow": {"kind": "narrow"},
+    "expert+head": {"kind": "expert+head"},
 }
 
 
