@@ -86,8 +86,13 @@ def fake_update(
     """
     kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
     world = fake_group(devices) if engine == "fsdp2" else contextlib.nullcontext()
+    with torch.device("meta"):
+        trunk = build()  # Module.to does not convert all fake tensors
     with world as mesh, FakeTensorMode():
-        trunk = build()
+        for path, parameter in list(trunk.named_parameters()):
+            owner, _, name = path.rpartition(".")
+            fake = nn.Parameter(torch.empty(parameter.shape, dtype=parameter.dtype), parameter.requires_grad)
+            setattr(trunk.get_submodule(owner), name, fake)
         if engine == "fsdp2":
             shard(trunk, mesh)
         optimizer = make_optimizer(trunk)

@@ -45,10 +45,12 @@ class Ledger(TorchDispatchMode):
         self._births = 0
         self._births_at_peak = 0
         self._total = 0
+        self._sum: weakref.ref | None = None  # the storage of a sum that is not counted yet
         self.peak = 0
 
     def begin(self, phase: str) -> None:
         """Names what follows. Gradients that a backward pass leaves, and were there at its peak, are counted as such."""
+        self._count_sum()
         if self.phase.startswith("backward"):
             for key, (storage, kind, size, birth) in list(self._held.items()):
                 if kind == self.phase:
@@ -63,7 +65,9 @@ class Ledger(TorchDispatchMode):
 
     def add(self, tensor: torch.Tensor) -> None:
         """Counts the storage of a tensor, which may be older than the ledger."""
-        storage = local_part(tensor).untyped_storage()
+        self._add(local_part(tensor).untyped_storage())
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
         key = storage._cdata
         if key in self._held:
             return
@@ -71,6 +75,12 @@ class Ledger(TorchDispatchMode):
         reference = weakref.ref(storage, lambda _: self._count(*self._held.pop(key)[1:3], sign=-1))
         self._held[key] = (reference, self.phase, storage.nbytes(), self._births)
         self._count(self.phase, storage.nbytes())
+
+    def _count_sum(self) -> None:
+        storage = self._sum and self._sum()
+        self._sum = None
+        if storage is not None:
+            self._add(storage)
 
     def _move(self, counts: dict[str, int], size: int) -> None:
         counts[self.phase] = counts.get(self.phase, 0) - size
@@ -94,8 +104,14 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "_local_tensor") or kind.__name__ == "DTensor" for kind in types):
             return NotImplemented  # DTensor replaces it by operations on its local tensors, which come here again
+        self._count_sum()
         result = func(*args, **(kwargs or {}))
         if active_fake_mode() is not self._fake_mode:  # DTensor computes a shape
+            return result
+        if func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled():
+            # In a backward pass: autograd adds two gradients of one tensor in place, but not where it sees a dispatch mode.
+            # Both are freed after it, so the sum is counted when the next operation begins, in the place of one of them.
+            self._sum = weakref.ref(local_part(result).untyped_storage())
             return result
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor):
@@ -123,5 +139,6 @@ class Ledger(TorchDispatchMode):
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
+        self._count_sum()
         torch.UntypedStorage.resize_ = self._resize
         super().__exit__(*error)

@@ -1,15 +1,26 @@
 """The plan of a run, made and printed before it starts: data, sizes, updates, epochs, memory."""
 
+import os
+from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from ..files.atomic import write_text
+from ..optimizers import layer_matrices
+from ..settings import HUGE_PAGES
+from .hardware import compute_dtype
 from .length import MANY_PASSES
 
 FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
-PROCESS = 340 << 20  # bytes of a process on a CPU: Python, torch and the other libraries, the tokenizer; measured
+# Of a process on a CPU, in bytes; measured (docs/PERFORMANCE.md, "The plan's memory").
+PROCESS = 340 << 20  # Python, torch and the other libraries, a small tokenizer
+PER_TOKEN_OF_VOCABULARY = 600  # of the tokenizer
+MAPPED_AT_ONCE = 64 << 10  # of a mapped file, where Linux finds a page of it missing
+OF_THE_HEAP = 32 << 20  # a larger tensor is memory of its own, which glibc gives back when it is freed
 
 
-def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: int, device: Any, tracking: str) -> str:
+def plan(model: Any, settings: Any, corpora: Any, accumulation: int, accelerator: Any, tracking: str) -> str:
     """The lines that a run prints first: data, parameters, updates, epochs, estimated MiB of a device, tracking, report."""
     training = corpora.training
     positions = settings.steps * settings.batch_size
@@ -17,8 +28,12 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
     windows, labels = training.size, sum(source.labels for source in training.sources)
-    states, activations, temporary = memory(model, settings, gradients_stay=accumulation > 1 or processes > 1)
-    process = PROCESS if device.type == "cpu" else 0
+    processes, device = accelerator.num_processes, accelerator.device
+    compute = compute_dtype(accelerator.mixed_precision, settings.dtype)
+    states, activations, temporary = memory(
+        model, settings, gradients_stay=accumulation > 1 or processes > 1, compute=compute, device=device.type
+    )
+    resident = of_process(model, settings, corpora, compute) if device.type == "cpu" else {}
     seen = positions * T / total  # tokens for each parameter
     hint = (
         f"hint        {seen:.2g} tokens for each parameter: a smaller model would take less time and hardly learn less"
@@ -34,9 +49,10 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, processes: 
             f"{positions / windows:.2f} epochs of {windows:,} windows ({labels:,} tokens)",
             *_repetition(training, positions),
             *([hint] if trained == total and seen < FEW_TOKENS else []),
-            f"memory      about {(states + activations + temporary + process) / 2**20:,.0f} MiB a device: {states / 2**20:,.0f} weights, "
-            f"gradients and optimizer, {activations / 2**20:,.0f} activations, {temporary / 2**20:,.0f} temporary"
-            + (f", {process / 2**20:,.0f} Python and libraries" if process else ""),
+            f"memory      about {(states + activations + temporary + sum(resident.values())) / 2**20:,.0f} MiB a device: "
+            f"{states / 2**20:,.0f} weights, gradients and optimizer, {activations / 2**20:,.0f} activations, "
+            f"{temporary / 2**20:,.0f} temporary"
+            + "".join(f", {size / 2**20:,.0f} {name}" for name, size in resident.items() if size >= 1 << 20),
             f"tracking    {tracking}",
             *([] if settings.dry_run else [report]),
         )
@@ -50,43 +66,142 @@ def show(accelerator: Any, settings: Any, text: str) -> None:
         write_text(settings.output_dir / "plan.txt", text + "\n")
 
 
-def memory(model: Any, settings: Any, *, gradients_stay: bool = True) -> tuple[int, int, int]:
+def memory(
+    model: Any,
+    settings: Any,
+    *,
+    gradients_stay: bool = True,
+    compute: torch.dtype | None = None,
+    device: str = "cpu",
+) -> tuple[int, int, int]:
     """Estimated bytes on a device at the peak of an update: weights, gradients and optimizer; what is kept for the
     backward pass; temporary tensors.
 
-    The peak is at the loss, in the first step of the backward pass, or at its end. gradients_stay: whether all gradients
-    are there in the forward pass, as with accumulation or DDP; else the backward pass puts them in the place of what
-    was kept.
+    The peak is at the loss, in the first step of the backward pass, at its end, or in the optimizer. gradients_stay:
+    whether all gradients are there in the forward pass, as with accumulation or DDP; else the backward pass puts them
+    in the place of what was kept. compute: the type of matrix products under autocast; None: that of the model.
     """
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
-    parameters = list(model.parameters())
-    stored = sum(p.numel() * p.element_size() * (3 if p.requires_grad else 1) for p in parameters)
-    gradients = sum(p.numel() * p.element_size() for p in parameters if p.requires_grad)
-    kept = kept_by_layers(model)
+    by_muon = _updated_by_muon(model, settings)
+    stored = _bytes(*model.parameters()) + _of_optimizer(model, settings)
+    gradients = _bytes(*_trained(model))
+    size, low = _sizes(model, compute)
+    kept = kept_by_layers(model, compute, device)
     layers = sum(kept)
-    if settings.activation_checkpointing:  # each layer's input, and one layer at a time
-        layers = max(kept) + config.hidden_size * config.num_hidden_layers
-    size = model.model.norm.weight.element_size()  # as in the residual stream; a frozen trunk's matrices may be in bf16
-    activations = size * B * T * (layers + 4 * config.hidden_size)
+    if settings.activation_checkpointing:  # each layer's input
+        layers = size * config.hidden_size * config.num_hidden_layers
+    activations = B * T * (layers + (4 * size if low == size else 3 * size + 2 * low) * config.hidden_size)
     if not config.cross_document_attention and not model.model.fused_document_mask:
-        activations += size * B * T * T  # the mask of documents, as numbers
+        activations += low * B * T * T  # the mask of documents, as numbers
+    copied = _copies(model, low) if low < size else 0
 
     head = 4 * config.vocab_size * config.hidden_size  # bytes of a matrix as large as the output head
     embedding, tied = model.model.embed_tokens.weight, model.lm_head is None
-    head_is_trained = model.head_change is None and (embedding if tied else model.lm_head.weight).requires_grad
-    at_loss = min(model.chunk_rows, B * T) * config.vocab_size * 4  # logits
+    weight = embedding if tied else model.lm_head.weight
+    head_is_trained = model.head_change is None and weight.requires_grad
+    logits = min(model.chunk_rows, B * T) * config.vocab_size
+    at_loss = 4 * logits
+    if low < size:  # also in that type, with those of the chunk before; or the head in that type and its gradient
+        low_head = low * config.vocab_size * config.hidden_size
+        chunks = 2 if model.chunk_rows < B * T else 1
+        at_loss = max(4 * logits * chunks, 4 * logits + low_head * head_is_trained) + 2 * low * logits
+        at_loss += low_head * (weight.element_size() > low or model.head_change is not None)
     if model.head_change is not None:
         at_loss += 2 * head  # the changed head and its gradient
     if head_is_trained and gradients_stay:
         at_loss += head  # the gradient of this micro-batch, beside that of those before
-    in_layer = size * B * T * _made_by_first_step(model)
+    in_layer = low * B * T * _made_by_first_step(model)
     at_end = 0
     if tied and embedding.requires_grad:  # the gradient of the embedding, beside that of the head
         at_end = (1 + gradients_stay) * head
     # The gradients that are there with the activations: all, or the head's alone.
     before = gradients if gradients_stay else head * head_is_trained
-    moments = (stored + before, activations, max(at_loss, in_layer)), (stored + gradients, 0, at_end)
+    moments = [(stored + before, activations + copied, at_loss), (stored + gradients, 0, at_end)]
+    if settings.activation_checkpointing:
+        # A layer that is computed again: the last, and the first, when all gradients are there.
+        again = B * T * max(kept) + copied // config.num_hidden_layers
+        moments.append((stored + before, activations + again, in_layer))
+        moments.append((stored + gradients, again, in_layer))
+    else:
+        moments.append((stored + before, activations + copied, in_layer))
+    if by_muon:  # the step of the largest matrix: its direction in float32, and three of its size in bf16
+        moments.append((stored + gradients, 0, 10 * max(p.numel() for p in by_muon)))
     return max(moments, key=sum)
+
+
+def of_process(model: Any, settings: Any, corpora: Any, compute: torch.dtype | None = None) -> dict[str, int]:
+    """Estimated bytes of a process on a CPU at the peak of its resident set, beside those of `memory`, by their use."""
+    text = sum(source.tokens.tokens.nbytes for source in corpora.training.sources)
+    text = min(text, settings.steps * settings.batch_size * MAPPED_AT_ONCE)
+    text += sum(min(part.tokens.tokens.nbytes, len(part) * MAPPED_AT_ONCE) for part in corpora.held_out)
+    before_the_end = settings.save_every, settings.val_every if corpora.held_out else 0
+    saved = settings.on_full_disk == "continue" and any(0 < every < settings.steps for every in before_the_end)
+    copy = _bytes(*_trained(model)) + _of_optimizer(model, settings)
+    return {
+        "Python and libraries": PROCESS + PER_TOKEN_OF_VOCABULARY * model.config.vocab_size,
+        "text": text,
+        "copy for a checkpoint": copy * saved,
+        "free in pieces": free_in_pieces(model, settings, compute),
+    }
+
+
+def free_in_pieces(model: Any, settings: Any, compute: torch.dtype | None = None) -> int:
+    """Bytes that glibc keeps free: what a layer's forward pass makes and frees between the tensors that it keeps.
+
+    A request for aligned memory asks for more than its size, so that a tensor that was freed alone leaves no room for
+    one of its own size. Measured with glibc 2.36 (docs/PERFORMANCE.md).
+    """
+    config = model.config
+    rows, (size, low) = settings.micro_batch_size * settings.sequence_length, _sizes(model, compute)
+    queries, keys = (
+        low * heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    wide = size * config.hidden_size
+    in_large_pages = os.environ.get(HUGE_PAGES[0]) == HUGE_PAGES[1]
+    total = 0
+    for layer in model.model.layers:
+        # The squares of two norms, the results of o_proj and down_proj, queries and keys before their rotation and the
+        # two halves of its products.
+        parts = [wide, wide, low * config.hidden_size, low * config.hidden_size]
+        parts += [queries, queries // 2, queries // 2, keys, keys // 2, keys // 2]
+        if layer.addition is not None:
+            parts += [wide, wide]  # the module's result, and its sum with the trunk's
+        if settings.activation_checkpointing and not in_large_pages:  # the feed-forward's, freed too, and two results
+            parts = [low * config.intermediate_size] * 3 + [wide, wide]
+        total += sum(rows * part for part in parts if rows * part <= OF_THE_HEAP)
+    return total
+
+
+def _bytes(*tensors: torch.Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _trained(model: Any) -> list[torch.Tensor]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _updated_by_muon(model: Any, settings: Any) -> Sequence[torch.Tensor]:
+    return layer_matrices(model) if vars(settings).get("optimizer") == "muon" else []
+
+
+def _of_optimizer(model: Any, settings: Any) -> int:
+    """Bytes of AdamW's two moments of each trained parameter, and of Muon's one."""
+    return 2 * _bytes(*_trained(model)) - _bytes(*_updated_by_muon(model, settings))
+
+
+def _sizes(model: Any, compute: torch.dtype | None) -> tuple[int, int]:
+    """Bytes of a number in the residual stream, and in what autocast's matrix products read and return."""
+    size = model.model.norm.weight.element_size()  # a frozen trunk's matrices may be in bf16
+    return size, min(size, compute.itemsize) if compute else size
+
+
+def _copies(model: Any, low: int) -> int:
+    """Bytes of autocast's copies of the layers' wider matrices, which stay until the backward pass."""
+    matrices = [p for name, p in model.model.layers.named_parameters() if p.ndim == 2]
+    first = next((i for i, p in enumerate(matrices) if p.requires_grad), len(matrices))
+    if model.model.embed_tokens.weight.requires_grad:
+        first = 0
+    return sum(low * p.numel() for p in matrices[first:] if p.element_size() > low)
 
 
 def _made_by_first_step(model: Any) -> int:
@@ -99,32 +214,38 @@ def _made_by_first_step(model: Any) -> int:
     return max(0, gradients - 3 * config.hidden_size)
 
 
-def kept_by_layers(model: Any) -> list[int]:
-    """Numbers that each layer keeps for the backward pass, for each token.
+def kept_by_layers(model: Any, compute: torch.dtype | None = None, device: str = "cpu") -> list[int]:
+    """Bytes that each layer keeps for the backward pass, for each token.
 
     Frozen matrices keep no input, and nothing is kept before the first part that is trained. A low-rank change of
-    down_proj keeps its factors gate and up alone. Not counted: what has the rank, or one number a token.
+    down_proj keeps its factors gate and up alone. A CPU's norm with a trained weight keeps the normalized input too, a
+    GPU's is one kernel. Not counted: what has the rank, or one number a token.
     """
     config, kept = model.config, []
+    wide, low = _sizes(model, compute)
     width, experts = config.hidden_size, config.num_experts_per_tok if config.num_local_experts else 1
     heads = (config.num_attention_heads + config.num_key_value_heads) * config.head_dim
     reached = model.model.embed_tokens.weight.requires_grad  # whether the backward pass reaches the input of this part
+    readers = len if low < wide else bool  # autocast makes a copy of an input for each matrix that reads it
     for layer in model.model.layers:
         trained = [name.split(".") for name, parameter in layer.named_parameters() if parameter.requires_grad]
         names = {part for name in trained for part in name}
-        # The inputs of the norms (trained ones keep the normalized input too), of the first matrices, and of q_norm and k_norm.
-        size = width * sum(name.endswith("layernorm") for name in names)
-        size += width * bool(names & {"q_proj", "k_proj", "v_proj"}) + width * reached
+        # The inputs of the norms, of the first matrices, and of q_norm and k_norm.
+        size = wide * width * sum(name.endswith("layernorm") for name in names) * (device != "cuda")
+        size += low * width * readers(names & {"q_proj", "k_proj", "v_proj"}) + wide * width * reached
         if reached or "self_attn" in names:
-            size += heads * (2 + config.qk_norm * (1 + ("q_norm" in names)))  # q, k, v and the result
+            size += low * heads * (2 + config.qk_norm * (1 + ("q_norm" in names)))  # q, k, v and the result
         reached = reached or bool(names & {"self_attn", "input_layernorm"})
-        size += width * reached + width * experts * bool(names & {"gate_proj", "up_proj", "experts"})
+        size += wide * width * reached + low * width * experts * readers(names & {"gate_proj", "up_proj", "w1", "w3"})
         feed_forward = layer.block_sparse_moe.experts[0].w2 if layer.sparse else layer.mlp.down_proj
         if reached or names & {"mlp", "block_sparse_moe"}:
-            size += config.intermediate_size * experts * (2 + feed_forward.weight.requires_grad)  # gate, up, product
-            size += width * experts * layer.sparse  # what each expert returns
+            size += (
+                low * config.intermediate_size * experts * (2 + feed_forward.weight.requires_grad)
+            )  # gate, up, product
+            size += low * width * experts * layer.sparse  # what each expert returns
         if layer.addition is not None:
-            size += sum(3 * len(p) for name, p in layer.addition.named_parameters() if name.endswith("up_proj.weight"))
+            rows = [len(p) for name, p in layer.addition.named_parameters() if name.endswith("up_proj.weight")]
+            size += low * 3 * sum(rows)
         reached = reached or bool(names)
         kept.append(size)
     return kept

@@ -133,6 +133,8 @@ UPDATED: dict[str, tuple] = {  # kind of module, changes of the trunk, windows, 
     "a head, accumulated": ("ffn+head", {"vocab_size": 8192}, 1, 2),
     "whole, few tokens": (None, {"tie_word_embeddings": False, "hidden_size": 128}, 1, 1),
     "whole, few tokens, accumulated": (None, {"tie_word_embeddings": False, "hidden_size": 128}, 1, 2),
+    "whole, a large tied vocabulary": (None, {"vocab_size": 32_768}, 1, 1),
+    "whole, a large tied vocabulary, accumulated": (None, {"vocab_size": 32_768}, 1, 2),
     "whole, many tokens": (None, {"tie_word_embeddings": False, "num_hidden_layers": 12}, 8, 1),
 }
 

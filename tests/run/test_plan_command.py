@@ -1,16 +1,19 @@
 """forge_common.plan: what it counts without memory is what a real run holds, and what it prints follows from it."""
 
+import dataclasses
 import json
 import re
 
 import edits
 import launch
 import pytest
+import torch
 
 from forge_common import plan
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 from forge_common.run import hardware
+from forge_common.run.plan import memory
 
 SIZES = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 8}
 SIZES |= {"num_key_value_heads": 4, "sequence_length": 128, "micro_batch_size": 2}
@@ -99,6 +102,37 @@ def test_a_module_trains_and_sends_its_own_parameters_only():
     frozen = result.parameters - result.trained
     assert result.memory["weights"] == 2 * (frozen - norms) + 4 * (norms + result.trained)
     assert result.memory["optimizer"] == pytest.approx(8 * result.trained, rel=0.01)
+
+
+IN_BF16: dict[str, dict] = {
+    "long": {"batch_size": 16, "micro_batch_size": 16},
+    "accumulated": {"batch_size": 8, "micro_batch_size": 4},
+    "muon": {"optimizer": "muon"},
+    "muon, few tokens": {"optimizer": "muon", "sequence_length": 16},
+    "a large vocabulary": {"vocab_size": 32_768},
+    "checkpointed": {"activation_checkpointing": True},
+    "lora": {"kind": "lora"},
+    "lora on bf16": {"kind": "lora", "trunk_dtype": "bf16"},
+    "ffn": {"kind": "ffn"},
+    "narrow": {"kind": "narrow"},
+    "expert+head": {"kind": "expert+head"},
+}
+
+
+@pytest.mark.parametrize("on_gpu", [True, False])
+@pytest.mark.parametrize("case", IN_BF16)
+def test_what_a_run_prints_is_what_is_counted_in_bf16(case, on_gpu):
+    """run/plan.py's estimate under autocast, where what matrix products read and return has 16 bits, and the norms 32."""
+    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_attention_heads": 8, "num_key_value_heads": 4}
+    sizes |= {"vocab_size": 2048, "batch_size": 4, "micro_batch_size": 4, "sequence_length": 128}
+    chosen = settings(devices="1xH100", engine="one", **sizes | IN_BF16[case])
+    config = plan.config_of(chosen)
+    counted = sum(plan.count(config, chosen, 1, on_gpu).memory.values())
+    with torch.device("meta"):
+        trunk = plan.build(dataclasses.replace(config, cross_document_attention=on_gpu), chosen)
+    how = {"compute": torch.bfloat16, "device": "cuda" if on_gpu else "cpu"}
+    estimated = memory(trunk, chosen, gradients_stay=chosen.batch_size > chosen.micro_batch_size, **how)
+    assert sum(estimated) == pytest.approx(counted, rel=0.05)
 
 
 def test_activation_checkpointing_keeps_less_and_computes_the_forward_pass_again():

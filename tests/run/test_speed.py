@@ -12,7 +12,7 @@ from forge_common.model.config import ModelConfig
 from forge_common.model.trunk import Trunk
 from forge_common.run import hardware
 from forge_common.run.log import Interval, RunLog
-from forge_common.run.plan import memory
+from forge_common.run.plan import PROCESS, memory, of_process
 from forge_common.run.progress import Progress
 
 CPU = torch.device("cpu")
@@ -102,3 +102,33 @@ def test_the_plan_counts_what_is_stored_and_what_is_kept(tmp_path):
     assert inputs < again < activations
     frozen = trunk.to(torch.bfloat16).requires_grad_(False)
     assert memory(frozen, settings(tmp_path, **at_once))[0] == 2 * parameters
+
+
+def test_the_plan_counts_one_moment_of_a_matrix_that_muon_updates(tmp_path):
+    trunk = Trunk(CONFIG)
+    at_once = {"micro_batch_size": 1, "sequence_length": 32, "activation_checkpointing": False}
+    adamw, muon = (sum(memory(trunk, settings(tmp_path, optimizer=name, **at_once))[:2]) for name in ("adamw", "muon"))
+    assert adamw - muon == 4 * sum(p.numel() for p in trunk.model.layers.parameters() if p.ndim == 2)
+
+
+def test_the_plan_counts_what_a_process_holds_beside_the_update(tmp_path):
+    """The text that is mapped, a copy of what is trained while a checkpoint is written, and gaps, not of large tensors."""
+    trunk, tokens = Trunk(CONFIG), types.SimpleNamespace(tokens=types.SimpleNamespace(nbytes=10 << 20))
+    source = types.SimpleNamespace(tokens=tokens)
+    corpora = types.SimpleNamespace(training=types.SimpleNamespace(sources=[source]), held_out=[])
+    fixed = {"micro_batch_size": 2, "sequence_length": 32, "activation_checkpointing": False, "optimizer": "adamw"}
+    fixed |= {"batch_size": 2, "save_every": 0, "val_every": 5, "on_full_disk": "continue"}
+
+    def parts(**changes) -> dict[str, int]:
+        return of_process(trunk, settings(tmp_path, **fixed | changes), corpora)
+
+    few = parts()
+    assert few["Python and libraries"] >= PROCESS and few["text"] == 6 * 2 * (64 << 10)
+    assert parts(steps=10**6)["text"] == 10 << 20
+    copy = 3 * 4 * sum(parameter.numel() for parameter in trunk.parameters())
+    assert few["copy for a checkpoint"] == 0  # the last one needs none
+    assert parts(save_every=2)["copy for a checkpoint"] == copy
+    assert parts(save_every=2, on_full_disk="stop")["copy for a checkpoint"] == 0
+    # Two layers: four tensors of the width, queries and keys twice.
+    assert few["free in pieces"] == 4 * 64 * 2 * (4 * 32 + 2 * (32 + 16))
+    assert parts(micro_batch_size=1 << 18)["free in pieces"] == 0
