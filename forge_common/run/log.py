@@ -91,7 +91,7 @@ class RunLog:
         self._unwritten: list[str] = []
         self._mark = self._start = time.perf_counter()
         self._lap_step = progress.global_step
-        self._untimed_tokens = progress.tokens
+        self._lap_tokens = progress.tokens
         self._report = LiveReport(self.folder, last, self.print_line)
         if self.writes:
             _drop_rows_after(self.file, progress.global_step, progress.validation_due)
@@ -173,8 +173,9 @@ class RunLog:
         step, before = progress.global_step, self._lap_step
         nats, tokens, balance, z = interval.take()
         updates, seconds = step - before, self.restart_clock(step)
-        count = max(tokens, 1.0)
-        speed = tokens / (seconds * max(updates, 1))
+        count = tokens or math.nan  # where no update counts, because of NaN or padding, there is no mean
+        speed = (progress.tokens - self._lap_tokens) / (seconds * max(updates, 1))  # not those before a resume
+        self._lap_tokens = progress.tokens
         values = {
             "train/loss": nats / count,
             "train/grad_norm": grad_norm,
@@ -258,14 +259,14 @@ class RunLog:
         last = step if bool(over) else self.steps
         if step <= WARM_UP and step < last:
             self.restart_clock(step)
-            self._untimed_tokens = progress.tokens
+            self._lap_tokens = progress.tokens
         return last
 
     def timing(self, progress: Any, steps: int) -> None:
         """The last line of a dry run: speed, the estimated time of `steps` updates, and the peak memory."""
         timed = progress.global_step - self._lap_step
         seconds = self.restart_clock(progress.global_step)
-        speed = (progress.tokens - self._untimed_tokens) / (timed * seconds)
+        speed = (progress.tokens - self._lap_tokens) / (timed * seconds)
         self.print_line(
             f"time        {seconds:.3f} s an update ({timed} timed), {speed:,.0f} tok/s, mfu {self._mfu(speed):.0%}, about "
             f"{duration(seconds * steps)} for {steps:,} without validation; peak memory "
