@@ -103,13 +103,21 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
     weights = [weight for _, weight in parsed]
     if any(weights) and not all(weights):
         raise UserError("--data: only some sources have a weight. Give every source a weight (SOURCE@0.7), or none.")
-    if len(set(settings.data)) < len(settings.data):
-        raise UserError("--data names a source twice. Name it once, with a weight if it should come more often.")
     fraction = fraction_for(settings)
     corpora = [prepare(spec, tokenizer, reading, val_fraction=fraction, **options) for spec, _ in parsed]
     outside = [
         prepare(parse(source)[0], tokenizer, reading, val_fraction=0.0, **options).train for source in settings.val_data
     ]
+    trained = [corpus.train.digest for corpus in corpora]
+    for i, corpus in enumerate(corpora):
+        if trained[i] in trained[:i] and corpus.train.documents:
+            other = settings.data[trained.index(trained[i])]
+            raise UserError(
+                f"--data: {settings.data[i]} has the text of {other}. Name it once, with a weight if it should come more often."
+            )
+    for source, tokens in zip(settings.val_data, outside, strict=True):
+        if tokens.digest in trained:
+            print_line(f"warning     --val-data {source} has the text of a source of --data: it is trained on")
     _check_turns([corpus.train for corpus in corpora], settings.data, tokenizer, config)
     T, pack = settings.sequence_length, settings.pack
 
@@ -183,6 +191,12 @@ def general_sample(
     share = settings.general_tokens // len(settings.general_data)
     byte_lengths = ByteLengths(tokenizer)
     opened = _held_out(settings, stores, settings.general_data, ignore_index)
+    for name, source in zip(log_names(settings.general_data), settings.general_data, strict=True):
+        if name not in opened:
+            print_line(
+                f"warning     the loss on {source} is not measured: of its documents one in {1 / GENERAL_FRACTION:.0f} is held out, and "
+                "it has too few. Name more text as --general-data, or --general-tokens 0"
+            )
     return [HeldOut.first(name, windows, share, byte_lengths) for name, windows in opened.items()]
 
 
