@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -60,7 +61,11 @@ def tokenizer_for(settings: Any, print_line: Callable[[str], None] = lambda line
     name = hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(settings.cache_dir).expanduser() / "tokenizers" / name
     if folder.is_dir():
-        return load_tokenizer(folder)
+        try:
+            return load_tokenizer(folder)
+        except UserError as error:
+            print_line(f"tokenizer   {error} It is in the cache, and is trained again")
+            shutil.rmtree(folder, ignore_errors=True)
     print_line(
         f"tokenizer   training one ({settings.tokenizer}); then all text is tokenized. Later runs find both in {folder.parents[1]}"
     )

@@ -65,6 +65,15 @@ def test_the_documents_of_all_sources_count_together(tmp_path):
     assert sum(part.tokens.documents for part in corpora.held_out) == 10 and corpora.fraction == fraction_for(both)
 
 
+@pytest.mark.parametrize("content", ["", "{}", '{"val_fraction"'])
+def test_a_cached_fraction_that_is_damaged_is_computed_again(content, tmp_path):
+    settings = corpus(tmp_path, numbered(30))
+    before = fraction_for(settings)
+    (file,) = (settings.cache_dir / "fractions").iterdir()
+    file.write_text(content)
+    assert fraction_for(settings) == before == json.loads(file.read_text())["val_fraction"]
+
+
 def test_one_text_is_one_source(tmp_path):
     """Under two names, its copies would be trained on and scored twice."""
     one = dataclasses.replace(corpus(tmp_path, numbered(30)), sequence_length=8, batch_size=16)
