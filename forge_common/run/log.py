@@ -234,9 +234,10 @@ class RunLog:
         if samples:
             values["val/samples"] = samples
         self.row(progress.global_step, values)
+        perplexity = f"{result.perplexity:,.2f}" if result.perplexity < 1e6 else f"{result.perplexity:.2e}"
         self.print_line(
             f"step {progress.global_step}/{self.steps}  validation {result.loss:.4f} nats  perplexity "
-            f"{result.perplexity:,.2f}  {result.bits_per_byte:.4f} bits/byte  {result.tokens:,} tokens"
+            f"{perplexity}  {result.bits_per_byte:.4f} bits/byte  {result.tokens:,} tokens"
             + ("  (best)" if progress.best_step == progress.global_step else "")
         )
         for sample in samples:

@@ -4,10 +4,15 @@ import itertools
 import json
 import math
 import re
+import types
 
 import edits
 import launch
 import pytest
+
+from forge_common.run.log import RunLog
+from forge_common.run.progress import Progress
+from forge_common.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -126,6 +131,14 @@ def test_a_diverging_run_ends_and_names_its_documents(shared, text, tmp_path, al
     printed = shared(tmp_path / "run", "--steps", 9, "--max-bad-updates", 3, script=script, fails=True)
     assert "updates 1 to 3" in printed and str(text) in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "trunk").exists()
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(5.5, "244.69"), (14.0, "1.20e+06"), (1164.9, "1.01e+304")])
+def test_a_large_perplexity_is_short(loss, shown, tmp_path, capsys):
+    settings = types.SimpleNamespace(output_dir=tmp_path, dry_run=True, patience=0, sample_prompt=())
+    log = RunLog(types.SimpleNamespace(is_main_process=True), settings, Progress("run", {}, {}), 9)
+    log.validation(Validation(loss, 100, 40.0, {}), Progress("run", {}, {}, global_step=3))
+    assert f" perplexity {shown} " in capsys.readouterr().out
 
 
 def test_weighted_sources(shared, text, domain, tmp_path):
