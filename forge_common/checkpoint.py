@@ -97,6 +97,11 @@ def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
         return fresh
     before = read_progress(path / "progress.json")
     check_same(before, fresh, settings, path)
+    if settings.steps < before.global_step:
+        raise UserError(
+            f"{path} has {before.global_step} updates, more than the {settings.steps} of this run. Raise --steps (or --epochs), "
+            "or start another run with another --output-dir."
+        )
     constants = [{name: group[name] for name in CONSTANTS & group.keys()} for group in _groups(accelerator)]
     load(accelerator, path)
     for group, own in zip(_groups(accelerator), constants, strict=True):

@@ -10,10 +10,10 @@ from typing import Any
 
 from .command_line import expanded, flag_of, given_settings
 from .files.hub import upload_problem
-from .files.places import missing_artifact, missing_file, missing_source
+from .files.places import missing_artifact, missing_file, missing_source, split_weight
 from .files.untrusted import LINE, PLAIN
 from .model.config import AUTO, PRESETS
-from .model.module_settings import module_problems
+from .model.module_settings import ModuleSettings, module_problems
 from .schedule import SCHEDULES
 from .settings import MODEL_SETTINGS, is_first_process, processes, seconds_of
 
@@ -84,7 +84,7 @@ def problems(settings: Any) -> list[str]:
         )
     if value("schedule") not in SCHEDULES:
         faults.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
-    faults += module_problems(value)
+    faults += module_problems(value) + _unused_sizes(settings)
     largest = 2**32 - 1 - max(value("steps") or 10**7, 0) * processes() - processes()
     if not 0 <= value("seed") <= largest:  # each update of each process adds to it, and NumPy takes 32 bits
         faults.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")
@@ -103,6 +103,23 @@ def problems(settings: Any) -> list[str]:
         problem = upload_problem(value("push_to_hub"))
         if problem:
             faults.append(f"--push-to-hub {problem}; or leave it out, and use forge_common.push afterwards")
+    return faults
+
+
+def _unused_sizes(settings: Any) -> list[str]:
+    """Flags of another kind of module than --kind, which would change nothing."""
+    if not isinstance(settings, ModuleSettings):
+        return []
+    kind = vars(settings)["kind"]
+    given = given_settings(sys.argv[1:])
+    faults = []
+    for field in dataclasses.fields(ModuleSettings):
+        name, user = field.name, "narrow" if field.name == "width" else "lora"
+        differs = name != "layers" and name in given and getattr(settings, name) != field.default
+        if differs and kind.removesuffix("+head") != user:
+            faults.append(
+                f"--{name} belongs to kind {user}, and --kind is {kind}; leave out --{name}, or choose that kind"
+            )
     return faults
 
 
@@ -152,9 +169,18 @@ def _shape_problems(settings: Any) -> list[str]:
 
 
 def _folder_problems(value: Any) -> list[str]:
-    """Problems with the output directory."""
+    """Problems with the folders that a run writes to."""
     faults = []
     output = Path(value("output_dir"))
+    for name in ("data", "val_data", "general_data"):
+        for source in value(name) or ():
+            folder = Path(split_weight(source)[0]).expanduser()
+            for written in ("output_dir", "cache_dir"):
+                if folder.is_dir() and _would_read(folder, Path(value(written)).expanduser()):
+                    faults.append(
+                        f"--{written.replace('_', '-')} {value(written)} lies in --{name.replace('_', '-')} {source}: the same command "
+                        "would read what it wrote as text. Name a folder outside of it, or one whose name begins with a dot"
+                    )
     if output.exists() and not output.is_dir():
         faults.append(f"--output-dir {output} is a file; name a folder")
     if value("resume") == "require" and not (output / "checkpoints").is_dir():
@@ -162,6 +188,12 @@ def _folder_problems(value: Any) -> list[str]:
             f"--resume require, but {output}/checkpoints does not exist; use --resume auto to start a new run"
         )
     return faults
+
+
+def _would_read(folder: Path, output: Path) -> bool:
+    """Whether `output` is that folder or below it; hidden folders are not read."""
+    folder, output = folder.resolve(), output.resolve()
+    return output.is_relative_to(folder) and not any(part.startswith(".") for part in output.relative_to(folder).parts)
 
 
 def _missing(value: Any) -> list[str]:

@@ -169,7 +169,7 @@ def command(settings: Any) -> str:
             continue
         shown = [str(part) for part in (value if isinstance(value, tuple) else (value,))]
         if field.name in PLACES:
-            shown = [part if PUBLIC.match(part) or hub_id(part) else Path(part).name for part in shown]
+            shown = [part if PUBLIC.match(part) or hub_id(part) else Path(part).name or part for part in shown]
         words += [flag, *shown]
     line = shlex.join(words)
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)[:4000]

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -63,7 +64,11 @@ def tokenizer_for(settings: Any, print_line: Callable[[str], None] = lambda line
     name = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
     folder = Path(settings.cache_dir).expanduser() / "tokenizers" / name
     if folder.is_dir():
-        return load_tokenizer(folder)
+        try:
+            return load_tokenizer(folder)
+        except UserError as error:
+            print_line(f"tokenizer   {error} It is in the cache, and is trained again")
+            shutil.rmtree(folder, ignore_errors=True)
     print_line(
         f"tokenizer   training one ({settings.tokenizer}); then all text is tokenized. Later runs find both in {folder.parents[1]}"
     )
@@ -110,11 +115,19 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
     weights = [weight for _, weight in parsed]
     if any(weights) and not all(weights):
         raise UserError("--data: only some sources have a weight. Give every source a weight (SOURCE@0.7), or none.")
-    if len(set(settings.data)) < len(settings.data):
-        raise UserError("--data names a source twice. Name it once, with a weight if it should come more often.")
     fraction = fraction_for(settings)
     corpora = [prepared(spec, fraction) for spec, _ in parsed]
     val_data = [prepared(parse(source)[0], 0.0).train for source in settings.val_data]
+    trained = [corpus.train.digest for corpus in corpora]
+    for i, corpus in enumerate(corpora):
+        if trained[i] in trained[:i] and corpus.train.documents:
+            other = settings.data[trained.index(trained[i])]
+            raise UserError(
+                f"--data: {settings.data[i]} has the text of {other}. Name it once, with a weight if it should come more often."
+            )
+    for source, tokens in zip(settings.val_data, val_data, strict=True):
+        if tokens.digest in trained:
+            print_line(f"warning     --val-data {source} has the text of a source of --data: it is trained on")
     _check_turns([corpus.train for corpus in corpora], settings.data, tokenizer, config)
     T = settings.sequence_length
     pack = settings.pack
@@ -190,6 +203,12 @@ def general_sample(
     share = settings.general_tokens // len(settings.general_data)
     byte_lengths = ByteLengths(tokenizer)
     opened = _held_out(settings, stores, settings.general_data, ignore_index)
+    for name, source in zip(log_names(settings.general_data), settings.general_data, strict=True):
+        if name not in opened:
+            print_line(
+                f"warning     the loss on {source} is not measured: of its documents one in {1 / GENERAL_FRACTION:.0f} is held out, and "
+                "it has too few. Name more text as --general-data, or --general-tokens 0"
+            )
     return [HeldOut.first(name, windows, share, byte_lengths) for name, windows in opened.items()]
 
 

@@ -1,5 +1,6 @@
 """The fraction of the documents that is held out: of a small corpus a larger one, so that a validation means something."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -38,7 +39,8 @@ def fraction_for(settings: Any) -> float:
     name = hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()[:32]
     file = Path(settings.cache_dir).expanduser() / "fractions" / f"{name}.json"
     if file.is_file():
-        return float(read_json(file)["val_fraction"])
+        with contextlib.suppress(UserError, KeyError):  # cut off by a crash: it is computed again
+            return float(read_json(file)["val_fraction"])
     fraction = _fraction(
         (position(document.digest) for spec in specs for document in read(spec, reading)), settings.val_fraction
     )

@@ -93,7 +93,7 @@ class RunLog:
         self._unwritten: list[str] = []
         self._row_start = self._start = time.perf_counter()
         self._row_start_step = progress.global_step
-        self._untimed_tokens = progress.tokens
+        self._row_start_tokens = progress.tokens
         self._report = LiveReport(self.folder, last, self.print_line)
         if self.writes:
             _drop_rows_after(self.file, progress.global_step, progress.validation_due)
@@ -177,8 +177,9 @@ class RunLog:
         nats, tokens, balance, z = interval.take()
         updates = step - self._row_start_step
         seconds = self.restart_clock(step)
-        count = max(tokens, 1.0)
-        speed = tokens / (seconds * max(updates, 1))
+        count = tokens or math.nan  # where no update counts, because of NaN or padding, there is no mean
+        speed = (progress.tokens - self._row_start_tokens) / (seconds * max(updates, 1))  # not those before a resume
+        self._row_start_tokens = progress.tokens
         values = {
             "train/loss": nats / count,
             "train/grad_norm": grad_norm,
@@ -237,9 +238,10 @@ class RunLog:
         if samples:
             values["val/samples"] = samples
         self.row(progress.global_step, values)
+        perplexity = f"{result.perplexity:,.2f}" if result.perplexity < 1e6 else f"{result.perplexity:.2e}"
         self.print_line(
             f"step {progress.global_step}/{self.steps}  validation {result.loss:.4f} nats  perplexity "
-            f"{result.perplexity:,.2f}  {result.bits_per_byte:.4f} bits/byte  {result.tokens:,} tokens"
+            f"{perplexity}  {result.bits_per_byte:.4f} bits/byte  {result.tokens:,} tokens"
             + ("  (best)" if progress.best_step == progress.global_step else "")
         )
         for sample in samples:
@@ -262,14 +264,14 @@ class RunLog:
         last = step if bool(over) else self.steps
         if step <= WARM_UP and step < last:
             self.restart_clock(step)
-            self._untimed_tokens = progress.tokens
+            self._row_start_tokens = progress.tokens
         return last
 
     def dry_run_result(self, progress: Any, steps: int) -> None:
         """The last line of a dry run: speed, the estimated time of `steps` updates, and the peak memory."""
         timed = progress.global_step - self._row_start_step
         seconds = self.restart_clock(progress.global_step)
-        speed = (progress.tokens - self._untimed_tokens) / (timed * seconds)
+        speed = (progress.tokens - self._row_start_tokens) / (timed * seconds)
         self.print_line(
             f"time        {seconds:.3f} s an update ({timed} timed), {speed:,.0f} tok/s, mfu {self._mfu(speed):.0%}, about "
             f"{duration(seconds * steps)} for {steps:,} without validation; peak memory "

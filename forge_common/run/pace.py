@@ -56,5 +56,5 @@ class Pace:
         if step == 0 and done == micro_batches and outcome.num_scored and not is_logged:
             self.print_line(
                 f"update 1    loss {outcome.loss / outcome.num_scored:.4f} after {seconds:.1f} s; {steps:,} updates at this speed: "
-                f"{duration(seconds * steps)}. The next line comes after update {self.settings.log_every}"
+                f"{duration(seconds * steps)}. The next line comes after update {min(self.settings.log_every, steps)}"
             )

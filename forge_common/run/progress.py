@@ -226,8 +226,8 @@ def check_same(before: Progress, fresh: Progress, settings: Any, where: Path) ->
     refused = {name: pair for name, pair in changed.items() if name not in allowed}
     if refused:
         lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in refused.items())
-        flags = [f"--accept-change {name.replace('_', '-')}" for name in refused if name in acceptable]
-        remedy = f"Accept with {' '.join(flags)}" if len(flags) == len(refused) else "Restore them"
+        names = " ".join(name.replace("_", "-") for name in [*settings.accept_change, *refused])
+        remedy = f"Accept with --accept-change {names}" if refused.keys() <= acceptable else "Restore them"
         raise UserError(
             f"{where} belongs to a run with other settings or data:\n{lines}\n"
             f"{remedy}, or start another run with another --output-dir."

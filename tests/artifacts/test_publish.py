@@ -10,8 +10,10 @@ import torch
 import yaml
 from small_artifacts import CONFIG, MODULES, build, counts
 
+import train_module
 from forge_common.artifacts import artifact
 from forge_common.artifacts.card import model_card
+from forge_common.artifacts.publish import command
 from forge_common.errors import UserError
 from forge_common.files import atomic
 
@@ -149,6 +151,14 @@ def test_the_card_is_valid_for_any_licence(licence):
     assert content == fixed | named and re.fullmatch(r"[a-z0-9.-]+", content.get("license_name", "x"))
     rows = [line for line in found[2].split("\n") if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and len(rows) == 4
+
+
+def test_the_command_shows_no_folder_above_a_path(tmp_path):
+    """Of a trunk, that is; --data is published as it was given."""
+    given = {"name": "law", "data": ("/home/me/law",), "output_dir": tmp_path}
+    for trunk, shown in (("/home/me/trunk", "trunk"), (".", "."), ("org/trunk", "org/trunk")):
+        line = command(train_module.Settings(trunk=trunk, **given))
+        assert line == f"accelerate launch train_module.py --trunk {shown} --name law --data /home/me/law"
 
 
 HOSTILE = ["a: b", "---", "x\n---\ny", "```\n# head", "[a](b)", "| x |", "<script>", "é🙂", "hf:a/b:c\n- d", "*a &b"]

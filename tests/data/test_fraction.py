@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import types
 from pathlib import Path
 
 import pytest
 from small_artifacts import CONFIG
 
 import train_shared
-from forge_common.data.corpora import open_corpora
+from forge_common.data.corpora import general_sample, open_corpora
 from forge_common.data.fraction import FRACTION, fraction_for, too_few
 from forge_common.data.readers.document import Reading
 from forge_common.data.store import prepare
@@ -62,6 +63,36 @@ def test_the_documents_of_all_sources_count_together(tmp_path):
     both = dataclasses.replace(one, data=one.data + other.data, sequence_length=8, batch_size=16)
     corpora = open_corpora(both, byte_tokenizer(), CONFIG, lambda line: None)
     assert sum(part.tokens.documents for part in corpora.held_out) == 10 and corpora.fraction == fraction_for(both)
+
+
+@pytest.mark.parametrize("content", ["", "{}", '{"val_fraction"'])
+def test_a_cached_fraction_that_is_damaged_is_computed_again(content, tmp_path):
+    settings = corpus(tmp_path, numbered(30))
+    before = fraction_for(settings)
+    (file,) = (settings.cache_dir / "fractions").iterdir()
+    file.write_text(content)
+    assert fraction_for(settings) == before == json.loads(file.read_text())["val_fraction"]
+
+
+def test_one_text_is_one_source(tmp_path):
+    """Under two names, its copies would be trained on and scored twice."""
+    one = dataclasses.replace(corpus(tmp_path, numbered(30)), sequence_length=8, batch_size=16)
+    (source,) = one.data
+    by_another_name = str(Path(source).parent / ".." / Path(source).parent.name / Path(source).name)
+    for data in ((source, source), (f"{source}@0.5", f"{source}@0.2"), (source, by_another_name)):
+        with pytest.raises(UserError, match="has the text of"):
+            open_corpora(dataclasses.replace(one, data=data), byte_tokenizer(), CONFIG, print)
+    lines: list[str] = []
+    open_corpora(dataclasses.replace(one, val_data=(source,)), byte_tokenizer(), CONFIG, lines.append)
+    assert lines == [f"warning     --val-data {source} has the text of a source of --data: it is trained on"]
+
+
+def test_a_general_sample_of_few_documents_is_said_to_be_empty(tmp_path):
+    settings = corpus(tmp_path, numbered(10))
+    lines: list[str] = []
+    general = types.SimpleNamespace(**vars(settings), general_data=settings.data, general_tokens=100)
+    assert general_sample(general, byte_tokenizer(), -100, lines.append) == []
+    assert lines[-1].startswith(f"warning     the loss on {settings.data[0]} is not measured")
 
 
 def test_a_few_documents_are_said_to_be_few():

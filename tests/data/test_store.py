@@ -309,6 +309,18 @@ def test_a_tokenizer_that_another_process_published_first_is_kept(tmp_path, monk
     assert load_tokenizer(folder).digest == digest
 
 
+def test_a_cached_tokenizer_that_is_damaged_is_trained_again(tmp_path):
+    write(tmp_path / "a.jsonl")
+    data = (str(tmp_path / "a.jsonl"),)
+    settings = Settings(data=data, output_dir=tmp_path, tokenizer="train:260", cache_dir=tmp_path / "cache")
+    digest = tokenizer_for(settings).digest
+    (file,) = (tmp_path / "cache" / "tokenizers").glob("*/tokenizer.json")
+    file.write_text(file.read_text()[:100])
+    lines: list[str] = []
+    assert tokenizer_for(settings, lines.append).digest == digest == load_tokenizer(file.parent).digest
+    assert str(file) in lines[0] and lines[0].endswith("It is in the cache, and is trained again")
+
+
 def test_what_a_killed_run_left_is_removed_after_a_day(tmp_path):
     write(tmp_path / "a.jsonl")
     name = make(tmp_path / "a.jsonl", tmp_path / "other").train.folder.name

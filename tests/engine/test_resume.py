@@ -132,6 +132,9 @@ def test_a_run_resumes_from_the_checkpoint_before_a_damaged_one(straight, shared
         (("--batch-size", 32), "batch_size: 64 -> 32"),
         (("--hidden-size", 64), "hidden_size: 32 -> 64"),
         (("--steps", 13), "--accept-change steps"),
+        (("--steps", 13, "--lr", 0.1), "Accept with --accept-change lr steps, or"),
+        (("--steps", 13, "--lr", 0.1, "--accept-change", "steps"), "Accept with --accept-change steps lr, or"),
+        (("--steps", 3, "--accept-change", "steps"), "has 4 updates, more than the 3 of this run"),
     ],
 )
 def test_a_changed_run_is_refused(change, named, straight, shared, tmp_path):

@@ -67,7 +67,8 @@ def module_dirs(module, text, domain, tmp_path_factory):
     dirs = {}
     for name, kind in {**KINDS, "expert_cpp": "expert+head", "expert_code": "expert"}.items():
         source = domain if "cpp" in name else text
-        flags = ("--name", name, "--data", source, "--kind", kind, *LORA, "--width", 12, "--steps", 12)
+        sizes = {"lora": LORA, "narrow": ("--width", 12)}.get(kind.removesuffix("+head"), ())
+        flags = ("--name", name, "--data", source, "--kind", kind, *sizes, "--steps", 12)
         moments = ("--statistics-moments",) if kind.startswith("expert") else ()
         module(folder / name, *flags, "--lr", 0.02, *moments)
         dirs[name] = folder / name / "module"

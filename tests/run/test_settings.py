@@ -10,6 +10,7 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_module
+import train_shared
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.model.presets import model_config
 from forge_common.run import launch_checks
@@ -57,6 +58,21 @@ def test_a_name_that_cannot_be_published_is_refused_before_training(module, tmp_
     ):
         assert expected in printed
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
+
+
+def test_sizes_of_another_kind_of_module_are_refused(module, tmp_path):
+    printed = module(tmp_path / "run", "--dropout", 0.1, "--rank", 64, "--width", 0, fails=True)
+    assert "--dropout belongs to kind lora, and --kind is ffn+head" in printed and "--rank belongs to" in printed
+    assert "--width" not in printed and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("output", ["", "runs/a", "./runs/../b"])
+def test_a_folder_that_is_read_is_not_written_to(output, shared, tmp_path):
+    (tmp_path / "a.txt").write_text("text")
+    printed = shared(tmp_path / output, "--data", f"{tmp_path}/@0.5", "local:cpp@0.5", fails=True)
+    assert f"lies in --data {tmp_path}/@0.5" in printed and "as text" in printed
+    found = problems(train_shared.Settings(data=(str(tmp_path),), output_dir=tmp_path / ".runs" / "a"))
+    assert not found
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from forge_common.loss import Sums
 from forge_common.model.config import ModelConfig
 from forge_common.model.trunk import Trunk
 from forge_common.run import hardware
@@ -70,13 +71,27 @@ def test_mfu_is_at_most_one_where_the_peak_was_measured_on_a_busy_machine(tmp_pa
         log.peak_flops = peak
         log.restart_clock(progress.global_step)
         interval.add([trunk(torch.randint(2, 258, (8, 33)))])
-        progress.global_step = step
+        progress.global_step, progress.tokens = step, 256 * step
         log.training(interval, progress, rate=0.1, grad_norm=1.0)
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < row["train/mfu"] <= 1 for row in rows) and log.peak_flops > 1e6
     for row in rows[1:]:
         reached = row["train/tokens_per_second"] * trunk.flops_per_token(32)
         assert row["train/mfu"] == pytest.approx(reached / log.peak_flops)
+
+
+def test_the_speed_after_a_resume_is_of_what_was_trained_since(clock, tmp_path):
+    """The loss of the first row is the mean over its whole interval, which began before the resume."""
+    accelerator, progress = Accelerator(cpu=True), Progress("run", {}, {}, global_step=8, tokens=800)
+    log = RunLog(accelerator, settings(tmp_path), progress, 10)
+    interval = Interval(accelerator, [800 * 5.0, 800.0, 0.0, 0.0])
+    log.restart_clock(8)
+    clock[0] += 4
+    interval.add([Sums(*map(torch.tensor, (0.0, 200 * 4.0, 200.0, 0.0, 0.0, 0.0)))])
+    progress.global_step, progress.tokens = 10, 1000
+    log.training(interval, progress, rate=0.1, grad_norm=1.0)
+    (row,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert row["train/loss"] == pytest.approx(4.8) and row["train/tokens_per_second"] == pytest.approx(50)
 
 
 def test_the_peak_is_that_of_the_type_that_is_multiplied():

@@ -4,10 +4,15 @@ import itertools
 import json
 import math
 import re
+import types
 
 import edits
 import launch
 import pytest
+
+from forge_common.run.log import RunLog
+from forge_common.run.progress import Progress
+from forge_common.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +120,10 @@ def test_nan_never_reaches_the_weights(shared, tmp_path, altered):
     assert "update 3" in printed and "not applied" in printed
     assert launch.same_bits(launch.weights(folder, 2), launch.weights(folder, 3))
     assert not launch.same_bits(launch.weights(folder, 3), launch.weights(folder, 4))
-    assert [row["train/bad_updates"] for row in launch.rows(folder)] == [0, 0, 1, 1, 1]
+    rows = launch.rows(folder)
+    assert [row["train/bad_updates"] for row in rows] == [0, 0, 1, 1, 1]
+    assert [row["step"] for row in rows if row["train/loss"] is None] == [3]  # a mean over nothing, not 0
+    assert "step 3/5  loss nan" in printed
 
 
 def test_a_diverging_run_ends_and_names_its_documents(shared, text, tmp_path, altered):
@@ -123,6 +131,14 @@ def test_a_diverging_run_ends_and_names_its_documents(shared, text, tmp_path, al
     printed = shared(tmp_path / "run", "--steps", 9, "--max-bad-updates", 3, script=script, fails=True)
     assert "updates 1 to 3" in printed and str(text) in printed and "Traceback" not in printed
     assert not (tmp_path / "run" / "trunk").exists()
+
+
+@pytest.mark.parametrize(("loss", "shown"), [(5.5, "244.69"), (14.0, "1.20e+06"), (1164.9, "1.01e+304")])
+def test_a_large_perplexity_is_short(loss, shown, tmp_path, capsys):
+    settings = types.SimpleNamespace(output_dir=tmp_path, dry_run=True, patience=0, sample_prompt=())
+    log = RunLog(types.SimpleNamespace(is_main_process=True), settings, Progress("run", {}, {}), 9)
+    log.validation(Validation(loss, 100, 40.0, {}), Progress("run", {}, {}, global_step=3))
+    assert f" perplexity {shown} " in capsys.readouterr().out
 
 
 def test_weighted_sources(shared, text, domain, tmp_path):
