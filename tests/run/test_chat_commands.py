@@ -222,3 +222,15 @@ def test_a_model_that_is_not_there_is_one_message(place, monkeypatch):
     monkeypatch.chdir(launch.ROOT)
     settings = generate.Settings(model=place, prompt=("x",), without=("cpp",))
     assert refused(generate.main, settings).startswith(f"--model {place} is not there")
+
+
+def test_what_is_not_a_trunk_is_named(root):
+    """A module or an assembled model in the place of a trunk, and a checkpoint without its tokenizer."""
+    for name, problem in (("one", "is a module, not a trunk"), ("new/assembled", "is an assembled model, not a trunk")):
+        if name == "new/assembled":
+            assemble.main(assembling(root))
+        settings = merge.Settings(str(root / name), root / "one", root / "merged")
+        assert f"{root / name} {problem}" in refused(merge.main, settings)
+    (root / "trunk" / "tokenizer.json").unlink()
+    message = refused(generate.main, generate.Settings(model=str(root / "trunk"), prompt=("x",)))
+    assert message.startswith(f"{root}/trunk has no tokenizer.json. ") and "--" not in message
