@@ -174,9 +174,11 @@ class RunLog:
         nats, tokens, balance, z = interval.take()
         updates, seconds = step - before, self.restart_clock(step)
         count = max(tokens, 1.0)
+        loss = nats / tokens if tokens else math.nan
+        shown = f"{loss:.4f}" if tokens else "- (no update applied)"
         speed = tokens / (seconds * max(updates, 1))
         values = {
-            "train/loss": nats / count,
+            "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lr": rate,
             "train/tokens": progress.tokens,
@@ -194,7 +196,7 @@ class RunLog:
             values |= {"train/balance_loss": balance / count, "train/z_loss": z / count}
         self.row(step, values)
         self.print_line(
-            f"step {step}/{self.steps}  loss {nats / count:.4f}  lr {rate:.2e}  grad {grad_norm:.3f}  {speed:,.0f} tok/s  "
+            f"step {step}/{self.steps}  loss {shown}  lr {rate:.2e}  grad {grad_norm:.3f}  {speed:,.0f} tok/s  "
             f"mfu {values['train/mfu']:.0%}  mem {values['memory/peak_mb']:,.0f} MiB  "
             f"eta {duration((self.steps - step) * seconds)}"
         )
@@ -233,9 +235,10 @@ class RunLog:
         if samples:
             values["val/samples"] = samples
         self.row(progress.global_step, values)
+        per_byte = f"{result.bits_per_byte:.4f}" if math.isfinite(result.bits_per_byte) else "unknown"
         self.print_line(
             f"step {progress.global_step}/{self.steps}  validation {result.loss:.4f} nats  perplexity "
-            f"{result.perplexity:,.2f}  {result.bits_per_byte:.4f} bits/byte  {result.tokens:,} tokens"
+            f"{result.perplexity:,.2f}  {per_byte} bits/byte  {result.tokens:,} tokens"
             + ("  (best)" if progress.best_step == progress.global_step else "")
         )
         for sample in samples:
