@@ -9,7 +9,7 @@ scored; of others, all.
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .errors import UserError
 from .evaluation.table import CREDITS, removals, table
 from .files.atomic import write_json, write_text
-from .files.places import check_artifacts, missing_source
+from .files.places import check_artifacts, check_output, missing_source
 from .files.untrusted import naming
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -76,7 +76,10 @@ class Settings(ReadingSettings):
 
 def main(settings: Settings) -> int:
     check_artifacts([("--model", settings.model), *(("--module", folder) for folder in settings.module)])
-    sources = named_sources(settings.data)
+    sources = named_sources(settings)
+    _check(settings)
+    for flag, path in (("--json", settings.json), ("--report", settings.report), ("--svg", settings.svg)):
+        check_output(flag, path)
     # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
     import torch
 
@@ -87,10 +90,6 @@ def main(settings: Settings) -> int:
     from .reporting.model_page import model_page
     from .run.log import duration
 
-    if settings.spliced < 0 or settings.router_memory < 0:
-        raise UserError(
-            f"--spliced is {settings.spliced}, --router-memory is {settings.router_memory}. Give 0 or more tokens."
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = metadata_of_parts(settings)
     work = work_of_rows(settings, len(parts))
@@ -140,16 +139,39 @@ def print_choices(columns: "dict[str, Column]", choices: "dict[str, Choice]") ->
         print(f"scoring     {name}: {num_scored:,} tokens of {num_documents:,} documents, {choice.reason}", flush=True)
 
 
-def named_sources(data: tuple[str, ...]) -> dict[str, str]:
-    """Name of a column -> source of its text, of --data NAME=SOURCE. UserError where one is not of this form, or not there."""
+def _check(settings: Settings) -> None:
+    """UserError for a flag that is wrong by itself."""
+    numbers = {"--spliced": settings.spliced, "--router-memory": settings.router_memory}
+    numbers |= {"--max-tokens": settings.max_tokens}
+    for flag, number in numbers.items():
+        if number < 0:
+            raise UserError(f"{flag} is {number}. Give 0 or more tokens.")
+    if settings.batch_size < 1 or (settings.sequence_length is not None and settings.sequence_length < 1):
+        raise UserError(
+            f"--batch-size is {settings.batch_size}, --sequence-length is {settings.sequence_length}. Give at least 1."
+        )
+    if settings.val_fraction is not None and not 0 < settings.val_fraction <= 1:
+        raise UserError(f"--val-fraction is {settings.val_fraction}. Give a share above 0, at most 1 (all documents).")
+    twice = [folder for folder in settings.module if settings.module.count(folder) > 1]
+    if twice:
+        raise UserError(f"--module {twice[0]} is given twice. Name it once.")
+
+
+def named_sources(settings: Settings) -> dict[str, str]:
+    """Name of a column -> source of its text, of --data NAME=SOURCE.
+
+    UserError where one is not of this form or not there, or has the name of another column.
+    """
     sources = {}
-    for text in data:
+    for text in settings.data:
         name, _, source = text.partition("=")
         if not (name and source):
             raise UserError(f"--data {text} is not NAME=SOURCE. Give a name and a source, such as law=law/*.txt.")
         problem = missing_source(source)
         if problem:
             raise UserError(f"--data {problem}")
+        if name in sources or (name == "spliced" and settings.spliced):
+            raise UserError(f"--data {text}: there is another column called {name}. Give this one another name.")
         sources[name] = source
     return sources
 
@@ -188,9 +210,11 @@ def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenize
     if not is_assembled(settings.model):
         if settings.without or settings.top_k is not None:
             raise UserError(f"{settings.model} is not an assembled model. Leave out --without and --top-k.")
-        for folder in (None, *settings.module):
-            model, tokenizer, _, metadata = read_model(settings.model, folder)
-            yield f"module:{metadata['name']}" if metadata else "trunk", model, tokenizer
+        model, tokenizer, _, _ = read_model(settings.model, None)
+        yield "trunk", model, tokenizer
+        for name, folder in zip(metadata_of_modules(settings.module), settings.module, strict=True):
+            model, tokenizer, _, _ = read_model(settings.model, folder)
+            yield f"module:{name}", model, tokenizer
         return
     if settings.module:
         raise UserError(f"{settings.model} is an assembled model, which has its modules. Leave out --module.")
@@ -206,7 +230,6 @@ def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenize
 
 def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
     """The metadata of the trunk and of each module by name; {} of a plain Transformers checkpoint."""
-    from .artifacts.artifact import read_module_metadata
     from .artifacts.assembled import is_assembled
     from .artifacts.metadata import read_metadata
     from .files.hub import local_folder
@@ -215,12 +238,22 @@ def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
         folder = local_folder(settings.model, None)
         trunk_file = folder / "trunk" / "forge.json"
         names = read_metadata(folder / "assembled.json")["modules"]
-        modules = [read_module_metadata(folder / "modules" / name) for name in names]
+        modules = metadata_of_modules([folder / "modules" / name for name in names])
     else:
         trunk_file = local_folder(settings.model) / "forge.json"
-        modules = [read_module_metadata(folder) for folder in settings.module]
+        modules = metadata_of_modules(settings.module)
     trunk = read_metadata(trunk_file) if trunk_file.exists() else {}
-    return {"trunk": trunk} | {f"module {module['name']}": module for module in modules}
+    return {"trunk": trunk} | {f"module {name}": metadata for name, metadata in modules.items()}
+
+
+def metadata_of_modules(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """The modules' metadata by their names; by the folder of one whose name another one has too (as of two runs)."""
+    from .artifacts.artifact import read_module_metadata
+
+    metadata = [read_module_metadata(folder) for folder in folders]
+    names = [module["name"] for module in metadata]
+    labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    return dict(zip(labels, metadata, strict=True))
 
 
 def score(

@@ -80,6 +80,9 @@ def main(settings: Settings) -> int:
 def _check(settings: Settings) -> None:
     """UserError for a flag that is wrong by itself."""
     sampling.check_sampling(settings)
+    for text in settings.prompt:
+        sampling.check_text(text, "--prompt")
+    sampling.check_text(settings.system or "", "--system")
     if settings.system is not None and not settings.chat:
         raise UserError("--system is a message of a chat. Add --chat, or leave it out.")
     if not settings.prompt and settings.prompt_file is None and not settings.chat:
@@ -96,7 +99,7 @@ def read_prompts(settings: Settings) -> list[str]:
     if path is None:
         return prompts
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as reason:
         raise UserError(f"--prompt-file {path} cannot be read ({reason}). Name a file of text, in UTF-8.") from None
     for number, line in enumerate(lines, 1):
@@ -110,6 +113,7 @@ def read_prompts(settings: Settings) -> list[str]:
         except ValueError:
             prompt = None
         if isinstance(prompt, str):
+            sampling.check_text(prompt, f"{path}:{number}")
             prompts.append(prompt)
         else:
             raise UserError(
@@ -156,9 +160,13 @@ def _turns(settings: Settings, turns: list[str]) -> Iterator[str]:
     while True:
         if typed:
             print("> ", end="", flush=True)
-        line = sys.stdin.readline()
+        try:
+            line = sys.stdin.readline()
+        except UnicodeDecodeError:
+            raise UserError("a line of the standard input is not UTF-8. Write it in UTF-8.") from None
         if not line:
             return
+        sampling.check_text(line, "a line of the standard input")
         if not line.strip():
             continue
         if not typed:
@@ -170,14 +178,18 @@ def write(
     model: "LanguageModel", tokenizer: "Tokenizer", settings: Settings, device: Any, prompt: list[int], cache: list
 ) -> str:
     """Prints what follows `prompt` as it is generated; returns it. cache: of `sampling.sample`."""
-    if sampling.beyond_context(model, prompt):
-        context = model.config.context
-        print(f"(only the last {context - 1} tokens of the prompt are used: the context is {context})", file=sys.stderr)
+    context = model.config.context
+    left_out = sampling.beyond_context(model, prompt, settings.max_new_tokens)
+    used = len(prompt) - left_out
+    if left_out:
+        print(f"(only the last {used} tokens of the prompt are used: the context is {context})", file=sys.stderr)
     tokens = []
     for token in sampling.stream(model, tokenizer, prompt, settings, device, cache):
         print(token.text, end="", flush=True)
         tokens.append(token)
     print(flush=True)
+    if used + len(tokens) == context and len(tokens) < settings.max_new_tokens:
+        print(f"(the text ends here: the context of {context} tokens is full)", file=sys.stderr)
     if settings.show_routing:
         heads = [token.heads for token in tokens]
         layers = [token.layers for token in tokens]

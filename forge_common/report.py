@@ -12,6 +12,7 @@ import tyro
 
 from .errors import UserError
 from .files.atomic import read_json, write_text
+from .files.places import check_output
 from .settings import read_settings, run_main
 
 
@@ -27,6 +28,7 @@ def main(settings: Settings) -> int:
     from .reporting.model_page import model_page
     from .reporting.runs import is_run, read_run, run_page, runs_page
 
+    check_output("--output", settings.output)
     paths = settings.paths
     if not paths:
         raise UserError("no path is given. Name an output directory, such as runs/trunk, or several.")

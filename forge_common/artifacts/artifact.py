@@ -141,13 +141,17 @@ def read_trunk(
     folder = without_links(local_folder(place))
     weights = weight_files(folder)
     raw = read_json(folder / "config.json")
+    if not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            f"{folder} has no tokenizer.json. AutoTokenizer.from_pretrained(...).save_pretrained(...) writes one."
+        )
     tokenizer = load_tokenizer(folder, eos_token)
     config = ModelConfig.from_hf(raw | {"eos_token_id": tokenizer.eos_token_id}, str(folder / "config.json"))
     config = _with_ids(config, tokenizer)
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}. "
-            "They are not of the same checkpoint. Fetch it again."
+            "They are not of the same checkpoint, or tokens were added and the embeddings not resized."
         )
     tensors = _read_weights(weights, config)
     metadata = read_metadata(folder / "forge.json") if (folder / "forge.json").exists() else {}

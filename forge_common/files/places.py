@@ -76,6 +76,21 @@ def check_artifacts(named: Iterable[tuple[str, str | Path | None]]) -> None:
             raise UserError(f"{flag} {problem}")
 
 
+def check_output(flag: str, path: Path | None) -> None:
+    """Makes the folder of a file that a command will write, so that hours of work are not lost for the lack of it.
+
+    UserError where there can be no such file.
+    """
+    if path is None:
+        return
+    if path.is_dir():
+        raise UserError(f"{flag} {path} is a folder. Name a file.")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as reason:
+        raise UserError(f"{flag} {path} cannot be written ({reason.strerror}). Name another place.") from None
+
+
 def hub_id(place: str) -> tuple[str, str | None] | None:
     """(ORG/NAME, REVISION or None) of a name that is no folder and has the form of a hub id; None if ORG is a folder here."""
     match = HUB_ID.fullmatch(place)

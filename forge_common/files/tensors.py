@@ -16,6 +16,11 @@ from .places import TRUNK_FILES
 from .untrusted import quoted
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
+OTHERS = {
+    "assembled.json": "an assembled model",
+    "module.json": "a module",
+    "adapter_config.json": "an adapter of PEFT",
+}
 HEADER_BYTES = 4 << 20  # at most; enough for the names and shapes of about 30,000 tensors
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 Tensors = dict[str, torch.Tensor]
@@ -134,6 +139,10 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
+    for name, kind in OTHERS.items():
+        if (folder / name).exists():
+            trunk = f"Its trunk is {folder / 'trunk'}" if name == "assembled.json" else "Name the folder of its trunk"
+            raise UserError(f"{folder} is {kind}, not a trunk. {trunk}.")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
     raise UserError(f"{folder} has no model.safetensors{hint}. Export the model with safetensors.")

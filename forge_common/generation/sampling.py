@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from ..model.protocol import LanguageModel
 
 SEEDS = 1 << 63
+LOWEST_TEMPERATURE = 1e-6  # a logit divided by less may be beyond float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +50,10 @@ def check_sampling(sampling: Sampling) -> None:
     """UserError for a setting that is wrong by itself."""
     if not sampling.temperature >= 0:
         raise UserError(f"--temperature is {sampling.temperature}. Give 0 (always the likeliest token) or more.")
+    if 0 < sampling.temperature < LOWEST_TEMPERATURE:
+        raise UserError(
+            f"--temperature is {sampling.temperature}. Give 0 (always the likeliest token) or at least {LOWEST_TEMPERATURE}."
+        )
     if not 0 < sampling.top_p <= 1:
         raise UserError(f"--top-p is {sampling.top_p}. Give a share of the probability above 0, at most 1.")
     if sampling.max_new_tokens < 1:
@@ -57,9 +62,21 @@ def check_sampling(sampling: Sampling) -> None:
         raise UserError(f"--seed is {sampling.seed}. Give a number of at most 63 bits.")
 
 
-def beyond_context(model: "LanguageModel", prompt: list[int]) -> int:
-    """How many tokens at the beginning of a prompt `sample` leaves out, so that one more has a place in the context."""
-    return max(len(prompt) - (model.config.context - 1), 0)
+def check_text(text: str, place: str) -> None:
+    """UserError for a text with half of a pair of UTF-16: a byte of a command line that is not UTF-8, or "\\ud800" in JSON."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place} is not UTF-8. Write it in UTF-8.") from None
+
+
+def beyond_context(model: "LanguageModel", prompt: list[int], max_new_tokens: int) -> int:
+    """How many tokens at the beginning of a prompt `sample` leaves out, where the context has no room for one more.
+
+    So many that the new tokens have room, but at most half of the context.
+    """
+    context = model.config.context
+    return len(prompt) - context + min(max_new_tokens, context // 2) if len(prompt) >= context else 0
 
 
 def stream(
@@ -102,7 +119,7 @@ def sample(
     """
     import torch
 
-    prompt = prompt[beyond_context(model, prompt) :]
+    prompt = prompt[beyond_context(model, prompt, sampling.max_new_tokens) :]
     cache = [] if cache is None else cache
     known = cache[0][0][0].tolist() if cache else []
     if known != prompt[: len(known)] or len(known) == len(prompt):

@@ -11,7 +11,7 @@ from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..model.protocol import LanguageModel
 from .conversation import chat_template, conversation_prompt
-from .sampling import Sampling, beyond_context, check_sampling, stream
+from .sampling import Sampling, beyond_context, check_sampling, check_text, stream
 
 NUMBERS = {"temperature": (int, float), "top_p": (int, float), "max_new_tokens": (int,), "seed": (int,)}
 
@@ -48,7 +48,10 @@ def read_request(content: Any) -> Request:
             raise UserError(f"{name.replace('_', ' ')} is {value!r}. Give {kind}.")
     sampling = Sampling(**fields)
     check_sampling(sampling)
-    return Request(prompt, _turns(messages), system, tuple(without), sampling)
+    turns = _turns(messages)
+    for text in (prompt, system or "", *(turn.content for turn in turns)):
+        check_text(text, "the text")
+    return Request(prompt, turns, system, tuple(without), sampling)
 
 
 def _turns(messages: Any) -> tuple[Message, ...]:
@@ -112,7 +115,8 @@ class Session:
             ids, left_out = conversation_prompt(model, template, request.system, request.turns, sampling.max_new_tokens)
         else:
             ids = self._tokenizer.encode_prompt(request.prompt)
-        yield {"names": list(model.names), "turns_left_out": left_out, "tokens_left_out": beyond_context(model, ids)}
+        left_out_tokens = beyond_context(model, ids, sampling.max_new_tokens)
+        yield {"names": list(model.names), "turns_left_out": left_out, "tokens_left_out": left_out_tokens}
         for token in stream(model, self._tokenizer, ids, sampling, self._device, self._cache):
             if self.stopping.is_set():
                 raise UserError("forge_common.chat was ended. Start it again.")

@@ -178,10 +178,12 @@ class RunLog:
         updates = step - self._row_start_step
         seconds = self.restart_clock(step)
         count = tokens or math.nan  # where no update counts, because of NaN or padding, there is no mean
+        loss = nats / count
+        shown = f"{loss:.4f}" if tokens else "- (no update applied)"
         speed = (progress.tokens - self._row_start_tokens) / (seconds * max(updates, 1))  # not those before a resume
         self._row_start_tokens = progress.tokens
         values = {
-            "train/loss": nats / count,
+            "train/loss": loss,
             "train/grad_norm": grad_norm,
             "train/lr": rate,
             "train/tokens": progress.tokens,
@@ -199,7 +201,7 @@ class RunLog:
             values |= {"train/balance_loss": balance / count, "train/z_loss": z / count}
         self.row(step, values)
         self.print_line(
-            f"step {step}/{self.steps}  loss {nats / count:.4f}  lr {rate:.2e}  grad {grad_norm:.3f}  {speed:,.0f} tok/s  "
+            f"step {step}/{self.steps}  loss {shown}  lr {rate:.2e}  grad {grad_norm:.3f}  {speed:,.0f} tok/s  "
             f"mfu {values['train/mfu']:.0%}  mem {values['memory/peak_mb']:,.0f} MiB  "
             f"eta {duration((self.steps - step) * seconds)}"
         )
@@ -239,9 +241,10 @@ class RunLog:
             values["val/samples"] = samples
         self.row(progress.global_step, values)
         perplexity = f"{result.perplexity:,.2f}" if result.perplexity < 1e6 else f"{result.perplexity:.2e}"
+        per_byte = f"{result.bits_per_byte:.4f}" if math.isfinite(result.bits_per_byte) else "unknown"
         self.print_line(
             f"step {progress.global_step}/{self.steps}  validation {result.loss:.4f} nats  perplexity "
-            f"{perplexity}  {result.bits_per_byte:.4f} bits/byte  {result.tokens:,} tokens"
+            f"{perplexity}  {per_byte} bits/byte  {result.tokens:,} tokens"
             + ("  (best)" if progress.best_step == progress.global_step else "")
         )
         for sample in samples:

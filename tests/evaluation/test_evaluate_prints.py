@@ -8,6 +8,7 @@ import re
 import select
 import sys
 import termios
+from dataclasses import replace
 
 import pytest
 from small_artifacts import assembling, edit, refused
@@ -127,3 +128,54 @@ def test_what_is_not_there_is_named_with_the_nearest_name(root):
     assert refused(evaluate.main, settings) == "--model missing is not there"
     settings = evaluate.Settings(str(root / "trunk"), ("a=b",), module=(root / "one", root / "twos"))
     assert refused(evaluate.main, settings) == f"--module {root}/twos is not there; did you mean {root}/two?"
+
+
+def test_modules_of_one_name_have_a_row_each(root, tmp_path, capsys):
+    """Two runs of one module are compared; what each of them held out counts."""
+    source = tmp_path / "text.txt"
+    source.write_text("some text " * 30)
+    edit(root / "one" / "module.json", name="same")
+    edit(root / "two" / "module.json", name="same")
+    modules = (root / "one", root / "two")
+    settings = evaluate.Settings(str(root / "trunk"), (f"a={source}",), module=modules, cache_dir=tmp_path / "cache")
+    assert list(evaluate.metadata_of_parts(settings)) == ["trunk", *(f"module {folder}" for folder in modules)]
+    evaluate.main(settings)
+    printed = capsys.readouterr().out.split("nats per token (perplexity)")[1].split("\n\n")[0]
+    assert [line.split()[0] for line in printed.splitlines()[2:]] == [
+        "trunk",
+        *(f"module:{folder}" for folder in modules),
+    ]
+    assert "given twice" in refused(evaluate.main, replace(settings, module=(root / "one", root / "one")))
+
+
+def test_two_texts_of_one_name_are_refused(root, tmp_path):
+    source = tmp_path / "text.txt"
+    source.write_text("some text")
+    settings = evaluate.Settings(str(root / "trunk"), (f"a={source}", f"a={tmp_path}"))
+    assert "another column called a" in refused(evaluate.main, settings)
+    settings = evaluate.Settings(str(root / "trunk"), (f"a={source}", f"spliced={source}"), spliced=8)
+    assert "another column called spliced" in refused(evaluate.main, settings)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("sequence_length", 0), ("max_tokens", -5), ("spliced", -1), ("val_fraction", 2.0)],
+)
+def test_impossible_numbers_are_refused(root, tmp_path, name, value):
+    settings = evaluate.Settings(str(root / "trunk"), (f"a={tmp_path}",), **{name: value})
+    assert f"--{name.replace('_', '-')} is {value}" in refused(evaluate.main, settings)
+
+
+def test_the_folder_of_a_result_is_made_before_anything_is_scored(root, tmp_path, capsys):
+    source = tmp_path / "text.txt"
+    source.write_text("some text " * 30)
+    outputs = {name: tmp_path / "new" / name / f"rows.{name}" for name in ("json", "svg", "report")}
+    settings = evaluate.Settings(
+        str(root / "trunk"), (f"a={source}",), cache_dir=tmp_path / "cache", max_tokens=64, **outputs
+    )
+    evaluate.main(settings)
+    assert all(path.is_file() for path in outputs.values())
+    capsys.readouterr()
+    for path, problem in ((tmp_path, "is a folder"), (source / "rows.json", "cannot be written")):
+        assert problem in refused(evaluate.main, replace(settings, json=path))
+        assert not capsys.readouterr().out, "it is known before anything is scored"

@@ -1,5 +1,6 @@
 """Training on conversations, and talking with what was trained, in real processes: a trunk, a merged module, an assembled model."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,13 +10,13 @@ import chats
 import launch
 import pytest
 import torch
-from small_artifacts import assembling, refused
+from small_artifacts import CONFIG, assembling, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forge_common import assemble, generate, merge
 from forge_common.artifacts.artifact import read_trunk
 from forge_common.artifacts.assembled import read_assembled
-from forge_common.generation.sampling import sample
+from forge_common.generation.sampling import prompt_ids, sample
 
 SHAPE = [value for value in launch.SHAPE if value not in ("--tokenizer", "bytes")]
 TURNS = ("What is 3 + 4?", "And the fox?")
@@ -156,8 +157,50 @@ def test_prompts_from_a_file_and_the_flag_at_fault(parts, tmp_path, capsys):
     for name, value in {"temperature": -1.0, "top_p": 0.0, "max_new_tokens": 0}.items():
         message = refused(printed, prompt=("x",), **{name: value})
         assert message.startswith(f"--{name.replace('_', '-')} is {value}. ") and message.count("--") == 1
+    assert "at least 1e-06" in refused(printed, prompt=("x",), temperature=1e-42)
     assert "nothing to continue" in refused(printed)
     assert "--system" in refused(printed, prompt=("x",), system="y")
+
+
+def test_a_prompt_longer_than_the_context_leaves_room_for_the_text(root, capsys):
+    """Of a longer prompt the end is used, at least half of the context; one that fits is used as it is."""
+    context = CONFIG.max_position_embeddings
+
+    def printed(prompt, max_new_tokens):
+        how = {"temperature": 0.0, "max_new_tokens": max_new_tokens}
+        generate.main(generate.Settings(model=str(root / "trunk"), prompt=(prompt,), **how))
+        return capsys.readouterr()
+
+    def greedy(prompt, max_new_tokens):
+        model, tokenizer, _ = read_trunk(str(root / "trunk"))
+        settings = SimpleNamespace(temperature=0, max_new_tokens=max_new_tokens)
+        return list(sample(model, prompt_ids(tokenizer, prompt), settings, torch.Generator()))
+
+    for length, max_new_tokens, used in ((context, 9, context - 9), (500, 1000, context // 2), (context - 4, 9, None)):
+        prompt = ("abcdefghij" * 99)[-length:]
+        end = prompt if used is None else prompt[-used:]
+        assert greedy(prompt, max_new_tokens) == greedy(end, max_new_tokens)
+        assert len(greedy(prompt, max_new_tokens)) == min(max_new_tokens, context - len(end))
+        found = printed(prompt, max_new_tokens)
+        assert (f"only the last {used} tokens" in found.err) == (used is not None)
+        assert ("context of 64 tokens is full" in found.err) == (len(end) + max_new_tokens > context)
+
+
+def test_text_that_is_not_utf8_is_one_message(valid_artifacts, tmp_path, monkeypatch, parts):
+    def message(model=valid_artifacts / "trunk", **settings):
+        return refused(generate.main, generate.Settings(model=str(model), **settings))
+
+    strings = tmp_path / "prompts.jsonl"
+    strings.write_text('"x"\n"\\ud800"\n')
+    assert "--prompt is not UTF-8" in message(prompt=("h\udce9llo",))
+    assert "--system is not UTF-8" in message(prompt=("x",), chat=True, system="\udce9")
+    assert "prompts.jsonl:2 is not UTF-8" in message(prompt_file=strings)
+    for errors in ("strict", "surrogateescape"):  # as in a UTF-8 locale, and as in C or POSIX
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"h\xe9llo\n"), encoding="utf-8", errors=errors))
+        assert "standard input is not UTF-8" in message(parts["trunk"], chat=True)
+    strings.with_suffix(".txt").write_bytes("\ufeffThe fox\n".encode())
+    settings = generate.Settings(model="x", prompt_file=strings.with_suffix(".txt"))
+    assert generate.read_prompts(settings) == ["The fox"]
 
 
 def test_assemble_and_merge_keep_a_template_in_a_file_of_its_own(root):
@@ -179,3 +222,15 @@ def test_a_model_that_is_not_there_is_one_message(place, monkeypatch):
     monkeypatch.chdir(launch.ROOT)
     settings = generate.Settings(model=place, prompt=("x",), without=("cpp",))
     assert refused(generate.main, settings).startswith(f"--model {place} is not there")
+
+
+def test_what_is_not_a_trunk_is_named(root):
+    """A module or an assembled model in the place of a trunk, and a checkpoint without its tokenizer."""
+    for name, problem in (("one", "is a module, not a trunk"), ("new/assembled", "is an assembled model, not a trunk")):
+        if name == "new/assembled":
+            assemble.main(assembling(root))
+        settings = merge.Settings(str(root / name), root / "one", root / "merged")
+        assert f"{root / name} {problem}" in refused(merge.main, settings)
+    (root / "trunk" / "tokenizer.json").unlink()
+    message = refused(generate.main, generate.Settings(model=str(root / "trunk"), prompt=("x",)))
+    assert message.startswith(f"{root}/trunk has no tokenizer.json. ") and "--" not in message

@@ -163,6 +163,9 @@ def test_only_the_page_itself_may_ask(server):
         ({"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "x"}]}, "ends with the user"),
         ([], "not a JSON object"),
         (b"{", "not JSON"),
+        ({"prompt": "\ud800"}, "not UTF-8"),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, "not UTF-8"),
+        ({"prompt": "x", "temperature": 1e-42}, "at least 1e-06"),
         (b"[" * 100000, "not JSON"),
     ],
 )

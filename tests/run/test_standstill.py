@@ -180,6 +180,8 @@ def test_a_bad_update_is_counted_and_not_applied(where, straight, shared, altere
     counter = {"loss": "train/bad_updates", "labels": "train/empty_updates"}[where]
     assert [row[counter] for row in launch.rows(folder)] == [0, 0] + [1] * 10
     assert ("update 3: loss inf" in printed) == (where == "loss")
+    assert [row["step"] for row in launch.rows(folder) if row["train/loss"] is None] == [3]
+    assert "step 3/12  loss - (no update applied)" in printed
     tokens = [row["train/tokens"] for row in launch.rows(folder)]
     assert tokens[2] == tokens[1]
 
