@@ -134,6 +134,12 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / "model.safetensors").exists():
         return [folder / "model.safetensors"]
+    if (folder / "settings.json").exists():
+        raise UserError(
+            f"{folder} is the folder of a run that has published no trunk. Let its training end, or name a trunk."
+        )
+    if (folder / "module.json").exists():
+        raise UserError(f"{folder} is a module, not a trunk. Name the trunk that it was trained on.")
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
     raise UserError(f"{folder} has no model.safetensors{hint}. Export the model with safetensors.")
