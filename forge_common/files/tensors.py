@@ -143,6 +143,10 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).exists():
             trunk = f"Its trunk is {folder / 'trunk'}" if name == "assembled.json" else "Name the folder of its trunk"
             raise UserError(f"{folder} is {kind}, not a trunk. {trunk}.")
+    if (folder / "settings.json").exists():
+        raise UserError(
+            f"{folder} is the folder of a run that has published no trunk. Let its training end, or name a trunk."
+        )
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
     raise UserError(f"{folder} has no model.safetensors{hint}. Export the model with safetensors.")

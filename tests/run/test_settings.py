@@ -117,6 +117,15 @@ def test_refused_before_the_first_update(more, expected, shared, tmp_path):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+def test_a_run_that_has_published_no_trunk_and_a_module_are_no_trunks(module, tmp_path):
+    for name, expected in (("settings.json", "has published no trunk"), ("module.json", "is a module, not a trunk")):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).write_text("{}")
+        printed = module(tmp_path / "run", "--trunk", folder, "--steps", 2, fails=True)
+        assert expected in printed and "Traceback" not in printed
+
+
 def test_a_trunk_from_nowhere_is_refused(shared, tmp_path):
     printed = shared(tmp_path / "run", "--trunk-from", "no/such/place", shape=(), fails=True)
     assert "no/such/place is not there" in printed and "Traceback" not in printed

@@ -110,7 +110,7 @@ class _Pieces:
             at = data.find(b"\0")
             if at < 0:
                 return data.decode()
-            reason = "a NUL byte: this looks like a binary file, not text"
+            reason = "a NUL byte: this is a binary file, or text in UTF-16, which `iconv -f utf-16 -t utf-8` converts"
         except UnicodeDecodeError as error:
             at = error.start
             reason = f"byte 0x{data[error.start]:02x} is not UTF-8"
