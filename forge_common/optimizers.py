@@ -44,7 +44,7 @@ def layer_matrices(model: nn.Module) -> list[nn.Parameter]:
 
 class AdamW(torch.optim.AdamW):
     """torch's AdamW without the wrappers of its methods, which are for an optimizer that is compiled: they import
-    torch._dynamo, which takes 2 s.
+    torch._dynamo, which takes a second or two.
     """
 
     add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
