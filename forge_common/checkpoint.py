@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .data.tokenizer import give_back_memory
 from .errors import UserError
 from .files.tensors import Tensors
 from .run import zero
@@ -187,11 +186,7 @@ def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: C
 
 
 def _free_optimizer_state(accelerator: Any) -> None:
-    """AdamW's two moments of each trained parameter, with all that glibc keeps free: what was published is read back beside it.
-
-    DeepSpeed's lie in partitions of its own, and stay.
-    """
+    """AdamW's two moments of each trained parameter. DeepSpeed's lie in partitions of its own, and stay."""
     if not accelerator.state.deepspeed_plugin:
         _, optimizer = prepared(accelerator)
         optimizer.state.clear()
-    give_back_memory()
