@@ -122,7 +122,7 @@ def main(settings: Settings) -> int:
     choose_kernels(trunk, settings, accelerator)
     settings = with_length(settings, corpora, trunk, accelerator)
     optimizer = optimizers.make(trunk, settings, accelerator)
-    show(accelerator, settings, plan(trunk, settings, corpora, accumulation, accelerator, tracker_report))
+    show(accelerator, settings, plan(trunk, optimizer, settings, corpora, accumulation, accelerator, tracker_report))
     fresh = new_progress(accelerator, settings, corpora, tokenizer, trunk_metadata)  # compares the processes
     model, optimizer = engines.prepare(accelerator, trunk, optimizer)
     writer = checkpoint_writer.Writer(accelerator, model, settings)

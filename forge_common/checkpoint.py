@@ -19,7 +19,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from .data.tokenizer import give_back_memory
 from .errors import UserError
 from .files.tensors import Tensors
 from .run import zero
@@ -194,12 +193,7 @@ def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: C
 
 
 def _free_optimizer_state(accelerator: Any) -> None:
-    """Drops AdamW's two moments of each trained parameter, and gives back what glibc keeps free: what is published is
-    read back beside it.
-
-    DeepSpeed keeps the moments in its own partitions, where they stay.
-    """
+    """Drops AdamW's two moments of each trained parameter. DeepSpeed keeps them in its own partitions, where they stay."""
     if not accelerator.state.deepspeed_plugin:
         _, optimizer = prepared(accelerator)
         optimizer.state.clear()
-    give_back_memory()

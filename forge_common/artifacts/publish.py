@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..data.corpora import Corpora
-from ..data.tokenizer import Tokenizer
+from ..data.tokenizer import Tokenizer, give_back_memory
 from ..files.hub import local_folder, origins
 from ..files.places import hub_id
 from ..files.tensors import Tensors
@@ -54,6 +54,7 @@ def publish_trunk(
 
     trunk_metadata: of the trunk that the run continued from; {} if it started from scratch.
     """
+    give_back_memory()  # what training has freed: the files are read back beside it
     sample = statistics.sample(corpora.training.shares(), settings.statistics_tokens)
     counts, sample_size = statistics.count(
         sample, config.vocab_size, tokenizer.eos_token_id, settings.statistics_min_documents
@@ -108,6 +109,7 @@ def publish_module(
     config: of the trunk alone. tensors: of the trunk with the module in it, which has `module_names`; no second trunk
     is made. losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
     """
+    give_back_memory()
     assert config.eos_token_id is not None  # read_trunk takes it from the tokenizer
     # Before anything else, since it refuses a trunk that has changed. Only the moments need what the module has replaced.
     replaced_names = module_names if settings.statistics_moments else []

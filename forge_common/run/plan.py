@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from ..files.atomic import write_text
-from ..optimizers import layer_matrices
 from ..settings import HUGE_PAGES
 from .hardware import compute_dtype
 from .length import MANY_PASSES
@@ -20,7 +19,9 @@ MAPPED_AT_ONCE = 64 << 10  # of a mapped file, where Linux finds a page of it mi
 OF_THE_HEAP = 32 << 20  # a larger tensor is memory of its own, which glibc gives back when it is freed
 
 
-def plan(model: Any, settings: Any, corpora: Any, accumulation: int, accelerator: Any, tracking: str) -> str:
+def plan(
+    model: Any, optimizer: Any, settings: Any, corpora: Any, accumulation: int, accelerator: Any, tracking: str
+) -> str:
     """The lines that a run prints first: data, parameters, updates, epochs, estimated MiB of a device, tracking, report."""
     training = corpora.training
     positions = settings.steps * settings.batch_size
@@ -30,10 +31,12 @@ def plan(model: Any, settings: Any, corpora: Any, accumulation: int, accelerator
     windows, labels = training.size, sum(source.labels for source in training.sources)
     processes, device = accelerator.num_processes, accelerator.device
     compute = compute_dtype(accelerator.mixed_precision, settings.dtype)
+    by_muon = [p for group in optimizer.param_groups if "ns_steps" in group for p in group["params"]]
+    together = accumulation > 1 or processes > 1
     states, activations, temporary = memory(
-        model, settings, gradients_stay=accumulation > 1 or processes > 1, compute=compute, device=device.type
+        model, settings, gradients_stay=together, compute=compute, device=device.type, by_muon=by_muon
     )
-    resident = of_process(model, settings, corpora, compute) if device.type == "cpu" else {}
+    resident = of_process(model, settings, corpora, compute, by_muon) if device.type == "cpu" else {}
     seen = positions * T / total  # tokens for each parameter
     hint = (
         f"hint        {seen:.2g} tokens for each parameter: a smaller model would take less time and hardly learn less"
@@ -73,6 +76,7 @@ def memory(
     gradients_stay: bool = True,
     compute: torch.dtype | None = None,
     device: str = "cpu",
+    by_muon: Sequence[torch.Tensor] = (),
 ) -> tuple[int, int, int]:
     """Estimated bytes on a device at the peak of an update: weights, gradients and optimizer; what is kept for the
     backward pass; temporary tensors.
@@ -80,10 +84,12 @@ def memory(
     The peak is at the loss, in the first step of the backward pass, at its end, or in the optimizer. gradients_stay:
     whether all gradients are there in the forward pass, as with accumulation or DDP; else the backward pass puts them
     in the place of what was kept. compute: the type of matrix products under autocast; None: that of the model.
+    by_muon: the matrices that Muon updates.
     """
     config, T, B = model.config, settings.sequence_length, settings.micro_batch_size
-    by_muon = _updated_by_muon(model, settings)
-    stored = _bytes(*model.parameters()) + _of_optimizer(model, settings)
+    stored = (
+        _bytes(*model.parameters()) + 2 * _bytes(*_trained(model)) - _bytes(*by_muon)
+    )  # AdamW has two moments, Muon one
     gradients = _bytes(*_trained(model))
     size, low = _sizes(model, compute)
     kept = kept_by_layers(model, compute, device)
@@ -129,14 +135,20 @@ def memory(
     return max(moments, key=sum)
 
 
-def of_process(model: Any, settings: Any, corpora: Any, compute: torch.dtype | None = None) -> dict[str, int]:
+def of_process(
+    model: Any,
+    settings: Any,
+    corpora: Any,
+    compute: torch.dtype | None = None,
+    by_muon: Sequence[torch.Tensor] = (),
+) -> dict[str, int]:
     """Estimated bytes of a process on a CPU at the peak of its resident set, beside those of `memory`, by their use."""
     text = sum(source.tokens.tokens.nbytes for source in corpora.training.sources)
     text = min(text, settings.steps * settings.batch_size * MAPPED_AT_ONCE)
     text += sum(min(part.tokens.tokens.nbytes, len(part) * MAPPED_AT_ONCE) for part in corpora.held_out)
     before_the_end = settings.save_every, settings.val_every if corpora.held_out else 0
     saved = settings.on_full_disk == "continue" and any(0 < every < settings.steps for every in before_the_end)
-    copy = _bytes(*_trained(model)) + _of_optimizer(model, settings)
+    copy = 3 * _bytes(*_trained(model)) - _bytes(*by_muon)
     return {
         "Python and libraries": PROCESS + PER_TOKEN_OF_VOCABULARY * model.config.vocab_size,
         "text": text,
@@ -178,15 +190,6 @@ def _bytes(*tensors: torch.Tensor) -> int:
 
 def _trained(model: Any) -> list[torch.Tensor]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _updated_by_muon(model: Any, settings: Any) -> Sequence[torch.Tensor]:
-    return layer_matrices(model) if vars(settings).get("optimizer") == "muon" else []
-
-
-def _of_optimizer(model: Any, settings: Any) -> int:
-    """Bytes of AdamW's two moments of each trained parameter, and of Muon's one."""
-    return 2 * _bytes(*_trained(model)) - _bytes(*_updated_by_muon(model, settings))
 
 
 def _sizes(model: Any, compute: torch.dtype | None) -> tuple[int, int]:

@@ -12,6 +12,7 @@ import torch
 from forge_common import plan
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
+from forge_common.optimizers import layer_matrices
 from forge_common.run import hardware
 from forge_common.run.plan import memory
 
@@ -131,6 +132,7 @@ def test_what_a_run_prints_is_what_is_counted_in_bf16(case, on_gpu):
     with torch.device("meta"):
         trunk = plan.build(dataclasses.replace(config, cross_document_attention=on_gpu), chosen)
     how = {"compute": torch.bfloat16, "device": "cuda" if on_gpu else "cpu"}
+    how |= {"by_muon": layer_matrices(trunk) if chosen.optimizer == "muon" else ()}
     estimated = memory(trunk, chosen, gradients_stay=chosen.batch_size > chosen.micro_batch_size, **how)
     assert sum(estimated) == pytest.approx(counted, rel=0.05)
 

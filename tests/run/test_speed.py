@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from forge_common.loss import Sums
 from forge_common.model.config import ModelConfig
 from forge_common.model.trunk import Trunk
+from forge_common.optimizers import layer_matrices
 from forge_common.run import hardware
 from forge_common.run.log import Interval, RunLog
 from forge_common.run.plan import PROCESS, memory, of_process
@@ -122,8 +123,11 @@ def test_the_plan_counts_what_is_stored_and_what_is_kept(tmp_path):
 def test_the_plan_counts_one_moment_of_a_matrix_that_muon_updates(tmp_path):
     trunk = Trunk(CONFIG)
     at_once = {"micro_batch_size": 1, "sequence_length": 32, "activation_checkpointing": False}
-    adamw, muon = (sum(memory(trunk, settings(tmp_path, optimizer=name, **at_once))[:2]) for name in ("adamw", "muon"))
-    assert adamw - muon == 4 * sum(p.numel() for p in trunk.model.layers.parameters() if p.ndim == 2)
+    matrices = layer_matrices(trunk)
+    adamw, muon = (sum(memory(trunk, settings(tmp_path, **at_once), by_muon=p)[:2]) for p in ((), matrices))
+    assert adamw - muon == 4 * sum(
+        p.numel() for name, p in trunk.named_parameters() if ".layers." in name and p.ndim == 2
+    )
 
 
 def test_the_plan_counts_what_a_process_holds_beside_the_update(tmp_path):
@@ -131,7 +135,7 @@ def test_the_plan_counts_what_a_process_holds_beside_the_update(tmp_path):
     trunk, tokens = Trunk(CONFIG), types.SimpleNamespace(tokens=types.SimpleNamespace(nbytes=10 << 20))
     source = types.SimpleNamespace(tokens=tokens)
     corpora = types.SimpleNamespace(training=types.SimpleNamespace(sources=[source]), held_out=[])
-    fixed = {"micro_batch_size": 2, "sequence_length": 32, "activation_checkpointing": False, "optimizer": "adamw"}
+    fixed = {"micro_batch_size": 2, "sequence_length": 32, "activation_checkpointing": False}
     fixed |= {"batch_size": 2, "save_every": 0, "val_every": 5, "on_full_disk": "continue"}
 
     def parts(**changes) -> dict[str, int]:
