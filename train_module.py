@@ -42,7 +42,7 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
 
     # -- updates --
     lr: float = 3e-3
-    """Peak learning rate. 3e-3 suits a domain that the trunk hardly saw, 1e-3 to 3e-4 one that it knows."""
+    """Peak learning rate. 3e-3 suits kind lora, and a domain that the trunk hardly saw; else 1e-3 to 3e-4."""
     weight_decay: float = 0.0
     """Decay of matrices to zero, which is away from the trunk's weights; norms, biases and embeddings have none."""
 

@@ -82,8 +82,8 @@ def chosen(
 ) -> tuple[Any, list[int]]:
     """The settings with a kind in place of auto, and the layers of --layers.
 
-    A trunk made elsewhere has seen much text and is large: a low-rank change has the lower loss there, and a hundredth
-    of the trunk's size (docs/PRETRAINED.md). It is told by its metadata, which train_shared.py writes.
+    On a pretrained trunk ffn+head would be about as large as the trunk, a low-rank change is a fortieth of it
+    (docs/PRETRAINED.md). A trunk of train_shared.py is known by the metadata that this writes.
     """
     if settings.kind == AUTO:
         made_here = "format_version" in trunk_metadata
