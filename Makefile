@@ -47,8 +47,8 @@ pretrained: $(READY) .pretrained/.ready
 	PYTHONPATH=.pretrained $(BIN)/python benchmarks/pretrained.py --output-dir $(PRETRAINED)
 	for domain in cpp perl docs; do \
 		$(RUN) train_module.py --trunk $(PRETRAINED)/trunk --name $$domain --data local:$$domain --output-dir $(PRETRAINED)/$$domain \
-			--cache-dir $(PRETRAINED)/cache --kind lora+head --sequence-length 256 --batch-size 2 --micro-batch-size 2 \
-			--steps $(UPDATES) --warmup-steps $$(($(UPDATES) / 10)) --lr 3e-3 --val-every 0 --val-tokens $(SCORED) --general-tokens 0 || exit; \
+			--cache-dir $(PRETRAINED)/cache --sequence-length 256 --batch-size 2 --micro-batch-size 2 --steps $(UPDATES) \
+			--val-every 0 --val-tokens $(SCORED) --general-tokens 0 || exit; \
 	done
 	rm -rf $(PRETRAINED)/assembled
 	$(BIN)/python -m forge_common.assemble --trunk $(PRETRAINED)/trunk --output-dir $(PRETRAINED)/assembled \

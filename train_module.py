@@ -33,8 +33,8 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
     """Tokens in a window."""
 
     # -- module: forge_common/model/module_settings.py has its sizes --
-    kind: str = "ffn+head"
-    """Kind of module: ffn, attention+ffn, narrow, lora or expert, each with or without +head (forge_common/model/modules.py)."""
+    kind: str = "auto"
+    """ffn, attention+ffn, narrow, lora or expert, with or without +head. auto: ffn+head; lora on a dense trunk made elsewhere."""
     module_dtype: Literal["bf16"] | None = None
     """Type that the published tensors are rounded to; None: that of --dtype, in which they are trained."""
     licence: str | None = None
@@ -42,7 +42,7 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
 
     # -- updates --
     lr: float = 3e-3
-    """Peak learning rate. 3e-3 suits a domain that the trunk hardly saw, 1e-3 to 3e-4 one that it knows."""
+    """Peak learning rate. 3e-3 suits kind lora, and a domain that the trunk hardly saw; else 1e-3 to 3e-4."""
     weight_decay: float = 0.0
     """Decay of matrices to zero, which is away from the trunk's weights; norms, biases and embeddings have none."""
 
@@ -65,7 +65,7 @@ def main(settings: Settings) -> int:
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
     from forge_common.model.config import check_context
-    from forge_common.model.modules import chosen_layers, plug_in
+    from forge_common.model.modules import chosen, plug_in
     from forge_common.model.trunk import even_load, load_of
     from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare_output, release
@@ -100,7 +100,7 @@ def main(settings: Settings) -> int:
         dtype = settings.trunk_dtype or settings.dtype
         trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk, settings.eos_token, dtype)
         check_context(settings, trunk.config)
-        layers = chosen_layers(settings.layers, trunk.config.num_hidden_layers)
+        settings, layers = chosen(settings, trunk.config, trunk_metadata, accelerator.print)
         corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
         general = general_sample(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     domains = {"own": corpora.held_out, "general": general}

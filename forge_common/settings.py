@@ -13,6 +13,7 @@ from typing import Any, Literal, NoReturn, TypeVar
 
 from .command_line import BadConfig, completion, expanded, given_settings, grouped_help, program_name, unknown_flags
 from .errors import UserError
+from .files.places import published
 
 Settings = TypeVar("Settings")
 
@@ -219,7 +220,7 @@ def _end(faults: list[str]) -> NoReturn:
 
 def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
     """Ends the process with main's code; a UserError is printed without a traceback (code 1)."""
-    if "lora" in str(vars(settings).get("kind")) and Path("/sys/kernel/mm/transparent_hugepage").exists():
+    if _takes_huge_pages(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
         os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
     try:
         exit_code = main(settings)
@@ -228,6 +229,14 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         exit_code = 1
     raise SystemExit(exit_code)
+
+
+def _takes_huge_pages(settings: Any) -> bool:
+    """Whether a module of kind lora is trained. Of a kind that follows from the trunk this is a guess, before it is read."""
+    kind = str(vars(settings).get("kind"))
+    if kind == "auto":
+        return not (published(Path(settings.trunk), "trunk") / "forge.json").exists()
+    return "lora" in kind
 
 
 def _leave_process_group() -> None:

@@ -12,7 +12,7 @@ from .command_line import expanded, flag_of, given_settings
 from .files.hub import upload_problem
 from .files.places import missing_artifact, missing_file, missing_source, split_weight
 from .files.untrusted import LINE, PLAIN
-from .model.config import AUTO, PRESETS
+from .model.config import AUTO, KINDS, PRESETS
 from .model.module_settings import ModuleSettings, module_problems
 from .schedule import SCHEDULES
 from .settings import MODEL_SETTINGS, is_first_process, processes, seconds_of
@@ -84,7 +84,7 @@ def problems(settings: Any) -> list[str]:
         )
     if value("schedule") not in SCHEDULES:
         faults.append(f"--schedule {value('schedule')} is not one of {', '.join(SCHEDULES)}")
-    faults += module_problems(value) + _unused_sizes(settings)
+    faults += module_problems(value, (AUTO, *KINDS)) + _unused_sizes(settings)
     largest = 2**32 - 1 - max(value("steps") or 10**7, 0) * processes() - processes()
     if not 0 <= value("seed") <= largest:  # each update of each process adds to it, and NumPy takes 32 bits
         faults.append(f"--seed is {value('seed')}; it must lie in [0, {largest}]")

@@ -37,11 +37,11 @@ class ModuleSettings:
         }
 
 
-def module_problems(value: Callable[..., Any]) -> list[str]:
+def module_problems(value: Callable[..., Any], kinds: tuple[str, ...] = KINDS) -> list[str]:
     """Problems with these settings, each with how to fix it. value: of a setting by its name; None where there is none."""
     faults = []
-    if value("kind") is not None and value("kind") not in KINDS:
-        faults.append(f"--kind {value('kind')} is not one of {', '.join(KINDS)}")
+    if value("kind") not in (None, *kinds):
+        faults.append(f"--kind {value('kind')} is not one of {', '.join(kinds)}")
     if value("width", 0) < 0:
         faults.append(f"--width is {value('width')}; it cannot be negative (0: a quarter of the trunk's)")
     if value("rank", 1) < 1:

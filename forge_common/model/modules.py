@@ -23,7 +23,7 @@ B batch, T time, D width, V vocabulary, R rank
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ from torch import nn
 
 from ..errors import UserError
 from ..loss import balance_sum, z_sum
-from .config import KINDS, MATRICES, TARGETS, ModelConfig
+from .config import AUTO, KINDS, MATRICES, TARGETS, ModelConfig
 from .feed_forward import FeedForward
 from .gated import gated_product
 from .low_rank import LowRankHead, LowRankLinear, trained_dtype
@@ -75,6 +75,24 @@ class RoutedExpert(nn.Module):
         counts = scored.sum().expand(2)
         router = (balance_sum(logits.softmax(-1), even, scored), z_sum(logits, scored), counts)
         return y + p * (self.expert(normed) - y), router
+
+
+def chosen(
+    settings: Any, config: ModelConfig, trunk_metadata: dict[str, Any], print_line: Callable[[str], None]
+) -> tuple[Any, list[int]]:
+    """The settings with a kind in place of auto, and the layers of --layers.
+
+    On a pretrained trunk ffn+head would be about as large as the trunk, a low-rank change is a fortieth of it
+    (docs/PRETRAINED.md). A trunk of train_shared.py is known by the metadata that this writes.
+    """
+    if settings.kind == AUTO:
+        made_here = "format_version" in trunk_metadata
+        settings = dataclasses.replace(settings, kind="ffn+head" if made_here or config.num_local_experts else "lora")
+        if settings.kind == "lora":
+            print_line(
+                "kind        lora, which suits a trunk trained on much text (docs/PRETRAINED.md). --kind changes it"
+            )
+    return settings, chosen_layers(settings.layers, config.num_hidden_layers)
 
 
 def chosen_layers(spec: str, num_hidden_layers: int) -> list[int]:

@@ -3,18 +3,21 @@
 import hashlib
 import json
 import shutil
+from dataclasses import replace
+from pathlib import Path
 
 import edits
 import launch
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from small_artifacts import edit
+from small_artifacts import CONFIG, edit
 
+import train_module
 from forge_common.artifacts import artifact
 from forge_common.artifacts.metadata import read_metadata, training_texts
 from forge_common.errors import UserError
-from forge_common.model.modules import MATRICES, plug_in
+from forge_common.model.modules import MATRICES, chosen, plug_in
 
 STEPS = 8
 KINDS = {"ffn": 6, "ffn+head": 7}  # tensors of a module of two layers
@@ -189,6 +192,27 @@ def test_a_module_stored_in_bf16(made, module, altered, trunk, domain, cache, tm
 def test_only_the_chosen_layers(module, tmp_path):
     module(tmp_path / "run", "--steps", 2, "--kind", "ffn", "--layers", "top:1")
     assert all(name.startswith("model.layers.1.mlp.") for name in launch.weights(tmp_path / "run", 2))
+
+
+def test_without_kind_it_suits_the_trunk(trunk, module, tmp_path):
+    """lora on a Transformers checkpoint; ffn+head on a trunk of train_shared.py, as ever. The choice is printed, and resumed."""
+    elsewhere = shutil.copytree(trunk, tmp_path / "elsewhere", ignore=shutil.ignore_patterns("forge.json"))
+    flags = ("--steps", 2, "--save-every", 1, "--trunk")
+    for place, expected, lines in ((elsewhere, "lora", 1), (trunk, "ffn+head", 0)):
+        printed = module(tmp_path / expected, *flags, place)
+        assert printed.count("kind        lora") == lines
+        assert json.loads((tmp_path / expected / "module" / "module.json").read_text())["kind"] == expected
+        assert json.loads((tmp_path / expected / "settings.json").read_text())["kind"] == expected
+    assert "kind        " not in module(tmp_path / "given", *flags, elsewhere, "--kind", "narrow")
+    assert "published" in module(tmp_path / "lora", *flags, elsewhere, "--kind", "lora")  # the same run
+
+
+def test_a_mixture_of_experts_made_elsewhere_has_no_low_rank_default():
+    """Its feed-forwards cannot have low-rank changes."""
+    settings = train_module.Settings(trunk="org/trunk", name="law", data=("law",), output_dir=Path("run"))
+    for experts, expected in ((0, "lora"), (4, "ffn+head")):
+        chosen_settings, layers = chosen(settings, replace(CONFIG, num_local_experts=experts), {}, print)
+        assert (chosen_settings.kind, layers) == (expected, [0, 1])
 
 
 def evaluate(*arguments: object, fails: bool = False) -> str:

@@ -1,9 +1,11 @@
 """Wrong settings are refused: all in one message, with how to fix them, a non-zero exit code, and nothing written."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import launch
 import pytest
@@ -14,7 +16,7 @@ import train_shared
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.model.presets import model_config
 from forge_common.run import launch_checks
-from forge_common.settings import MODEL_SETTINGS
+from forge_common.settings import HUGE_PAGES, MODEL_SETTINGS, run_main
 from forge_common.settings_checks import problems
 
 
@@ -354,3 +356,18 @@ def test_every_flag_has_a_help_text_with_its_unit(command):
         assert len(text) > 10 and not text.startswith("-- "), f"{name} has no help text"
         if re.search("INT|FLOAT", name):
             assert re.search(rf"\b({'|'.join(UNITS.split())})\b", text, re.IGNORECASE), f"{name} has no unit: {text}"
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "expected"),
+    [("auto", "config.json", True), ("auto", "forge.json", False), ("lora", "forge.json", True), ("ffn", "", False)],
+)
+def test_memory_comes_in_huge_pages_for_kind_lora_alone(kind, file, expected, monkeypatch, tmp_path):
+    """Also where the trunk decides on the kind: one with forge.json has ffn+head."""
+    name, value = HUGE_PAGES
+    monkeypatch.setattr(os, "environ", {})
+    monkeypatch.setattr(Path, "exists", lambda path: path.name in (file, "transparent_hugepage"))
+    settings = train_module.Settings(kind=kind, trunk=str(tmp_path), name="law", data=("law",), output_dir=tmp_path)
+    with pytest.raises(SystemExit, match="0"):
+        run_main(lambda settings: 0, settings)
+    assert (os.environ.get(name) == value) == expected
