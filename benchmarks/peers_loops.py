@@ -39,10 +39,10 @@ class Run:
         given.output_dir.mkdir(parents=True, exist_ok=True)
 
     def begin(self) -> None:
-        """The model is built: says so to peers.py and starts the clock."""
+        """The model is built: says so to peers.py and starts the clock. The pause counts to the first update, which no speed has."""
+        self.mark = (0, time.perf_counter())
         (self.given.output_dir / "settings.json").write_text("{}\n")
         time.sleep(SETTLE_SECONDS)
-        self.mark = (0, time.perf_counter())
 
     def due(self, step: int) -> bool:
         return step % self.given.log_every == 0 or step == self.given.steps
