@@ -45,7 +45,7 @@ VARIANTS = {  # where it pulls -> the values of --weight-decay
     "to zero": (0.1, 0.9),
     "to the trunk": (0.1, 0.9),
 }
-BEFORE = "    accelerator.print(plan("
+BEFORE = "    show(accelerator, settings, plan("
 PULL = """\
     pulled = [(p, p.detach().clone()) for group in optimizer.param_groups if group["weight_decay"] for p in group["params"]]
     for group in optimizer.param_groups:
