@@ -146,7 +146,7 @@ def test_a_schedule(copy, train):
 def test_the_optimizer(copy, train, unchanged):
     """An update of SGD is as long as the rate times the norm that the gradient is clipped to; one of AdamW is longer."""
     scripts = ("train_shared.py", "train_module.py")
-    adamw = "return torch.optim.AdamW(groups, lr=settings.lr, **adamw)"
+    adamw = "return AdamW(groups, lr=settings.lr, **adamw)"
     copy.replace("forge_common/optimizers.py", adamw, "return torch.optim.SGD(groups, lr=settings.lr)")
     _, trunk, _ = unchanged
     before = weights(trunk)

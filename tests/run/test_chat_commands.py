@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from forge_common import assemble, generate, merge
 from forge_common.artifacts.artifact import read_trunk
 from forge_common.artifacts.assembled import read_assembled
-from forge_common.generation.sampling import prompt_ids, sample
+from forge_common.generation.sampling import sample
 
 SHAPE = [value for value in launch.SHAPE if value not in ("--tokenizer", "bytes")]
 TURNS = ("What is 3 + 4?", "And the fox?")
@@ -174,7 +174,7 @@ def test_a_prompt_longer_than_the_context_leaves_room_for_the_text(root, capsys)
     def greedy(prompt, max_new_tokens):
         model, tokenizer, _ = read_trunk(str(root / "trunk"))
         settings = SimpleNamespace(temperature=0, max_new_tokens=max_new_tokens)
-        return list(sample(model, prompt_ids(tokenizer, prompt), settings, torch.Generator()))
+        return list(sample(model, tokenizer.encode_prompt(prompt), settings, torch.Generator()))
 
     for length, max_new_tokens, used in ((context, 9, context - 9), (500, 1000, context // 2), (context - 4, 9, None)):
         prompt = ("abcdefghij" * 99)[-length:]

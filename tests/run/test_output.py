@@ -151,10 +151,11 @@ def test_partial_files_of_a_killed_run_are_removed(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["read-only", "below a file", "/proc/forge"])
-def test_a_folder_that_cannot_be_written_is_refused_at_once(place, shared, text, tmp_path):
+def test_a_folder_that_cannot_be_written_is_refused_at_once(place, shared, tmp_path):
     """Before anything is read or trained."""
     with mounted(tmp_path / "ro", "ro") if place == "read-only" else nullcontext() as disk:
-        folder = disk / "run" if disk else next(text.iterdir()) / "run" if place == "below a file" else Path(place)
+        (tmp_path / "file").touch()
+        folder = disk / "run" if disk else tmp_path / "file" / "run" if place == "below a file" else Path(place)
         printed = shared(folder, *MORE, fails=True)
     assert f"--output-dir {folder} cannot be written" in printed and "Traceback" not in printed
     assert "data  " not in printed

@@ -131,7 +131,7 @@ def test_the_first_micro_batch_and_the_first_update_say_how_long_it_takes(clock)
     first, update = lines
     assert "micro-batch 1 of 4 took 3.0 s: an update takes about 12s, 100 updates 20m00s" in first
     assert "loss 5.0000 after 12.0 s; 100 updates at this speed: 20m00s. The next line comes after update 10" in update
-    Pace(CPU, settings(steps=3), 3, 0, lines.append).advance(0, 1, 1, DONE, mark=0.0)
+    Pace(CPU, settings(steps=3), 3, 0, lines.append).advance(0, 1, 1, DONE, row_start=0.0)
     assert lines[-1].endswith("after update 3")
 
 

@@ -63,7 +63,7 @@ def test_a_name_that_cannot_be_published_is_refused_before_training(module, tmp_
 
 
 def test_sizes_of_another_kind_of_module_are_refused(module, tmp_path):
-    printed = module(tmp_path / "run", "--dropout", 0.1, "--rank", 64, "--width", 0, fails=True)
+    printed = module(tmp_path / "run", "--kind", "ffn+head", "--dropout", 0.1, "--rank", 64, "--width", 0, fails=True)
     assert "--dropout belongs to kind lora, and --kind is ffn+head" in printed and "--rank belongs to" in printed
     assert "--width" not in printed and not (tmp_path / "run").exists()
 
