@@ -13,7 +13,8 @@ from .length import MANY_PASSES
 
 FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
 # Of a process on a CPU, in bytes; measured (docs/PERFORMANCE.md, "The plan's memory").
-PROCESS = 340 << 20  # Python, torch and the other libraries, a small tokenizer
+PROCESS = 310 << 20  # Python, torch and the other libraries, a small tokenizer
+COMPILER = 30 << 20  # torch._dynamo, which --optimizer muon and --activation-checkpointing import
 PER_TOKEN_OF_VOCABULARY = 600  # of the tokenizer
 MAPPED_AT_ONCE = 64 << 10  # of a mapped file, where Linux finds a page of it missing
 OF_THE_HEAP = 32 << 20  # a larger tensor is memory of its own, which glibc gives back when it is freed
@@ -149,8 +150,9 @@ def of_process(
     before_the_end = settings.save_every, settings.val_every if corpora.held_out else 0
     saved = settings.on_full_disk == "continue" and any(0 < every < settings.steps for every in before_the_end)
     copy = 3 * _bytes(*_trained(model)) - _bytes(*by_muon)
+    libraries = PROCESS + (COMPILER if by_muon or settings.activation_checkpointing else 0)
     return {
-        "Python and libraries": PROCESS + PER_TOKEN_OF_VOCABULARY * model.config.vocab_size,
+        "Python and libraries": libraries + PER_TOKEN_OF_VOCABULARY * model.config.vocab_size,
         "text": text,
         "copy for a checkpoint": copy * saved,
         "free in pieces": free_in_pieces(model, settings, compute),
