@@ -65,7 +65,7 @@ def main(settings: Settings) -> int:
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
     from forge_common.model.config import check_context
-    from forge_common.model.modules import chosen, plug_in
+    from forge_common.model.modules import kind_and_layers, plug_in
     from forge_common.model.trunk import even_load, load_of
     from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare_output, release
@@ -100,7 +100,7 @@ def main(settings: Settings) -> int:
         dtype = settings.trunk_dtype or settings.dtype
         trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk, settings.eos_token, dtype)
         check_context(settings, trunk.config)
-        settings, layers = chosen(settings, trunk.config, trunk_metadata, accelerator.print)
+        settings, layers = kind_and_layers(settings, trunk.config, trunk_metadata, accelerator.print)
         corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
         general = general_sample(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     domains = {"own": corpora.held_out, "general": general}

@@ -13,6 +13,7 @@ import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from .command_line import flag_of
 from .errors import UserError
 from .model.config import PRESETS, ModelConfig
 from .model.module_settings import ModuleSettings, module_problems
@@ -109,10 +110,10 @@ def problems(settings: Settings) -> list[str]:
     positive += ("intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size")
     for name in (*positive, "between"):
         if getattr(settings, name) is not None and not getattr(settings, name) > 0:
-            faults.append(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must be positive")
+            faults.append(f"{flag_of(name)} is {getattr(settings, name)}; it must be positive")
     for name in ("mfu", "link_share", "memory_share"):
         if not 0 < getattr(settings, name) <= 1:
-            faults.append(f"--{name.replace('_', '-')} is {getattr(settings, name)}; it must lie in (0, 1]")
+            faults.append(f"{flag_of(name)} is {getattr(settings, name)}; it must lie in (0, 1]")
     count = int(found[1]) if found else 1
     if found and (settings.engine == "one") != (count == 1):
         faults.append(f"--engine {settings.engine} with {count} device(s); one is for 1, ddp and fsdp2 for several")

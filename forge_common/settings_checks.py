@@ -178,8 +178,8 @@ def _folder_problems(value: Any) -> list[str]:
             for written in ("output_dir", "cache_dir"):
                 if folder.is_dir() and _would_read(folder, Path(value(written)).expanduser()):
                     faults.append(
-                        f"--{written.replace('_', '-')} {value(written)} lies in --{name.replace('_', '-')} {source}: the same command "
-                        "would read what it wrote as text. Name a folder outside of it, or one whose name begins with a dot"
+                        f"{flag_of(written)} {value(written)} lies in {flag_of(name)} {source}: the same command would read "
+                        "what it wrote as text. Name a folder outside of it, or one whose name begins with a dot"
                     )
     if output.exists() and not output.is_dir():
         faults.append(f"--output-dir {output} is a file; name a folder")

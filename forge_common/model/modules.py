@@ -77,7 +77,7 @@ class RoutedExpert(nn.Module):
         return y + p * (self.expert(normed) - y), router
 
 
-def chosen(
+def kind_and_layers(
     settings: Any, config: ModelConfig, trunk_metadata: dict[str, Any], print_line: Callable[[str], None]
 ) -> tuple[Any, list[int]]:
     """The settings with a kind in place of auto, and the layers of --layers.

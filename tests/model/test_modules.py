@@ -17,7 +17,7 @@ import train_module
 from forge_common.artifacts import artifact
 from forge_common.artifacts.metadata import read_metadata, training_texts
 from forge_common.errors import UserError
-from forge_common.model.modules import MATRICES, chosen, plug_in
+from forge_common.model.modules import MATRICES, kind_and_layers, plug_in
 
 STEPS = 8
 KINDS = {"ffn": 6, "ffn+head": 7}  # tensors of a module of two layers
@@ -211,7 +211,7 @@ def test_a_mixture_of_experts_made_elsewhere_has_no_low_rank_default():
     """Its feed-forwards cannot have low-rank changes."""
     settings = train_module.Settings(trunk="org/trunk", name="law", data=("law",), output_dir=Path("run"))
     for experts, expected in ((0, "lora"), (4, "ffn+head")):
-        chosen_settings, layers = chosen(settings, replace(CONFIG, num_local_experts=experts), {}, print)
+        chosen_settings, layers = kind_and_layers(settings, replace(CONFIG, num_local_experts=experts), {}, print)
         assert (chosen_settings.kind, layers) == (expected, [0, 1])
 
 
