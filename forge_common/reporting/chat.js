@@ -133,4 +133,5 @@
     status.textContent = "";
     fields.text.focus();
   });
+  fields.text.focus(); // not by autofocus, which comes later and may meet a field that is already used
 })();

@@ -45,7 +45,7 @@ def chat_page(title: str, names: Sequence[str], *, chat: bool, defaults: dict[st
         (
             '<div id="log" class="log"></div>',
             '<form id="ask">',
-            f'<label class="typed">{"message" if chat else "text to continue"} <textarea name="text" rows="3" autofocus></textarea></label>',
+            f'<label class="typed">{"message" if chat else "text to continue"} <textarea name="text" rows="3"></textarea></label>',
             '<div class="row"><button id="send">Send</button><button id="stop" type="button" disabled>Stop</button>'
             '<button id="clear" type="button">Clear</button><span id="status" role="status"></span></div>',
             f'<div class="row">{inputs}{system}{plain}</div>',

@@ -196,6 +196,7 @@ def test_a_conversation_in_a_browser(server, tmp_path):
 
 def use(page, server):
     """A conversation, the same without a module, a text as it is with a bad field, and the button Stop."""
+    page.until("document.activeElement.name === 'text'")  # one can type at once
     page.type("[name=seed]", "5")
     page.type("[name=max_new_tokens]", "30")
     page.type("textarea", EVIL)
