@@ -65,7 +65,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             target = target.unsqueeze(1).masked_fill(~scored, 0)
             logits = torch.mm(rows, weight.T, out=buffer[: len(rows)]).to(wide)
             log_p = torch.log_softmax(logits, dim=-1, out=logits)
-            nats -= log_p.gather(1, target).masked_fill(~scored, 0).sum()
+            nats = nats - log_p.gather(1, target).masked_fill(~scored, 0).sum()
             if not (needs_hidden or needs_weight):
                 continue
             grad = log_p.exp_()

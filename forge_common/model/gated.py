@@ -11,7 +11,8 @@ class _GatedProduct(torch.autograd.Function):
     def forward(ctx, gate, up, hidden_act):
         ctx.save_for_backward(gate, up)
         ctx.hidden_act = hidden_act
-        return _act(gate, hidden_act).mul_(up)
+        # A view: torch.compile of torch 2.11 loses the gradient of a result that was changed in place.
+        return _act(gate, hidden_act).mul_(up).view_as(gate)
 
     @staticmethod
     def backward(ctx, *grad_outputs):

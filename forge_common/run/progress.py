@@ -119,7 +119,9 @@ class Progress:
     losses_before: dict[str, Any] = dataclasses.field(default_factory=dict)  # held-out losses before training
 
     def record(self, outcome: UpdateOutcome, settings: Any, training: Any, print_line: Callable[[str], None]) -> None:
-        """Counts one update by its outcome. UserError, naming the documents, after too many bad ones in a row."""
+        """Counts one update by its outcome. UserError without any gradient, and, naming the documents, after too many bad
+        updates in a row.
+        """
         self.global_step += 1
         self.epoch = training.epoch(self.global_step * settings.batch_size)
         self.passes = training.passes(self.global_step * settings.batch_size)
@@ -127,6 +129,12 @@ class Progress:
             self.tokens += outcome.num_scored
             self.empty_updates += outcome.num_scored == 0
             self.bad_in_a_row = 0
+            if outcome.loss > 0 and outcome.grad_norm == 0 and outcome.num_scored > 0:
+                raise UserError(
+                    f"the gradient of update {self.global_step} is 0, and its loss is not: nothing would be learned. "
+                    "Versions of torch before the one in requirements.txt can lose gradients with torch.compile: install "
+                    "that one, or launch without --dynamo_backend."
+                )
         elif outcome.overflow:
             self.scaler_skips += 1
         else:

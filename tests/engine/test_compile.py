@@ -6,10 +6,20 @@ import sys
 
 import launch
 import pytest
+import torch
 from launch import MORE, same_run
+
+from forge_common.loss import head_cross_entropy
+from forge_common.model.config import ModelConfig
+from forge_common.model.gated import gated_product
+from forge_common.model.low_rank import LowRankLinear
+from forge_common.model.modules import plug_in
+from forge_common.model.trunk import Trunk
 
 # The backend that only runs the graphs that were captured, with torch's own operations: the same numbers, bit for bit.
 EAGER = (*launch.LAUNCH, "--dynamo_backend", "eager")
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "eos_token_id": 1}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32}
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +63,47 @@ def test_a_module_is_published_compiled(module, tmp_path):
     tensors = [launch.load_file(folder / "module.safetensors") for folder in (plain, compiled)]
     assert launch.same_bits(*tensors)
     assert (plain / "module.json").read_text() == (compiled / "module.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("experts", "kind"),
+    [(0, kind) for kind in ("", "ffn+head", "attention+ffn", "narrow", "lora+head", "expert+head")]
+    + [(4, kind) for kind in ("", "ffn+head", "narrow")],
+)
+def test_compiled_gradients_are_those_without_torch_compile(experts, kind):
+    """Of a trunk, dense and with experts, and of every kind of module."""
+    torch.manual_seed(0)
+    trunk = Trunk(ModelConfig(**SIZES, num_local_experts=experts))
+    if kind:
+        plug_in(trunk, kind, [1], width=16, rank=4, alpha=4, dropout=0.0)
+        for parameter in trunk.parameters():  # B of a low-rank change is 0 at first, and so is the gradient of A
+            parameter.data += 0.01 * torch.randn_like(parameter)
+    trained = [parameter for parameter in trunk.parameters() if parameter.requires_grad]
+    tokens = torch.randint(2, 64, (2, 33))
+    torch._dynamo.reset()
+    compiled = torch.compile(trunk, backend="aot_eager")
+    expected, found = (torch.autograd.grad(model(tokens).objective, trained) for model in (trunk, compiled))
+    for mine, other in zip(found, expected, strict=True):
+        assert other.any()
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    ("name", "result"),
+    [
+        ("the head's loss", lambda x: head_cross_entropy(x, x, torch.arange(8), -100)),
+        ("a gated product", lambda x: gated_product(x, x)),
+        ("a low-rank product", lambda x: LowRankLinear(torch.nn.Linear(8, 8), 2, 2.0, 0.0)(x)),
+    ],
+)
+def test_no_function_returns_a_tensor_that_it_changed_in_place(name, result):
+    """torch.compile of torch 2.11 takes it for a constant, whose gradient is 0, unless it is a view.
+
+    (Not so where only views of it are changed, as in a rotation.)
+    """
+    tensor = result(torch.randn(8, 8, requires_grad=True))
+    assert tensor.grad_fn, name
+    assert tensor._version == 0 or tensor._is_view(), name
 
 
 @pytest.mark.soak

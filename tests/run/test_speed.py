@@ -7,6 +7,7 @@ import types
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.utils import TorchDynamoPlugin
 
 from forge_common.loss import Sums
 from forge_common.model.config import ModelConfig
@@ -51,8 +52,29 @@ def settings(folder, **changes):
 )
 def test_a_dry_run_leaves_out_its_first_two_updates(updates, line, clock, tmp_path, capsys):
     """They allocate memory and compile. Where there are fewer updates, or 20 seconds are over, the last one is timed."""
-    main, progress = types.SimpleNamespace(is_main_process=True, device=CPU, num_processes=1), Progress("run", {}, {})
-    log = RunLog(main, settings(tmp_path, dry_run=True), progress, len(updates))
+    assert line in dry_run(updates, "NO", clock, tmp_path, capsys)
+
+
+@pytest.mark.parametrize(
+    ("updates", "line"),
+    [
+        ([75, 2, 1, 1], "2.000 s an update (1 timed), 150 tok/s"),
+        ([75, 60, 1, 1], "60.000 s an update (1 timed), 5 tok/s"),
+        ([9, 5, 1, 3], "2.000 s an update (2 timed), 150 tok/s"),
+        ([75], "75.000 s an update (1 timed), 4 tok/s"),
+    ],
+)
+def test_a_dry_run_does_not_time_the_compiler(updates, line, clock, tmp_path, capsys):
+    """With torch.compile the first update is timed only where there is no other."""
+    assert line in dry_run(updates, "INDUCTOR", clock, tmp_path, capsys)
+
+
+def dry_run(updates, backend, clock, folder, capsys):
+    """What a dry run prints whose updates take these seconds. backend: of torch.compile."""
+    state = types.SimpleNamespace(dynamo_plugin=TorchDynamoPlugin(backend=backend))
+    main = types.SimpleNamespace(is_main_process=True, device=CPU, num_processes=1, state=state)
+    progress = Progress("run", {}, {})
+    log = RunLog(main, settings(folder, dry_run=True), progress, len(updates))
     log.restart_clock(0)
     for step, seconds in enumerate(updates, 1):
         clock[0] += seconds
@@ -60,7 +82,7 @@ def test_a_dry_run_leaves_out_its_first_two_updates(updates, line, clock, tmp_pa
         if log.end_warm_up(progress) == step:
             break
     log.dry_run_result(progress, 1000)
-    assert line in capsys.readouterr().out
+    return capsys.readouterr().out
 
 
 def test_mfu_is_at_most_one_where_the_peak_was_measured_on_a_busy_machine(tmp_path):

@@ -112,6 +112,13 @@ def test_validation_is_a_plain_loop_over_all_held_out_tokens(packing, processes,
         assert row["val/bits_per_byte"] == pytest.approx(found["bits_per_byte"], rel=1e-6)
 
 
+def test_a_run_whose_gradient_is_0_ends(shared, tmp_path, altered):
+    """As under a compiler that loses gradients: its log would look like that of a training."""
+    printed = shared(tmp_path, script=altered("train_shared.py", edits.BACKWARD, edits.scaled_by("0")), fails=True)
+    assert "the gradient of update 1 is 0, and its loss is not: nothing would be learned" in printed
+    assert "Traceback" not in printed and not (tmp_path / "trunk").exists()
+
+
 def test_nan_never_reaches_the_weights(shared, tmp_path, altered):
     """A gradient that is NaN at update 3 is counted and not applied, and the run continues."""
     script = altered("train_shared.py", edits.BACKWARD, edits.scaled_by('(float("nan") if step == 3 else scale)'))
