@@ -88,6 +88,25 @@ def test_compiled_gradients_are_those_without_torch_compile(experts, kind):
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
 
 
+def test_compiled_blocks_of_documents_have_the_gradients_of_the_mask(monkeypatch):
+    """What a GPU trains with in 16 bits (run/kernels.py), with torch's own operations, which have a backward pass."""
+    flex_attention = sys.modules["torch.nn.attention.flex_attention"]
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)  # refuses a CPU: it lacks the kernel
+    torch.manual_seed(0)
+    trunk = Trunk(ModelConfig(**SIZES | {"max_position_embeddings": 256}, cross_document_attention=False))
+    torch._dynamo.reset()
+    compiled = torch.compile(trunk, backend="aot_eager")
+    for _ in range(2):  # other documents: the mask is no constant of the graph
+        tokens = torch.randint(2, 64, (2, 257))
+        tokens[torch.rand(tokens.shape) < 0.02] = 1
+        trunk.model.fused_document_mask = False
+        expected = torch.autograd.grad(trunk(tokens).objective, [*trunk.parameters()])
+        trunk.model.fused_document_mask = True
+        found = torch.autograd.grad(compiled(tokens).objective, [*trunk.parameters()])
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
 @pytest.mark.parametrize(
     ("name", "result"),
     [
