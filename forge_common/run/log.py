@@ -26,7 +26,7 @@ from .samples import continuations
 from .trackers import Tracker
 
 WARM_UP = 2  # updates of a dry run that are not timed: they allocate memory, and torch.compile compiles in them
-DRY_RUN_SECONDS = 20.0  # after which a dry run ends with the update it is in, unless that compiles
+DRY_RUN_SECONDS = 20.0  # after which a dry run ends with the update it is in; torch.compile has more
 PARTS = ("nats", "tokens", "balance", "z")  # the fields of loss.Sums that an interval adds up
 
 
@@ -261,12 +261,12 @@ class RunLog:
         with. A collective.
         """
         step = progress.global_step
+        if step == 1 and self.accelerator.state.dynamo_plugin.backend.value != "NO":
+            self._start = time.perf_counter()  # the time before is that of torch.compile
         over = torch.tensor(float(time.perf_counter() - self._start > DRY_RUN_SECONDS), device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
             over = self.accelerator.reduce(over, "sum")
-        # torch.compile compiles in the first update.
-        compiled = step == 1 and self.accelerator.state.dynamo_plugin.backend.value != "NO"
-        last = step if bool(over) and not compiled else self.steps
+        last = step if bool(over) else self.steps
         if step <= WARM_UP and step < last:
             self.restart_clock(step)
             self._row_start_tokens = progress.tokens

@@ -58,7 +58,7 @@ def test_a_dry_run_leaves_out_its_first_two_updates(updates, line, clock, tmp_pa
 @pytest.mark.parametrize(
     ("updates", "line"),
     [
-        ([75, 2, 1, 1], "2.000 s an update (1 timed), 150 tok/s"),
+        ([75, 2, 1, 3], "2.000 s an update (2 timed), 150 tok/s"),
         ([75, 60, 1, 1], "60.000 s an update (1 timed), 5 tok/s"),
         ([9, 5, 1, 3], "2.000 s an update (2 timed), 150 tok/s"),
         ([75], "75.000 s an update (1 timed), 4 tok/s"),
