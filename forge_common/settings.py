@@ -177,7 +177,7 @@ def read_settings(
         print(completion(Path(sys.argv[0]), kind), end="")
         raise SystemExit(0)
     try:
-        words, file = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
+        words, file, notes = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
     except BadConfig as error:
         _end([str(error)])
     unknown = unknown_flags(words, kind)
@@ -203,7 +203,8 @@ def read_settings(
     if is_first_process() and file:
         given = sorted(given_settings([word for word in sys.argv[1:] if not word.startswith("--config")]))
         flags = f", but the flags --{', --'.join(given).replace('_', '-')}" if given else ""
-        print(f"settings    of {file}{flags}; the rest are defaults", file=sys.stderr, flush=True)
+        noted = "".join(f"; {note}" for note in notes)
+        print(f"settings    of {file}{flags}{noted}; the rest are defaults", file=sys.stderr, flush=True)
     if is_first_process() and issubclass(kind, RunSettings):
         print(
             "loading     PyTorch and Accelerate, which takes some seconds; then the data, the plan, training",

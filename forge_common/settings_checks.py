@@ -134,7 +134,7 @@ def _shape_problems(settings: Any) -> list[str]:
     """Problems with the sizes of a model that is initialized, not loaded."""
     value = vars(settings).get
     if value("trunk_from"):
-        on_command_line = given_settings(expanded(sys.argv[1:], type(settings))[0])
+        on_command_line = given_settings(expanded(sys.argv[1:], type(settings)).words)
         given = [flag_of(name) for name in MODEL_SETTINGS if name in on_command_line]
         if not given:
             return []

@@ -90,6 +90,25 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(read, tmp_pat
     assert read("--epochs", 2, "--config=mine.yaml").steps == 0, "one length replaces the other"
 
 
+def test_a_warm_up_that_followed_from_the_steps_of_another_run_follows_from_the_new_ones(read, tmp_path, capsys):
+    """settings.json of a run holds the numbers that followed from its steps and its text."""
+    written = {"data": ["local:docs"], "output_dir": "run", "steps": 200, "warmup_steps": 20, "val_fraction": 0.03}
+    (tmp_path / "settings.json").write_text(json.dumps(written))
+    settings = read("--config", "settings.json", "--steps", 1000)
+    assert (settings.steps, settings.warmup_steps, settings.val_fraction) == (1000, None, 0.03)
+    printed = capsys.readouterr().err
+    assert "its --warmup-steps 20 followed from its steps and follows from the new length" in printed
+    assert "val-fraction" not in printed
+    assert read("--config", "settings.json", "--budget", "30m").warmup_steps is None
+    assert read("--config", "settings.json", "--steps", 1000, "--warmup-steps", 20).warmup_steps == 20
+    capsys.readouterr()
+    assert read("--config", "settings.json", "--data", "local:cpp").warmup_steps == 20
+    printed = capsys.readouterr().err
+    assert "its --val-fraction 0.03 stays, and may have followed from its text" in printed and "warmup" not in printed
+    (tmp_path / "settings.json").write_text(json.dumps(written | {"warmup_steps": 50}))
+    assert read("--config", "settings.json", "--steps", 1000).warmup_steps == 50, "it did not follow from the steps"
+
+
 def test_what_is_printed_and_what_a_run_has_written_are_files_of_settings(read, tmp_path, capsys):
     words = (*REQUIRED, "--lr", 0.002, "--eps", 1e-7, "--no-tie-word-embeddings", "--accept-change", "steps", "lr")
     settings = read(*words)
@@ -105,12 +124,44 @@ def test_what_is_printed_and_what_a_run_has_written_are_files_of_settings(read, 
 
 
 @pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (export, ("--model", "some/where", "--as", "gguf", "--output-dir", "out")),
+        (report, ("runs/a", "runs/b", "--output", "all.html")),
+    ],
+)
+def test_what_a_command_prints_is_a_file_of_settings_also_without_a_flag_of_the_same_name(
+    command, words, monkeypatch, tmp_path, capsys
+):
+    def read(*words):
+        monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *words])
+        return read_settings(command.Settings, "")
+
+    settings = read(*words)
+    with pytest.raises(SystemExit):
+        read(*words, "--print-config")
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert read("--config", str(tmp_path / "printed.yaml")) == settings
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     [
         ("stepz: 3\nlr: 1\nbatch: 3", "has stepz, which is no setting; did you mean --steps?"),
         ("[1, 2]", "has no settings"),
         ("a: [", "cannot be read as YAML or JSON"),
         (None, "is not there; did you mean mine.yml?"),
+        ("lr: 1\nsteps: 3\nlr: 2", "has lr twice, in lines 1 and 3"),
+        ("batch_size: 1\nbatch-size: 2", "has batch-size twice, in lines 1 and 2"),
+        ('{"lr": 1, "lr": 2}', "has lr twice, in lines 1 and 1"),
+        ("lr: fast", "has lr: fast; it must be a number"),
+        ("steps: 1.5", "has steps: 1.5; it must be a whole number"),
+        ("steps:", "has steps: null; it must be a whole number"),
+        ("pack: 3", "has pack: 3; it must be true or false"),
+        ("on_bad_text: no", "has on_bad_text: false; it must be refuse, replace or skip"),
+        ("data: {a: 1}", 'has data: {"a": 1}; it must be text, or a list of it'),
+        ("data: [a, [b]]", 'has data: ["a", ["b"]]; it must be text, or a list of it'),
+        ("tokenizer: [a, b]", 'has tokenizer: ["a", "b"]; it must be text'),
     ],
 )
 def test_a_wrong_file_of_settings_is_refused(content, expected, read, tmp_path, capsys):
