@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .errors import UserError
 from .files.atomic import copy_files
 from .files.hub import local_folder, origins
-from .files.places import ASSEMBLED_FILES, MODULE_FILES
+from .files.places import ASSEMBLED_FILES, MODULE_FILES, check_mixture, unused_weight
 from .files.untrusted import naming_source, without_links
 from .routing.tuning import ROUTERS
 from .settings import ReadingSettings, read_settings, run_main
@@ -149,6 +149,12 @@ def _check(settings: Settings) -> None:
             f"--top-k is {settings.top_k}, --calibrate-tokens is {settings.calibrate_tokens}. "
             "The first must be 0 (all) or more, the second at least 2."
         )
+    check_mixture("--trunk-data", settings.trunk_data)
+    check_mixture("--calibrate", settings.calibrate)
+    for text in settings.check_data:
+        problem = unused_weight(text.partition("=")[2])
+        if problem:
+            raise UserError(f"--check-data {problem}")
 
 
 def _by_name(folders: Iterable[Path]) -> dict[str, Path]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from .command_line import expanded, flag_of, given_settings
 from .files.hub import upload_problem
-from .files.places import missing_artifact, missing_file, missing_source, split_weight
+from .files.places import missing_artifact, missing_file, missing_source, split_weight, unused_weight
 from .files.untrusted import LINE, PLAIN
 from .model.config import AUTO, KINDS, PRESETS
 from .model.module_settings import ModuleSettings, module_problems
@@ -197,12 +197,14 @@ def _would_read(folder: Path, output: Path) -> bool:
 
 
 def _missing(value: Any) -> list[str]:
-    """Files and folders that are named and do not exist, each with the nearest name that does."""
+    """Files and folders that are named and do not exist, each with the nearest name that does; weights without effect."""
     problems_found = []
     for name in ("data", "val_data", "general_data"):
         if name == "general_data" and not value("general_tokens"):
             continue  # it is not read
         problems_found += [(name, missing_source(source)) for source in value(name) or ()]
+        if name != "data":
+            problems_found += [(name, unused_weight(source)) for source in value(name) or ()]
     for name in ("trunk", "trunk_from"):
         if value(name):
             problems_found.append((name, missing_artifact(value(name))))

@@ -14,6 +14,7 @@ import pytest
 import small_artifacts
 import torch
 from safetensors.torch import load_file, save_file
+from small_artifacts import assembling, refused
 
 from forge_common import assemble
 from forge_common.artifacts import artifact, assembled
@@ -397,6 +398,24 @@ def test_each_part_is_verified_once(calibrate, text, tmp_path, monkeypatch):
     for path in (tmp_path / "trunk" / "forge.json", *(folder / "module.json" for folder in modules)):
         metadata = json.loads(path.read_text())
         assert computed.count(metadata["digest"]) == computed.count(metadata["statistics_digest"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "sources", "expected"),
+    [
+        ("check_data", ("one={}@0.5",), "{}@0.5: a weight has no effect here; leave out @0.5"),
+        ("calibrate", ("{}s",), "{}s: no such file or folder; did you mean {}?"),
+        ("calibrate", ("{}@0.5", "local:docs"), "only some sources have a weight"),
+        ("calibrate", ("local:dosc",), "local:dosc: no such corpus"),
+        ("trunk_data", ("{}", "local:docs@2"), "only some sources have a weight"),
+    ],
+)
+def test_assemble_refuses_sources_before_anything_is_read(flag, sources, expected, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    sources = tuple(source.format(text) for source in sources)
+    message = refused(assemble.main, assembling(tmp_path, **{flag: sources}))
+    assert message.startswith(f"--{flag.replace('_', '-')}") and expected.format(text, text) in message
 
 
 def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared, tmp_path):

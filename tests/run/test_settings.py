@@ -97,6 +97,23 @@ def test_a_module_that_cannot_be_rounded_with_its_losses_is_refused(dtype, launc
     assert not problems(train_module.Settings(**required, dtype=dtype))
 
 
+def test_a_weight_of_text_that_is_not_mixed_is_refused(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    settings = train_module.Settings(
+        trunk="org/trunk",
+        name="law",
+        data=(f"{text}@0.3", "local:cpp@0.7"),
+        output_dir=tmp_path / "run",
+        val_data=(f"{text}@0.3",),
+        general_data=("local:docs@2", str(text)),
+    )
+    assert problems(settings) == [
+        f"--val-data {text}@0.3: a weight has no effect here; leave out @0.3",
+        "--general-data local:docs@2: a weight has no effect here; leave out @2",
+    ]
+
+
 def test_for_an_unknown_flag_the_nearest_is_named(shared, tmp_path):
     printed = shared(tmp_path / "run", "--warmup-stepz", 3, fails=True)
     assert "--warmup-steps" in printed and "Traceback" not in printed
