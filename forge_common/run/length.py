@@ -134,10 +134,23 @@ def _mean(value: float, accelerator: Any) -> float:
 
 
 def _earlier_settings(settings: Any, accelerator: Any) -> dict[str, Any]:
-    """The settings of the run that this one continues, or {}, as the main process finds them. A collective."""
+    """The settings of the run that this one continues, or {}, as the main process finds them. A collective.
+
+    UserError where they are damaged.
+    """
     found: dict[str, Any] = {}
     file = Path(settings.output_dir) / "settings.json"
-    continues = settings.resume != "never" and accelerator.is_main_process and complete(checkpoints_of(settings))
-    if continues and file.is_file():
-        found = read_json(file)
+    checkpoints = complete(checkpoints_of(settings))
+    if settings.resume != "never" and accelerator.is_main_process and checkpoints and file.is_file():
+        followed = {"steps": int, "preset": str} if "preset" in vars(settings) else {"steps": int}
+        problem = f"{file} has no {' and '.join(followed)}"
+        try:
+            found = read_json(file)
+        except UserError as reason:
+            problem = str(reason).split(". ")[0]
+        if not all(isinstance(found.get(name), kind) for name, kind in followed.items()):
+            raise UserError(
+                f"{problem}, from which a run that continues has its length and size. Give the --{' and --'.join(followed)} that "
+                f"{checkpoints[-1]}/progress.json has, in place of --budget."
+            )
     return from_main_process(accelerator, found)
