@@ -159,9 +159,10 @@ def _check(settings: Settings) -> None:
         )
     if settings.val_fraction is not None and not 0 < settings.val_fraction <= 1:
         raise UserError(f"--val-fraction is {settings.val_fraction}. Give a share above 0, at most 1 (all documents).")
-    twice = [folder for folder in settings.module if settings.module.count(folder) > 1]
-    if twice:
-        raise UserError(f"--module {twice[0]} is given twice. Name it once.")
+    for flag, names in (("--module", settings.module), ("--without", settings.without)):
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise UserError(f"{flag} {twice[0]} is given twice. Name it once.")
 
 
 def named_sources(settings: Settings) -> dict[str, str]:

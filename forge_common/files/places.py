@@ -109,6 +109,13 @@ def check_output(flag: str, path: Path | None) -> None:
         raise UserError(f"{flag} {path} cannot be written ({reason.strerror}). Name another place.") from None
 
 
+def check_outside(output: Path, parts: Iterable[Path]) -> None:
+    """UserError where --output-dir lies in a folder of a trunk, a module or a model that is read."""
+    for part in parts:
+        if part.is_dir() and output.resolve().is_relative_to(part.resolve()):
+            raise UserError(f"--output-dir {output} lies in {part}, which is read. Name a folder outside of it.")
+
+
 def hub_id(place: str) -> tuple[str, str | None] | None:
     """(ORG/NAME, REVISION or None) of a name that is no folder and has the form of a hub id; None if ORG is a folder here."""
     match = HUB_ID.fullmatch(place)

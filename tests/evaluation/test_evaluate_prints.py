@@ -146,6 +146,9 @@ def test_modules_of_one_name_have_a_row_each(root, tmp_path, capsys):
         *(f"module:{folder}" for folder in modules),
     ]
     assert "given twice" in refused(evaluate.main, replace(settings, module=(root / "one", root / "one")))
+    assert "--without one is given twice" in refused(
+        evaluate.main, replace(settings, module=(), without=("one", "one"))
+    )
 
 
 def test_two_texts_of_one_name_are_refused(root, tmp_path):

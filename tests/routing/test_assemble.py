@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_artifacts import assembling, refused
 
-from forge_common import assemble
+from forge_common import assemble, merge
 from forge_common.artifacts import artifact, assembled
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
@@ -416,6 +416,27 @@ def test_assemble_refuses_sources_before_anything_is_read(flag, sources, expecte
     sources = tuple(source.format(text) for source in sources)
     message = refused(assemble.main, assembling(tmp_path, **{flag: sources}))
     assert message.startswith(f"--{flag.replace('_', '-')}") and expected.format(text, text) in message
+
+
+def test_assemble_and_merge_write_into_no_folder_that_they_read(root, tmp_path):
+    (tmp_path / "link").symlink_to(root / "one")
+    for place in (root / "one" / "all", root / "trunk" / "a" / "all", tmp_path / "link" / "all"):
+        settings = dataclasses.replace(assembling(root), output_dir=place)
+        assert f"--output-dir {place} lies in " in refused(assemble.main, settings) and not place.exists()
+    settings = merge.Settings(str(root / "trunk"), root / "one", root / "one" / "merged")
+    assert f"lies in {root}/one, which is read. Name a folder outside of it" in refused(merge.main, settings)
+    (root / "run").mkdir()
+    (root / "one").rename(root / "run" / "module")
+    assert merge.main(merge.Settings(str(root / "trunk"), root / "run", root / "run" / "merged")) == 0
+
+
+def test_more_candidates_for_a_token_than_there_are_are_refused(root):
+    settings = dataclasses.replace(assembling(root), top_k=4)
+    expected = "--top-k 4 exceeds the 3 candidates (the trunk and 2 modules). Give 3 or fewer, or 0 for all."
+    assert expected in refused(assemble.main, settings)
+    place = str(root / "assembled")
+    assert "--top-k 4 exceeds the 3 candidates" in refused(assembled.read_assembled, place, top_k=4)
+    assert assembled.read_assembled(place, top_k=3, without=("one",))[0].top_k == 3
 
 
 def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared, tmp_path):
