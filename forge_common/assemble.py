@@ -166,6 +166,8 @@ def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
 
     modules: dict[str, Path] = {}
     for folder in (local_folder(place, "module") for place in folders):
+        if folder in modules.values():
+            raise UserError(f"{folder} is given twice. Name it once.")
         name = read_module_metadata(folder)["name"]
         for other, other_dir in modules.items():
             if other.lower() == name.lower():  # one folder on a file system that ignores case

@@ -170,6 +170,8 @@ def named_sources(settings: Settings) -> dict[str, str]:
 
     UserError where one is not of this form or not there, or has the name of another column.
     """
+    if not settings.data:
+        raise UserError("--data names no source. Give NAME=SOURCE, such as law=law/*.txt.")
     sources = {}
     for text in settings.data:
         name, _, source = text.partition("=")

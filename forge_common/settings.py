@@ -229,6 +229,9 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         exit_code = 1
+    except KeyboardInterrupt:  # Python still ends by the signal, so that a script around it ends too
+        sys.excepthook = lambda *_: print(f"{Path(sys.argv[0]).name}: ended by Ctrl-C", file=sys.stderr, flush=True)
+        raise
     raise SystemExit(exit_code)
 
 

@@ -58,6 +58,14 @@ def test_copies_count_once_and_are_never_in_both_parts(tmp_path):
         fraction_for(corpus(tmp_path, ["one"] * 50))
 
 
+def test_a_source_of_which_every_row_is_left_out_has_no_text(tmp_path):
+    """Of a table that is called .jsonl each line is a bad row."""
+    settings = corpus(tmp_path, [], on_bad_line="skip")
+    Path(settings.data[0]).write_text("a,b\n1,2\n3,4\n")
+    with pytest.raises(UserError, match=r"holds no document \(left out: 3 skipped_bad_line\)\. "):
+        fraction_for(settings)
+
+
 def test_the_documents_of_all_sources_count_together(tmp_path):
     one, other = corpus(tmp_path, numbered(30)), corpus(tmp_path, [f"other {i}" for i in range(70)])
     both = dataclasses.replace(one, data=one.data + other.data, sequence_length=8, batch_size=16)

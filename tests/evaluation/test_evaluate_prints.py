@@ -160,6 +160,10 @@ def test_two_texts_of_one_name_are_refused(root, tmp_path):
     assert "another column called spliced" in refused(evaluate.main, settings)
 
 
+def test_no_text_is_refused(root):
+    assert "--data names no source" in refused(evaluate.main, evaluate.Settings(str(root / "trunk"), ()))
+
+
 def test_a_weight_of_a_text_is_refused(root, tmp_path):
     settings = evaluate.Settings(str(root / "trunk"), (f"a={tmp_path}@0.5",))
     assert f"--data {tmp_path}@0.5: a weight has no effect here; leave out @0.5" in refused(evaluate.main, settings)

@@ -447,7 +447,9 @@ def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared
 
     shared(tmp_path / "other", "--steps", 2, "--seed", 1)
     assert "another trunk" in refused(module_dirs["cpp"], of=tmp_path / "other" / "trunk")
-    assert "both called cpp" in refused(module_dirs["cpp"], module_dirs["cpp"])
+    assert f"{module_dirs['cpp']} is given twice" in refused(module_dirs["cpp"], module_dirs["cpp"])
+    shutil.copytree(module_dirs["cpp"], tmp_path / "again")
+    assert "both called cpp" in refused(module_dirs["cpp"], tmp_path / "again")
     assert "needs modules of --kind expert" in refused(module_dirs["cpp"], router="learned")
     for name in ("cpp", "low"):
         assert "changes the attention" in refused(module_dirs[name], router="ridge")

@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -223,6 +224,32 @@ def test_a_command_refuses_what_is_not_there_before_torch_is_imported(line, expe
         text=True,
     )
     assert done.returncode == 1 and f"{command}.py: error: {expected}" in done.stderr, done.stderr
+
+
+def test_ctrl_c_ends_a_command_with_one_line():
+    """And by the signal, so that a script in which it is ends too."""
+    code = (
+        "import os, signal, sys, time, types; from forge_common.settings import run_main; sys.argv[0] = 'evaluate.py'\n"
+    )
+    code += "run_main(lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)), types.SimpleNamespace())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "evaluate.py: ended by Ctrl-C\n")
+
+
+def test_what_is_no_trunk_or_no_module_is_called_what_it_is(root, tmp_path):
+    for name in ("texts", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    for folder, what in (
+        (root / "trunk", "is a trunk, not a module"),
+        (root / "assembled", "is an assembled model, not a module"),
+        (tmp_path / "run", "is the folder of a run that has published no module"),
+        (tmp_path / "texts", "module.json does not exist"),
+    ):
+        with pytest.raises(UserError, match=what):
+            artifact.read_module_metadata(folder)
+    with pytest.raises(UserError, match=r"texts has no config.json and no model.safetensors, so it is no trunk. Name "):
+        artifact.read_trunk(str(tmp_path / "texts"))
 
 
 def test_the_output_directory_of_a_run_stands_for_what_it_published(tmp_path):

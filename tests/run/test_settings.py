@@ -51,6 +51,26 @@ def test_all_problems_in_one_message(shared, tmp_path):
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
+def test_settings_without_text_or_updates_are_refused(monkeypatch, tmp_path):
+    required = {"data": (), "output_dir": tmp_path / "run", "steps": -4}
+    assert problems(train_shared.Settings(**required)) == [
+        "--data names no source",
+        "--steps is -4; it must be at least 1 (0 means those of --epochs)",
+    ]
+
+
+def test_the_folder_of_a_trunk_is_not_written_to(tmp_path):
+    (tmp_path / "run" / "trunk").mkdir(parents=True)
+    (tmp_path / "run" / "trunk" / "config.json").touch()
+    common = {"data": ("local:docs",), "output_dir": tmp_path / "run" / "trunk" / "law"}
+    expected = f"--output-dir {common['output_dir']} lies in the trunk that is read; name a folder outside of it"
+    for trunk in (tmp_path / "run", tmp_path / "run" / "trunk"):
+        assert problems(train_module.Settings(trunk=str(trunk), name="law", **common)) == [expected]
+        assert problems(train_shared.Settings(trunk_from=str(trunk), **common)) == [expected]
+    beside = common | {"output_dir": tmp_path / "run" / "law"}
+    assert not problems(train_module.Settings(trunk=str(tmp_path / "run"), name="law", **beside))
+
+
 def test_a_name_that_cannot_be_published_is_refused_before_training(module, tmp_path):
     printed = module(tmp_path / "run", "--name", "../law", "--licence", "MIT\nnone", "--hang-timeout", -1, fails=True)
     for expected in (
