@@ -119,9 +119,9 @@ def _content_of(file: Path) -> dict[str, Any]:
     """The file's settings by their names. BadConfig where it cannot be read, or has one twice."""
     import yaml
 
-    if not file.exists():
-        raise BadConfig(f"--config {file} is not there{nearest(str(file))}")
     try:
+        if not file.exists():
+            raise BadConfig(f"--config {file} is not there{nearest(str(file))}")
         text = file.read_text(encoding="utf-8")
         tree = yaml.compose(text, Loader=yaml.SafeLoader)
         content = yaml.safe_load(text)

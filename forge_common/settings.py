@@ -192,7 +192,10 @@ def read_settings(
             description=description,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    faults = check(settings)
+    try:
+        faults = check(settings)
+    except PermissionError as error:
+        faults = [f"{error.filename}: permission denied; check who may read it, or name another path"]
     if faults:
         _end(faults)
     if "--print-config" in sys.argv[1:]:
@@ -220,7 +223,7 @@ def _end(faults: list[str]) -> NoReturn:
 
 
 def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
-    """Ends the process with main's code; a UserError is printed without a traceback (code 1)."""
+    """Ends the process with main's code; a UserError, or what may not be read, is printed without a traceback (code 1)."""
     if _takes_huge_pages(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
         os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
     try:
@@ -228,6 +231,14 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
         _leave_process_group()
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+        exit_code = 1
+    except PermissionError as error:
+        print(
+            f"{Path(sys.argv[0]).name}: error: {error.filename or error}: permission denied. Check who may read and write it, or name "
+            "another path.",
+            file=sys.stderr,
+            flush=True,
+        )
         exit_code = 1
     except KeyboardInterrupt:  # Python still ends by the signal, so that a script around it ends too
         sys.excepthook = lambda *_: print(f"{Path(sys.argv[0]).name}: ended by Ctrl-C", file=sys.stderr, flush=True)

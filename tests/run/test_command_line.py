@@ -1,6 +1,7 @@
 """What a newcomer types wrong: the flag or the path that was meant is named; files of settings; the groups of --help."""
 
 import dataclasses
+import errno
 import json
 import os
 import pty
@@ -10,7 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from itertools import pairwise
+from pathlib import Path
 
 import launch
 import pytest
@@ -25,7 +28,7 @@ from forge_common.command_line import EPILOG, OTHER_NAMES, groups, unknown_flags
 from forge_common.data.sources import files_of
 from forge_common.errors import UserError
 from forge_common.files.places import missing_artifact, missing_source, published
-from forge_common.settings import read_settings, to_json
+from forge_common.settings import read_settings, run_main, to_json
 from forge_common.settings_checks import problems
 
 COMMANDS = ("assemble", "chat", "evaluate", "export", "generate", "merge", "plan", "push", "report")
@@ -234,6 +237,24 @@ def test_ctrl_c_ends_a_command_with_one_line():
     code += "run_main(lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)), types.SimpleNamespace())"
     done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "evaluate.py: ended by Ctrl-C\n")
+
+
+def test_a_path_without_permission_is_named(read, monkeypatch, tmp_path, capsys):
+    """Raised here, since no path is closed to root."""
+    denied = PermissionError(errno.EACCES, "Permission denied", "closed/trunk")
+
+    def refuse(*_):
+        raise denied
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(refuse, types.SimpleNamespace())
+    assert ended.value.code == 1
+    assert "error: closed/trunk: permission denied. Check who may read and write it" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "exists", refuse)
+    for words in ((*REQUIRED, "--trunk-from", "closed/trunk"), ("--config", "closed/trunk")):
+        with pytest.raises(SystemExit) as ended:
+            read(*words)
+        assert ended.value.code == 2 and "closed/trunk" in capsys.readouterr().err
 
 
 def test_what_is_no_trunk_or_no_module_is_called_what_it_is(root, tmp_path):
