@@ -95,6 +95,20 @@ def test_one_text_is_one_source(tmp_path):
     assert lines == [f"warning     --val-data {source} has the text of a source of --data: it is trained on"]
 
 
+def test_a_file_that_is_trained_on_and_validated_on_is_named(tmp_path):
+    """A file of a folder that --data names."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (corpus(folder, numbered(30)), corpus(folder, [f"other {i}" for i in range(9)]))
+    shape = {"sequence_length": 8, "batch_size": 16, "cache_dir": tmp_path / "cache", "data": (str(folder),)}
+    settings = dataclasses.replace(corpus(tmp_path, numbered(9)), **shape)
+    outside = str(tmp_path / "1.jsonl")
+    lines: list[str] = []
+    val_data = (outside, f"{folder}/../texts/1.json*")
+    open_corpora(dataclasses.replace(settings, val_data=val_data), byte_tokenizer(), CONFIG, lines.append)
+    assert lines == [f"warning     --val-data {val_data[1]}: --data reads 1 of its files too: it is trained on"]
+
+
 def test_a_general_sample_of_few_documents_is_said_to_be_empty(tmp_path):
     settings = corpus(tmp_path, numbered(10))
     lines: list[str] = []
