@@ -147,11 +147,10 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--router {settings.router} is not a router. Choose one of {', '.join(ROUTERS)}.")
     if settings.output_dir and settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
-    if (settings.top_k or 0) < 0 or settings.calibrate_tokens < 2:
-        raise UserError(
-            f"--top-k is {settings.top_k}, --calibrate-tokens is {settings.calibrate_tokens}. "
-            "The first must be 0 (all) or more, the second at least 2."
-        )
+    if (settings.top_k or 0) < 0:
+        raise UserError(f"--top-k is {settings.top_k}. Give the number of candidates that serve a token, or 0 for all.")
+    if settings.calibrate_tokens < 2:
+        raise UserError(f"--calibrate-tokens is {settings.calibrate_tokens}. Give at least 2.")
     check_mixture("--trunk-data", settings.trunk_data)
     check_mixture("--calibrate", settings.calibrate)
     for text in settings.check_data:

@@ -430,6 +430,17 @@ def test_assemble_and_merge_write_into_no_folder_that_they_read(root, tmp_path):
     assert merge.main(merge.Settings(str(root / "trunk"), root / "run", root / "run" / "merged")) == 0
 
 
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"top_k": -1}, "--top-k is -1. Give the number of candidates that serve a token, or 0 for all."),
+        ({"calibrate_tokens": 1}, "--calibrate-tokens is 1. Give at least 2."),
+    ],
+)
+def test_only_the_number_that_is_wrong_is_named(how, expected, tmp_path):
+    assert refused(assemble.main, assembling(tmp_path, **how)) == expected
+
+
 def test_more_candidates_for_a_token_than_there_are_are_refused(root):
     settings = dataclasses.replace(assembling(root), top_k=4)
     expected = "--top-k 4 exceeds the 3 candidates (the trunk and 2 modules). Give 3 or fewer, or 0 for all."
