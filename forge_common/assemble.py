@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from .errors import UserError
 from .files.atomic import copy_files
 from .files.hub import local_folder, origins
-from .files.places import ASSEMBLED_FILES, MODULE_FILES
+from .files.places import ASSEMBLED_FILES, MODULE_FILES, check_mixture, check_outside, unused_weight
 from .files.untrusted import naming_source, without_links
 from .routing.tuning import ROUTERS
 from .settings import ReadingSettings, read_settings, run_main
@@ -88,6 +88,7 @@ class Plan(NamedTuple):
 def main(settings: Settings) -> int:
     _check(settings)
     # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
+    from .artifacts.assembled import check_top_k
     from .artifacts.metadata import read_metadata
     from .files.atomic import publish
 
@@ -102,6 +103,8 @@ def main(settings: Settings) -> int:
         folder = settings.output_dir
         trunk = local_folder(settings.trunk)
         modules = _chosen(settings)
+        check_outside(folder, (trunk, *modules.values()))
+    check_top_k(settings.top_k, len(modules))
     router = settings.router or before.get("router", "context")
     top_k = before.get("top_k", 0) if settings.top_k is None else settings.top_k
     plan = Plan(trunk, modules, router, top_k, before)
@@ -144,11 +147,16 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--router {settings.router} is not a router. Choose one of {', '.join(ROUTERS)}.")
     if settings.output_dir and settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
-    if (settings.top_k or 0) < 0 or settings.calibrate_tokens < 2:
-        raise UserError(
-            f"--top-k is {settings.top_k}, --calibrate-tokens is {settings.calibrate_tokens}. "
-            "The first must be 0 (all) or more, the second at least 2."
-        )
+    if (settings.top_k or 0) < 0:
+        raise UserError(f"--top-k is {settings.top_k}. Give the number of candidates that serve a token, or 0 for all.")
+    if settings.calibrate_tokens < 2:
+        raise UserError(f"--calibrate-tokens is {settings.calibrate_tokens}. Give at least 2.")
+    check_mixture("--trunk-data", settings.trunk_data)
+    check_mixture("--calibrate", settings.calibrate)
+    for text in settings.check_data:
+        problem = unused_weight(text.partition("=")[2])
+        if problem:
+            raise UserError(f"--check-data {problem}")
 
 
 def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
@@ -157,6 +165,8 @@ def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
 
     modules: dict[str, Path] = {}
     for folder in (local_folder(place, "module") for place in folders):
+        if folder in modules.values():
+            raise UserError(f"{folder} is given twice. Name it once.")
         name = read_module_metadata(folder)["name"]
         for other, other_dir in modules.items():
             if other.lower() == name.lower():  # one folder on a file system that ignores case
@@ -182,6 +192,8 @@ def _changed(settings: Settings, model: Path, names: list[str]) -> dict[str, Pat
     """The modules' folders by name, sorted, after --remove, --replace and --add. names: of those in `model`."""
     modules = {name: without_links(model / "modules") / name for name in names}
     for name in settings.remove:
+        if settings.remove.count(name) > 1:
+            raise UserError(f"--remove {name} is given twice. Name it once.")
         if modules.pop(name, None) is None:
             raise UserError(f"--remove {name}: no such module. Choose among those of {model}: {', '.join(names)}.")
     new = _by_name((*settings.add, *settings.replace))

@@ -9,13 +9,15 @@ import dataclasses
 import difflib
 import inspect
 import io
+import json
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 from .files.places import nearest
+from .schedule import default_warmup
 
 FLAG = re.compile(r"--(no-)?([A-Za-z][\w-]*)(=.*)?", re.DOTALL)
 LENGTH = {"steps", "epochs", "budget"}  # of which a run has one
@@ -67,10 +69,20 @@ class BadConfig(ValueError):
     """A file of settings that cannot be used; the message names it."""
 
 
-def expanded(words: list[str], kind: type[Any]) -> tuple[list[str], Path | None]:
-    """The words with those of --config FILE before them, without --config itself; and the file. BadConfig where it is wrong.
+class Expanded(NamedTuple):
+    """A command line with the settings of --config FILE in it."""
 
-    A flag that occurs twice has its last value, so flags go before the file. What the file has at its default is left out.
+    words: list[str]
+    """Without --config itself. A flag that occurs twice has its last value, so flags go before the file."""
+    file: Path | None
+    notes: list[str]
+    """What of the file may not be meant, since flags replace what it followed from."""
+
+
+def expanded(words: list[str], kind: type[Any]) -> Expanded:
+    """The command line with the words of --config FILE. BadConfig where the file is wrong.
+
+    What the file has at its default is left out.
     """
     rest: list[str] = []
     file = None
@@ -84,33 +96,70 @@ def expanded(words: list[str], kind: type[Any]) -> tuple[list[str], Path | None]
         if not value or file is not None:
             raise BadConfig("--config: name one file of settings")
         file = Path(value)
-    return (rest if file is None else [*_words_of(file, kind, given_settings(rest)), *rest]), file
+    if file is None:
+        return Expanded(rest, None, [])
+    given = given_settings(rest)
+    content = _content_of(file)
+    notes = []
+    if given & LENGTH and "warmup_steps" not in given and _has_default_warmup(content):
+        warmup = content.pop("warmup_steps")
+        notes.append(f"its --warmup-steps {warmup} followed from its steps and follows from the new length")
+    if "data" in given and "val_fraction" not in given and content.get("val_fraction") is not None:
+        notes.append(f"its --val-fraction {content['val_fraction']} stays, and may have followed from its text")
+    return Expanded([*_words_of(content, file, kind, given), *rest], file, notes)
 
 
-def _words_of(file: Path, kind: type[Any], given: set[str]) -> list[str]:
-    """The file's settings as words, without those that a flag replaces."""
+def _has_default_warmup(content: dict[str, Any]) -> bool:
+    """Whether the settings have the warm-up that a run of as many updates computes, and writes to its settings.json."""
+    steps = content.get("steps")
+    return isinstance(steps, int) and steps > 0 and content.get("warmup_steps") == default_warmup(steps)
+
+
+def _content_of(file: Path) -> dict[str, Any]:
+    """The file's settings by their names. BadConfig where it cannot be read, or has one twice."""
     import yaml
 
-    if not file.exists():
-        raise BadConfig(f"--config {file} is not there{nearest(str(file))}")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if not file.exists():
+            raise BadConfig(f"--config {file} is not there{nearest(str(file))}")
+        text = file.read_text(encoding="utf-8")
+        tree = yaml.compose(text, Loader=yaml.SafeLoader)
+        content = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise BadConfig(f"--config {file} cannot be read as YAML or JSON ({error})") from None
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not isinstance(tree, yaml.MappingNode):
         raise BadConfig(f"--config {file} has no settings; write one a line, such as steps: 1000")
+    lines: dict[str, int] = {}
+    for key, _ in tree.value:  # safe_load keeps the last one
+        line = key.start_mark.line + 1
+        name = str(key.value).replace("-", "_")
+        if name in lines:
+            raise BadConfig(f"--config {file} has {key.value} twice, in lines {lines[name]} and {line}; leave one")
+        lines[name] = line
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _words_of(content: dict[str, Any], file: Path, kind: type[Any], given: set[str]) -> list[str]:
+    """The settings of `file` as words, without those that a flag replaces. BadConfig, naming all that are wrong."""
     fields = {field.name: field for field in dataclasses.fields(kind)}
     words: list[str] = []
     faults = []
-    for key, value in content.items():
-        name = str(key).replace("-", "_")
-        flag = flag_of(name)
+    for name, value in content.items():
         if name not in fields:
-            faults.append(f"--config {file} has {key}, which is no setting{_meant(name, kind)}")
-        elif name in given or (name in LENGTH and given & LENGTH) or value == _plain(fields[name].default):
+            faults.append(f"--config {file} has {name}, which is no setting{_meant(name, kind)}")
             continue
+        if name in given or (name in LENGTH and given & LENGTH) or value == _plain(fields[name].default):
+            continue
+        flag_word = flag_name(fields[name])
+        flag = flag_of(flag_word or name)
+        expected = _expected(fields[name].type, value)
+        if expected:
+            shown = value if isinstance(value, str) else json.dumps(value, default=str)
+            faults.append(f"--config {file} has {name}: {shown[:80]}; it must be {expected}")
         elif isinstance(value, bool):
             words.append(flag if value else flag.replace("--", "--no-", 1))
+        elif flag_word is None:
+            words = [*map(str, value if isinstance(value, list) else [value]), *words]
         elif isinstance(value, list):
             words += [flag, *map(str, value)]
         else:
@@ -118,6 +167,28 @@ def _words_of(file: Path, kind: type[Any], given: set[str]) -> list[str]:
     if faults:
         raise BadConfig("\n  - ".join(faults))
     return words
+
+
+def _expected(kind: Any, value: Any) -> str | None:
+    """What a setting of this type takes, in words; None where `value`, as YAML has it, is of it."""
+    options = get_args(kind)
+    if get_origin(kind) is Annotated:
+        return _expected(options[0], value)
+    if type(None) in options:
+        return None if value is None else _expected(options[0], value)
+    if get_origin(kind) is Literal:
+        return None if value in options else f"{', '.join(options[:-1])} or {options[-1]}"
+    if get_origin(kind) is tuple:
+        parts = value if isinstance(value, list) else [value]
+        return "text, or a list of it" if any(_expected(str, part) for part in parts) else None
+    if kind is bool:
+        return None if isinstance(value, bool) else "true or false"
+    if kind in (int, float):
+        with contextlib.suppress(ValueError):
+            kind(str(value))
+            return None
+        return "a whole number" if kind is int else "a number"
+    return "text" if value is None or isinstance(value, (bool, list, dict)) else None
 
 
 def _plain(default: Any) -> Any:
@@ -148,12 +219,16 @@ def unknown_flags(words: list[str], kind: type[Any]) -> list[str]:
 
 def flag_types(kind: type[Any]) -> dict[str, Any]:
     """Name of each flag -> type of its setting. tyro.conf.arg may give it another name; tyro.conf.Positional has no flag."""
-    types = {}
-    for field in dataclasses.fields(kind):
-        marks = getattr(field.type, "__metadata__", ())
-        if "Positional" not in map(str, marks):
-            types[next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)] = field.type
-    return types
+    fields = dataclasses.fields(kind)
+    return {name: field.type for field in fields if (name := flag_name(field)) is not None}
+
+
+def flag_name(field: dataclasses.Field[Any]) -> str | None:
+    """The name of a setting's flag; None of one whose words have no flag before them."""
+    marks = getattr(field.type, "__metadata__", ())
+    if "Positional" in map(str, marks):
+        return None
+    return next((mark.name for mark in marks if getattr(mark, "name", None)), field.name)
 
 
 def program_name(path: Path) -> str:

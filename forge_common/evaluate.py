@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .errors import UserError
 from .evaluation.table import CREDITS, removals, table
 from .files.atomic import write_json, write_text
-from .files.places import check_artifacts, check_output, missing_source
+from .files.places import check_artifacts, check_output, missing_source, unused_weight
 from .files.untrusted import naming
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -57,7 +57,7 @@ class Settings(ReadingSettings):
     val_fraction: float | None = None
     """Share of the documents, by the hash of their text, that is scored; 1: all. None: those held out, else all."""
     max_tokens: int = 0
-    """Tokens of a source that are scored at most; 0: all."""
+    """Tokens of a source to score, in whole windows, so that the last one may exceed them; 0: all."""
     sequence_length: int | None = None
     """Tokens in a window. None: the model's context, at most 2,048."""
     batch_size: int = 16
@@ -87,6 +87,7 @@ def main(settings: Settings) -> int:
     from .evaluation.columns import open_columns
     from .evaluation.progress import Progress
     from .evaluation.tokens import read_along
+    from .model.config import check_context
     from .reporting.model_page import model_page
     from .run.log import duration
 
@@ -101,6 +102,8 @@ def main(settings: Settings) -> int:
     for (label, model, tokenizer), weight in zip(models(settings), work, strict=True):
         model.to(device).eval()
         if not columns:
+            if settings.sequence_length:
+                check_context(settings, model.config)
             columns, choices = open_columns(sources, parts, model, tokenizer, settings)
             tokens = sum(piece.scored for column in columns.values() for piece in column.pieces)
             with naming(label):
@@ -109,7 +112,7 @@ def main(settings: Settings) -> int:
                 f"evaluate    {len(work)} models on {len(columns)} texts, {tokens:,} tokens each: about "
                 f"{duration(seconds)} on {device.type}"
             )
-            print_choices(columns, choices)
+            print_choices(columns, choices, settings.max_tokens)
             progress.start(sum(work) * tokens)
         for domain, column in columns.items():
             progress.begin(f"{label} on {domain}", weight)
@@ -130,13 +133,17 @@ def main(settings: Settings) -> int:
     return 0
 
 
-def print_choices(columns: "dict[str, Column]", choices: "dict[str, Choice]") -> None:
+def print_choices(columns: "dict[str, Column]", choices: "dict[str, Choice]", max_tokens: int) -> None:
     """A line for each text: how many of its tokens and documents are scored, and why these."""
     for name, choice in choices.items():
         pieces = columns[name].pieces
         num_scored = sum(piece.scored for piece in pieces)
         num_documents = len({piece.document for piece in pieces})
-        print(f"scoring     {name}: {num_scored:,} tokens of {num_documents:,} documents, {choice.reason}", flush=True)
+        more = f" (--max-tokens {max_tokens:,}, in whole windows)" if 0 < max_tokens < num_scored else ""
+        print(
+            f"scoring     {name}: {num_scored:,} tokens of {num_documents:,} documents{more}, {choice.reason}",
+            flush=True,
+        )
 
 
 def _check(settings: Settings) -> None:
@@ -152,9 +159,10 @@ def _check(settings: Settings) -> None:
         )
     if settings.val_fraction is not None and not 0 < settings.val_fraction <= 1:
         raise UserError(f"--val-fraction is {settings.val_fraction}. Give a share above 0, at most 1 (all documents).")
-    twice = [folder for folder in settings.module if settings.module.count(folder) > 1]
-    if twice:
-        raise UserError(f"--module {twice[0]} is given twice. Name it once.")
+    for flag, names in (("--module", settings.module), ("--without", settings.without)):
+        twice = [name for name in names if names.count(name) > 1]
+        if twice:
+            raise UserError(f"{flag} {twice[0]} is given twice. Name it once.")
 
 
 def named_sources(settings: Settings) -> dict[str, str]:
@@ -162,12 +170,14 @@ def named_sources(settings: Settings) -> dict[str, str]:
 
     UserError where one is not of this form or not there, or has the name of another column.
     """
+    if not settings.data:
+        raise UserError("--data names no source. Give NAME=SOURCE, such as law=law/*.txt.")
     sources = {}
     for text in settings.data:
         name, _, source = text.partition("=")
         if not (name and source):
             raise UserError(f"--data {text} is not NAME=SOURCE. Give a name and a source, such as law=law/*.txt.")
-        problem = missing_source(source)
+        problem = missing_source(source) or unused_weight(source)
         if problem:
             raise UserError(f"--data {problem}")
         if name in sources or (name == "spliced" and settings.spliced):

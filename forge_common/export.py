@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from .errors import UserError
-from .files.places import check_artifacts, hub_id
+from .files.places import check_artifacts, check_outside, hub_id, published
 from .files.untrusted import PLAIN, is_plain
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -115,6 +115,9 @@ def _check(settings: Settings) -> None:
         raise UserError(f"--name {settings.name!r} must be {PLAIN[0]}.")
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
+    modules = [published(settings.module, "module")] if settings.module else []
+    adapters = [settings.peft] if settings.peft else []
+    check_outside(settings.output_dir, [published(Path(settings.model), "trunk"), *modules, *adapters])
 
 
 def _publish(settings: Settings, title: str, metadata: dict[str, Any], write: Callable[[Path], float]) -> None:
@@ -143,6 +146,10 @@ def _assembled(settings: Settings) -> None:
 
     model, tokenizer, metadata = read_assembled(settings.model, without=settings.without, top_k=settings.top_k)
     folder = local_folder(settings.model, None)
+    if len(model.names) == 1:
+        raise UserError(
+            f"--without leaves out every module of {settings.model}. Leave one in, or export the trunk alone: --model {folder}/trunk."
+        )
     module_metadata = {name: read_module_metadata(folder / "modules" / name) for name in model.names[1:]}
 
     def write(temp_dir: Path) -> float:

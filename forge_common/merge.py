@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import UserError
-from .files.places import check_artifacts
+from .files.places import check_artifacts, check_outside, published
 from .settings import read_settings, run_main
 
 
@@ -25,6 +25,8 @@ def main(settings: Settings) -> int:
     check_artifacts([("--trunk", settings.trunk), ("--module", settings.module)])
     if settings.output_dir.exists():
         raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
+    parts = (published(Path(settings.trunk), "trunk"), published(settings.module, "module"))
+    check_outside(settings.output_dir, parts)
     from .artifacts.artifact import read_model, write_trunk
     from .artifacts.metadata import merged_metadata
     from .artifacts.trial import check_trial

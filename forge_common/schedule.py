@@ -8,6 +8,13 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+WARMUP_STEPS = 100
+
+
+def default_warmup(steps: int) -> int:
+    """The updates of warm-up where none are given, of a run of `steps` updates."""
+    return min(WARMUP_STEPS, steps // 10)
+
 
 def _warmup(step: float, warmup_steps: int) -> float:
     return min(step / warmup_steps, 1.0) if warmup_steps else 1.0

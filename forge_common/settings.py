@@ -177,7 +177,7 @@ def read_settings(
         print(completion(Path(sys.argv[0]), kind), end="")
         raise SystemExit(0)
     try:
-        words, file = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
+        words, file, notes = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
     except BadConfig as error:
         _end([str(error)])
     unknown = unknown_flags(words, kind)
@@ -192,7 +192,10 @@ def read_settings(
             description=description,
             config=(tyro.conf.AvoidSubcommands,),
         )
-    faults = check(settings)
+    try:
+        faults = check(settings)
+    except PermissionError as error:
+        faults = [f"{error.filename}: permission denied; check who may read it, or name another path"]
     if faults:
         _end(faults)
     if "--print-config" in sys.argv[1:]:
@@ -203,7 +206,8 @@ def read_settings(
     if is_first_process() and file:
         given = sorted(given_settings([word for word in sys.argv[1:] if not word.startswith("--config")]))
         flags = f", but the flags --{', --'.join(given).replace('_', '-')}" if given else ""
-        print(f"settings    of {file}{flags}; the rest are defaults", file=sys.stderr, flush=True)
+        noted = "".join(f"; {note}" for note in notes)
+        print(f"settings    of {file}{flags}{noted}; the rest are defaults", file=sys.stderr, flush=True)
     if is_first_process() and issubclass(kind, RunSettings):
         print(
             "loading     PyTorch and Accelerate, which takes some seconds; then the data, the plan, training",
@@ -219,7 +223,7 @@ def _end(faults: list[str]) -> NoReturn:
 
 
 def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
-    """Ends the process with main's code; a UserError is printed without a traceback (code 1)."""
+    """Ends the process with main's code; a UserError, or what may not be read, is printed without a traceback (code 1)."""
     if _takes_huge_pages(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
         os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
     try:
@@ -228,6 +232,17 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
     except UserError as error:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
         exit_code = 1
+    except PermissionError as error:
+        print(
+            f"{Path(sys.argv[0]).name}: error: {error.filename or error}: permission denied. Check who may read and write it, or name "
+            "another path.",
+            file=sys.stderr,
+            flush=True,
+        )
+        exit_code = 1
+    except KeyboardInterrupt:  # Python still ends by the signal, so that a script around it ends too
+        sys.excepthook = lambda *_: print(f"{Path(sys.argv[0]).name}: ended by Ctrl-C", file=sys.stderr, flush=True)
+        raise
     raise SystemExit(exit_code)
 
 

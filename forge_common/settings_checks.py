@@ -10,7 +10,7 @@ from typing import Any
 
 from .command_line import expanded, flag_of, given_settings
 from .files.hub import upload_problem
-from .files.places import missing_artifact, missing_file, missing_source, split_weight
+from .files.places import missing_artifact, missing_file, missing_source, published, split_weight, unused_weight
 from .files.untrusted import LINE, PLAIN
 from .model.config import AUTO, KINDS, PRESETS
 from .model.module_settings import ModuleSettings, module_problems
@@ -22,6 +22,8 @@ def problems(settings: Any) -> list[str]:
     """Problems with a script's settings that can be found without loading anything, each with how to fix it."""
     faults = []
     value = vars(settings).get  # None for a setting that only the other script has
+    if not value("data"):
+        faults.append("--data names no source")
     for name in ("batch_size", "micro_batch_size", "sequence_length", "keep", "log_every", "max_bad_updates"):
         if value(name) < 1:
             faults.append(f"{flag_of(name)} is {value(name)}; it must be at least 1")
@@ -56,7 +58,7 @@ def problems(settings: Any) -> list[str]:
             "--sample-prompt is used at each validation, and --val-fraction 0 without --val-data has none; raise it, or leave "
             "out --sample-prompt"
         )
-    if value("steps") and (value("warmup_steps") or 0) > value("steps"):
+    if 0 < value("steps") < (value("warmup_steps") or 0):
         faults.append(f"--warmup-steps {value('warmup_steps')} exceeds --steps {value('steps')}; lower the first")
     lengths = [name for name in ("steps", "epochs", "budget") if value(name)]
     if len(lengths) > 1:
@@ -134,7 +136,7 @@ def _shape_problems(settings: Any) -> list[str]:
     """Problems with the sizes of a model that is initialized, not loaded."""
     value = vars(settings).get
     if value("trunk_from"):
-        on_command_line = given_settings(expanded(sys.argv[1:], type(settings))[0])
+        on_command_line = given_settings(expanded(sys.argv[1:], type(settings)).words)
         given = [flag_of(name) for name in MODEL_SETTINGS if name in on_command_line]
         if not given:
             return []
@@ -181,6 +183,10 @@ def _folder_problems(value: Any) -> list[str]:
                         f"{flag_of(written)} {value(written)} lies in {flag_of(name)} {source}: the same command would read "
                         "what it wrote as text. Name a folder outside of it, or one whose name begins with a dot"
                     )
+    for place in filter(None, (value("trunk"), value("trunk_from"))):
+        trunk = published(Path(place), "trunk")
+        if trunk.is_dir() and output.resolve().is_relative_to(trunk.resolve()):
+            faults.append(f"--output-dir {output} lies in the trunk that is read; name a folder outside of it")
     if output.exists() and not output.is_dir():
         faults.append(f"--output-dir {output} is a file; name a folder")
     if value("resume") == "require" and not (output / "checkpoints").is_dir():
@@ -197,12 +203,14 @@ def _would_read(folder: Path, output: Path) -> bool:
 
 
 def _missing(value: Any) -> list[str]:
-    """Files and folders that are named and do not exist, each with the nearest name that does."""
+    """Files and folders that are named and do not exist, each with the nearest name that does; weights without effect."""
     problems_found = []
     for name in ("data", "val_data", "general_data"):
         if name == "general_data" and not value("general_tokens"):
             continue  # it is not read
         problems_found += [(name, missing_source(source)) for source in value(name) or ()]
+        if name != "data":
+            problems_found += [(name, unused_weight(source)) for source in value(name) or ()]
     for name in ("trunk", "trunk_from"):
         if value(name):
             problems_found.append((name, missing_artifact(value(name))))

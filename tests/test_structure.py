@@ -17,7 +17,7 @@ MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package i
     "files": {"errors"},
     "model": {"errors", "labels", "loss", "files"},
     "data": {"errors", "files", "labels"},
-    "run": {"errors", "settings", "files", "reporting"},
+    "run": {"errors", "settings", "schedule", "files", "reporting"},
     "reporting": {"errors", "files"},
     "routing": {"errors", "labels", "loss", "files", "model"},
     "artifacts": {"errors", "files", "model", "data", "routing"},

@@ -39,6 +39,11 @@ from .card import model_card
 from .metadata import FORMAT_VERSION, module_arguments, read_metadata
 
 STATISTICS = (torch.uint8, torch.float16)  # the dtypes of codes and of moments
+NO_MODULES = {  # a file of a folder without module.json -> what the folder is
+    "config.json": "a trunk, not a module",
+    "assembled.json": "an assembled model, not a module",
+    "settings.json": "the folder of a run that has published no module",
+}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 
 
@@ -236,7 +241,11 @@ def read_module_metadata(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"{folder} is not a module's folder. Pickles are not opened. Name the folder with module.json in it."
         )
-    return read_metadata(local_folder(folder, "module") / "module.json")
+    file = local_folder(folder, "module") / "module.json"
+    for name, kind in NO_MODULES.items():
+        if not file.exists() and file.with_name(name).exists():
+            raise UserError(f"{folder} is {kind}. Name the folder of a module.")
+    return read_metadata(file)
 
 
 def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:

@@ -78,10 +78,9 @@ def read_assembled(
 
 def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | None = None) -> Assembly:
     """What `read_assembled` makes its model of."""
-    if top_k is not None and top_k < 0:
-        raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
     folder = local_folder(place, None)
     metadata = read_metadata(folder / "assembled.json")
+    check_top_k(top_k, len(metadata["modules"]))
     names = leave_out(metadata["modules"], without, folder)
     trunk, tokenizer, trunk_metadata = read_trunk(str(folder / "trunk"))
     modules_dir = without_links(folder / "modules")
@@ -94,6 +93,17 @@ def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | Non
         background = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
     served = metadata["top_k"] if top_k is None else top_k
     return Assembly(folder, metadata, trunk, tokenizer, parts, background, served)
+
+
+def check_top_k(top_k: int | None, modules: int) -> None:
+    """UserError for a --top-k that no model of a trunk and so many modules has."""
+    if top_k is not None and top_k < 0:
+        raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
+    if top_k is not None and top_k > modules + 1:
+        raise UserError(
+            f"--top-k {top_k} exceeds the {modules + 1} candidates (the trunk and {modules} modules). Give {modules + 1} or fewer, "
+            "or 0 for all."
+        )
 
 
 def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:

@@ -84,12 +84,17 @@ def round_tensors(tensors: Tensors, dtype: str | None) -> None:
 
 
 def losses_line(before: dict[str, Any], after: dict[str, Any]) -> str:
-    """The console line for the results of `domain_losses` before and after training."""
+    """The console line for the results of `domain_losses` before and after training, and a warning where the module's
+    own did not fall.
+    """
     known = [domain for domain, part in before.items() if part["loss"] is not None and domain in after]
     shown = [f"{domain} {before[domain]['loss']:.4f} -> {after[domain]['loss']:.4f}" for domain in known]
     if not shown:
         return "losses      not measured: no text was held out"
-    return f"losses      held out, before -> after training: {', '.join(shown)} nats per token"
+    line = f"losses      held out, before -> after training: {', '.join(shown)} nats per token"
+    if "own" in known and after["own"]["loss"] >= before["own"]["loss"]:
+        line += "\nwarning     the module is no better than the trunk on its own held-out text. Lower --lr, train longer, or add text"
+    return line
 
 
 def publish_module(

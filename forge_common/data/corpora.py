@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -125,9 +126,15 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
             raise UserError(
                 f"--data: {settings.data[i]} has the text of {other}. Name it once, with a weight if it should come more often."
             )
+    read_for_training = set().union(*map(_files, settings.data)) if val_data else set()
     for source, tokens in zip(settings.val_data, val_data, strict=True):
+        shared = _files(source) & read_for_training
         if tokens.digest in trained:
             print_line(f"warning     --val-data {source} has the text of a source of --data: it is trained on")
+        elif shared:
+            print_line(
+                f"warning     --val-data {source}: --data reads {len(shared)} of its files too: it is trained on"
+            )
     _check_turns([corpus.train for corpus in corpora], settings.data, tokenizer, config)
     T = settings.sequence_length
     pack = settings.pack
@@ -160,6 +167,11 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
     mixture_weights = [weight for weight in weights if weight]  # of all sources or of none
     mixture = Mixture(training, mixture_weights or None, settings.seed, log_names(settings.data))
     return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out), fraction)
+
+
+def _files(source: str) -> set[str]:
+    """The files of a source, those here without links in their paths; of a hub data set and local: none."""
+    return {os.path.realpath(name) for name, *_ in facts(parse(source)[0]).get("files", ())}
 
 
 def _check_turns(stores: list[Tokens], sources: Sequence[str], tokenizer: Tokenizer, config: Any) -> None:

@@ -2,10 +2,12 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
 import secrets
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -41,9 +43,16 @@ def fraction_for(settings: Any) -> float:
     if file.is_file():
         with contextlib.suppress(UserError, KeyError):  # cut off by a crash: it is computed again
             return float(read_json(file)["val_fraction"])
-    fraction = _fraction(
-        (position(document.digest) for spec in specs for document in read(spec, reading)), settings.val_fraction
-    )
+    counts: Counter[str] = Counter()
+    positions = (position(document.digest) for spec in specs for document in read(spec, reading, counts))
+    first = next(positions, None)
+    if first is None:
+        left_out = ", ".join(f"{number} {name}" for name, number in counts.items() if number)
+        raise UserError(
+            f"--data {' '.join(settings.data)} holds no document{f' (left out: {left_out})' if left_out else ''}. Name other text, "
+            "or see what is wrong with it without --on-bad-line skip and --on-bad-text skip."
+        )
+    fraction = _fraction(itertools.chain([first], positions), settings.val_fraction)
     if fraction is None:
         raise UserError(
             f"no document was held out: --data {' '.join(settings.data)} holds one text. Add documents, split a text file with "

@@ -46,6 +46,24 @@ def missing_source(source: str) -> str | None:
     return missing_file(spec)
 
 
+def unused_weight(source: str) -> str | None:
+    """What is wrong with a source of which all text is read, and that has a weight, as those of a mixture have."""
+    weight = split_weight(source)[1]
+    return weight and f"{source}: a weight has no effect here; leave out @{weight}"
+
+
+def check_mixture(flag: str, sources: Iterable[str]) -> None:
+    """UserError where one of the sources is not there, or some have a weight and others have none."""
+    weights = []
+    for source in sources:
+        problem = missing_source(source)
+        if problem:
+            raise UserError(f"{flag} {problem}")
+        weights.append(split_weight(source)[1])
+    if any(weights) and not all(weights):
+        raise UserError(f"{flag}: only some sources have a weight. Give every source a weight (SOURCE@0.7), or none.")
+
+
 def missing_file(place: str) -> str | None:
     """What is wrong with a file or folder that does not exist."""
     try:
@@ -89,6 +107,13 @@ def check_output(flag: str, path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as reason:
         raise UserError(f"{flag} {path} cannot be written ({reason.strerror}). Name another place.") from None
+
+
+def check_outside(output: Path, parts: Iterable[Path]) -> None:
+    """UserError where --output-dir lies in a folder of a trunk, a module or a model that is read."""
+    for part in parts:
+        if part.is_dir() and output.resolve().is_relative_to(part.resolve()):
+            raise UserError(f"--output-dir {output} lies in {part}, which is read. Name a folder outside of it.")
 
 
 def hub_id(place: str) -> tuple[str, str | None] | None:

@@ -148,6 +148,10 @@ def weight_files(folder: Path) -> list[Path]:
             f"{folder} is the folder of a run that has published no trunk. Let its training end, or name a trunk."
         )
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+    if not pickles and not (folder / "config.json").exists():
+        raise UserError(
+            f"{folder} has no config.json and no model.safetensors, so it is no trunk. Name the folder of a trunk."
+        )
     hint = f"; {pickles[0]} is a pickle and is not opened" if pickles else ""
     raise UserError(f"{folder} has no model.safetensors{hint}. Export the model with safetensors.")
 

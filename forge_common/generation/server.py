@@ -20,6 +20,7 @@ from .session import Session, read_request
 
 LOCAL = ("127.0.0.1", "localhost")
 LARGEST_REQUEST = 4 << 20  # bytes
+LARGEST_REST = 64 << 20  # bytes of a refused request that are read and dropped
 WAIT_WHILE_BUSY = 1.0  # seconds in which a text that the page has stopped ends
 IDLE = 60.0  # seconds without a byte after which a connection ends
 
@@ -118,6 +119,16 @@ class Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: int, problem: str) -> None:
         self._begin(status, "application/json")
         self.wfile.write(json.dumps({"error": problem}).encode() + b"\n")
+        self._read_rest()
+
+    def _read_rest(self) -> None:
+        """Reads what the client still sends, until it closes the connection: to close one with bytes that are not read
+        resets it, and the client would not see the response.
+        """
+        self.connection.shutdown(socket.SHUT_WR)
+        rest = LARGEST_REST
+        while rest > 0 and (block := self.rfile.read1(1 << 16)):
+            rest -= len(block)
 
     def _begin(self, status: int, kind: str) -> None:
         self.send_response(status)

@@ -72,7 +72,7 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """UserError where the folder is none of a run, or a row cannot be read; a last row without an end is left out."""
+    """UserError where the folder is none of a run, or a row or the settings cannot be read; a last row without an end is left out."""
     file = folder / "metrics.jsonl"
     if not file.is_file():
         raise UserError(
@@ -90,10 +90,18 @@ def read_run(folder: Path) -> Run:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{file}:{number} is no row with an integer `step`. Remove this line.")
         rows.append(row)
-    settings, plan = folder / "settings.json", folder / "plan.txt"
+    file, plan = folder / "settings.json", folder / "plan.txt"
+    settings = {}
+    if file.exists():
+        try:
+            settings = read_json(file)
+        except UserError as reason:
+            raise UserError(
+                f"{str(reason).split('. ')[0]}. Remove the file; the report then has no settings."
+            ) from None
     return Run(
         folder,
-        read_json(settings) if settings.exists() else {},
+        settings,
         rows,
         plan.read_text(encoding="utf-8", errors="replace") if plan.exists() else "",
     )

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UserError
 from ..files.atomic import read_json
+from ..schedule import default_warmup
 from ..settings import seconds_of
 from .checkpoint_folder import checkpoints_of, complete
 from .hardware import compute_dtype, peak_flops
@@ -19,7 +20,6 @@ from .totals import from_main_process
 
 MANY_PASSES = 4  # over a text; more of them teach little. Source: Muennighoff et al., arXiv 2305.16264
 MOST_UPDATES = 10_000  # of a run whose length is not given
-WARMUP_STEPS = 100
 # That a preset needs. 20 are best for a given time (Hoffmann et al., arXiv 2203.15556), and presets lie far apart.
 TOKENS_PER_PARAMETER = 10
 # Share of the peak that an update reaches, about, where none is timed (docs/PERFORMANCE.md, docs/ENGINES.md).
@@ -72,7 +72,7 @@ def with_length(settings: Any, corpora: Any, trunk: Any, accelerator: Any) -> An
             f"length      {steps:,} updates: {MANY_PASSES} passes over the text, since more teach little, but at most "
             f"{MOST_UPDATES:,}. --epochs, --budget or --steps change it"
         )
-    warmup = min(WARMUP_STEPS, steps // 10) if settings.warmup_steps is None else settings.warmup_steps
+    warmup = default_warmup(steps) if settings.warmup_steps is None else settings.warmup_steps
     if warmup > steps:
         raise UserError(f"--warmup-steps {warmup} exceeds the {steps} updates of the run. Lower it, or train longer.")
     fraction = (settings.val_fraction or 0.01) if settings.val_data else corpora.fraction
@@ -134,10 +134,23 @@ def _mean(value: float, accelerator: Any) -> float:
 
 
 def _earlier_settings(settings: Any, accelerator: Any) -> dict[str, Any]:
-    """The settings of the run that this one continues, or {}, as the main process finds them. A collective."""
+    """The settings of the run that this one continues, or {}, as the main process finds them. A collective.
+
+    UserError where they are damaged.
+    """
     found: dict[str, Any] = {}
     file = Path(settings.output_dir) / "settings.json"
-    continues = settings.resume != "never" and accelerator.is_main_process and complete(checkpoints_of(settings))
-    if continues and file.is_file():
-        found = read_json(file)
+    checkpoints = complete(checkpoints_of(settings))
+    if settings.resume != "never" and accelerator.is_main_process and checkpoints and file.is_file():
+        followed = {"steps": int, "preset": str} if "preset" in vars(settings) else {"steps": int}
+        problem = f"{file} has no {' and '.join(followed)}"
+        try:
+            found = read_json(file)
+        except UserError as reason:
+            problem = str(reason).split(". ")[0]
+        if not all(isinstance(found.get(name), kind) for name, kind in followed.items()):
+            raise UserError(
+                f"{problem}, from which a run that continues has its length and size. Give the --{' and --'.join(followed)} that "
+                f"{checkpoints[-1]}/progress.json has, in place of --budget."
+            )
     return from_main_process(accelerator, found)

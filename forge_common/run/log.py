@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..errors import UserError
 from ..files.atomic import is_full, write_text
 from ..reporting.runs import LiveReport
 from .folder import check_still_there
@@ -298,15 +299,20 @@ class RunLog:
 
 
 def _drop_rows_after(file: Path, step: int, validation_due: bool) -> None:
-    """Removes the rows after `step`, its validation where that is due, and a partial last row: they are written again."""
+    """Removes the rows after `step`, its validation where that is due, and a partial last row: they are written again.
+
+    UserError, with the line, for what the log never writes.
+    """
     if not file.exists():
         return
     kept = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise UserError(f"{file}:{number} is no row with an integer `step`. Remove this line.")
         if row["step"] < step or (row["step"] == step and not (validation_due and "val/loss" in row)):
             kept.append(line)
     write_text(file, "".join(f"{line}\n" for line in kept))

@@ -132,6 +132,8 @@ def test_wrong_changes_are_refused_and_change_nothing(root):
     assert "has a module called one. Use --replace" in message(add=(root / "again",))
     assert "has no module called third. Use --add" in message(replace=(root / "third",))
     assert "--remove law: no such module" in message(remove=("law",))
+    assert "--remove one is given twice. Name it once" in message(remove=("one", "one"))
+    assert "--top-k 5 exceeds the 4 candidates" in message(add=(root / "third",), top_k=5)
     assert "no module would be left" in message(remove=("one", "two"))
     assert "both called one" in message(replace=(root / "one", root / "again"))
     assert "--trunk" in message(trunk="x", add=(root / "third",))

@@ -13,7 +13,7 @@ from small_artifacts import CONFIG, MODULES, build, counts
 import train_module
 from forge_common.artifacts import artifact
 from forge_common.artifacts.card import model_card
-from forge_common.artifacts.publish import command
+from forge_common.artifacts.publish import command, losses_line
 from forge_common.errors import UserError
 from forge_common.files import atomic
 
@@ -151,6 +151,16 @@ def test_the_card_is_valid_for_any_licence(licence):
     assert content == fixed | named and re.fullmatch(r"[a-z0-9.-]+", content.get("license_name", "x"))
     rows = [line for line in found[2].split("\n") if line.startswith("|")]
     assert all(len(re.findall(r"(?<!\\)\|", row)) == 3 for row in rows) and len(rows) == 4
+
+
+@pytest.mark.parametrize(("after", "warns"), [(3.9, False), (4.0, True), (4.5, True)])
+def test_a_module_that_learned_nothing_of_its_own_text_is_published_with_a_warning(after, warns):
+    """That on general text may rise: the assembled model has the trunk for it."""
+    before = {"own": {"tokens": 9, "loss": 4.0}, "general": {"tokens": 9, "loss": 3.0}}
+    line, *warnings = losses_line(before, {"own": {"loss": after}, "general": {"loss": 5.0}}).split("\n")
+    assert line.endswith(f"own 4.0000 -> {after:.4f}, general 3.0000 -> 5.0000 nats per token")
+    assert [warning[:12] for warning in warnings] == ["warning     "] * warns
+    assert not warns or "is no better than the trunk on its own held-out text" in warnings[0]
 
 
 def test_the_command_shows_no_folder_above_a_path(tmp_path):

@@ -1,10 +1,13 @@
 """Conversations: the ids of Transformers' apply_chat_template, no special token from a message, and only answers are scored."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import chats
 import hypothesis
+import launch
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -195,6 +198,28 @@ def test_rows_that_are_no_conversation_are_named(tmp_path, tokenizer, row, reaso
     skipping = Reading(on_bad_line="skip", on_bad_text="skip")
     corpus = prepare(str(path), tokenizer, skipping, cache_dir=tmp_path / "cache", val_fraction=0.0)
     assert corpus.train.documents == 2 and sum(corpus.facts["counters"].values()) == 1
+
+
+SHAREGPT = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+
+
+@pytest.mark.parametrize("column", ["conversations", "messages"])
+def test_for_the_rows_of_sharegpt_the_way_to_convert_them_is_named(column, tmp_path):
+    path = chats.write_rows(tmp_path / "rows.jsonl", [{"id": 3, column: SHAREGPT}])
+    with pytest.raises(UserError, match=r"rows.jsonl:1: .*docs/CHAT.md has a program that writes them as `messages`"):
+        list(read(str(path), Reading()))
+
+
+def test_the_program_that_converts_the_rows_of_sharegpt(tmp_path):
+    program = (launch.ROOT / "docs" / "CHAT.md").read_text().split("```python\n")[1].split("```")[0]
+    path = chats.write_rows(tmp_path / "sharegpt.jsonl", [{"id": 3, "conversations": SHAREGPT}] * 2)
+    line = [sys.executable, "-c", program]
+    with open(path) as rows, open(tmp_path / "rows.jsonl", "w") as converted:
+        subprocess.run(line, stdin=rows, stdout=converted, check=True)
+    documents = list(read(str(tmp_path / "rows.jsonl"), Reading()))
+    assert [document.messages for document in documents] == [
+        (Message("user", "a", scored=False), Message("assistant", "b", scored=True))
+    ] * 2
 
 
 def test_without_a_template_the_row_is_named(tmp_path, folder):

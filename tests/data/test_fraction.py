@@ -58,6 +58,14 @@ def test_copies_count_once_and_are_never_in_both_parts(tmp_path):
         fraction_for(corpus(tmp_path, ["one"] * 50))
 
 
+def test_a_source_of_which_every_row_is_left_out_has_no_text(tmp_path):
+    """Of a table that is called .jsonl each line is a bad row."""
+    settings = corpus(tmp_path, [], on_bad_line="skip")
+    Path(settings.data[0]).write_text("a,b\n1,2\n3,4\n")
+    with pytest.raises(UserError, match=r"holds no document \(left out: 3 skipped_bad_line\)\. "):
+        fraction_for(settings)
+
+
 def test_the_documents_of_all_sources_count_together(tmp_path):
     one, other = corpus(tmp_path, numbered(30)), corpus(tmp_path, [f"other {i}" for i in range(70)])
     both = dataclasses.replace(one, data=one.data + other.data, sequence_length=8, batch_size=16)
@@ -85,6 +93,20 @@ def test_one_text_is_one_source(tmp_path):
     lines: list[str] = []
     open_corpora(dataclasses.replace(one, val_data=(source,)), byte_tokenizer(), CONFIG, lines.append)
     assert lines == [f"warning     --val-data {source} has the text of a source of --data: it is trained on"]
+
+
+def test_a_file_that_is_trained_on_and_validated_on_is_named(tmp_path):
+    """A file of a folder that --data names."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (corpus(folder, numbered(30)), corpus(folder, [f"other {i}" for i in range(9)]))
+    shape = {"sequence_length": 8, "batch_size": 16, "cache_dir": tmp_path / "cache", "data": (str(folder),)}
+    settings = dataclasses.replace(corpus(tmp_path, numbered(9)), **shape)
+    outside = str(tmp_path / "1.jsonl")
+    lines: list[str] = []
+    val_data = (outside, f"{folder}/../texts/1.json*")
+    open_corpora(dataclasses.replace(settings, val_data=val_data), byte_tokenizer(), CONFIG, lines.append)
+    assert lines == [f"warning     --val-data {val_data[1]}: --data reads 1 of its files too: it is trained on"]
 
 
 def test_a_general_sample_of_few_documents_is_said_to_be_empty(tmp_path):

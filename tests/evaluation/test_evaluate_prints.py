@@ -146,6 +146,9 @@ def test_modules_of_one_name_have_a_row_each(root, tmp_path, capsys):
         *(f"module:{folder}" for folder in modules),
     ]
     assert "given twice" in refused(evaluate.main, replace(settings, module=(root / "one", root / "one")))
+    assert "--without one is given twice" in refused(
+        evaluate.main, replace(settings, module=(), without=("one", "one"))
+    )
 
 
 def test_two_texts_of_one_name_are_refused(root, tmp_path):
@@ -157,6 +160,15 @@ def test_two_texts_of_one_name_are_refused(root, tmp_path):
     assert "another column called spliced" in refused(evaluate.main, settings)
 
 
+def test_no_text_is_refused(root):
+    assert "--data names no source" in refused(evaluate.main, evaluate.Settings(str(root / "trunk"), ()))
+
+
+def test_a_weight_of_a_text_is_refused(root, tmp_path):
+    settings = evaluate.Settings(str(root / "trunk"), (f"a={tmp_path}@0.5",))
+    assert f"--data {tmp_path}@0.5: a weight has no effect here; leave out @0.5" in refused(evaluate.main, settings)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [("batch_size", 0), ("sequence_length", 0), ("max_tokens", -5), ("spliced", -1), ("val_fraction", 2.0)],
@@ -164,6 +176,29 @@ def test_two_texts_of_one_name_are_refused(root, tmp_path):
 def test_impossible_numbers_are_refused(root, tmp_path, name, value):
     settings = evaluate.Settings(str(root / "trunk"), (f"a={tmp_path}",), **{name: value})
     assert f"--{name.replace('_', '-')} is {value}" in refused(evaluate.main, settings)
+
+
+def test_windows_longer_than_the_context_are_refused(root, tmp_path):
+    """Their positions are none that the model was trained on."""
+    source = tmp_path / "text.txt"
+    source.write_text("some text " * 30)
+    assemble.main(assembling(root))
+    for model in ("trunk", "new/assembled"):
+        settings = evaluate.Settings(str(root / model), (f"a={source}",), sequence_length=65, cache_dir=tmp_path)
+        assert "--sequence-length 65 exceeds the trunk's context of 64 tokens" in refused(evaluate.main, settings)
+    evaluate.main(replace(settings, sequence_length=64, max_tokens=64))
+
+
+@pytest.mark.parametrize(("max_tokens", "said"), [(100, True), (128, False), (0, False)])
+def test_max_tokens_takes_whole_windows_and_says_so(root, tmp_path, capsys, max_tokens, said):
+    source = tmp_path / "text.txt"
+    source.write_text("some text " * 30)
+    evaluate.main(
+        evaluate.Settings(str(root / "trunk"), (f"a={source}",), max_tokens=max_tokens, cache_dir=tmp_path / "cache")
+    )
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("scoring "))
+    assert (f"128 tokens of 1 documents (--max-tokens {max_tokens}, in whole windows)" in line) == said
+    assert ("128 tokens" in line) == (max_tokens > 0) and ("whole" in line) == said
 
 
 def test_the_folder_of_a_result_is_made_before_anything_is_scored(root, tmp_path, capsys):

@@ -228,11 +228,20 @@ def test_a_damaged_export_is_refused_and_leaves_nothing(artifacts, tmp_path, mon
             "needs --peft, --name and has no use for --module",
         ),
         ({"model": "trunk", "format": "gguf", "top_k": 0}, "no use for --top-k"),
+        ({"model": "assembled", "format": "transformers", "top_k": 4}, "--top-k 4 exceeds the 3 candidates"),
+        (
+            {"model": "assembled", "format": "transformers", "without": ("one", "two")},
+            "--without leaves out every module of",
+        ),
+        ({"model": "assembled", "format": "transformers", "output_dir": "assembled/x"}, "/assembled, which is read"),
+        ({"model": "trunk", "format": "transformers", "output_dir": "trunk/x/y"}, "/trunk, which is read"),
+        ({"model": "trunk", "format": "gguf", "module": "one", "output_dir": "one/x"}, "/one, which is read"),
         ({"model": "trunk", "format": "module", "peft": Path("x"), "name": "a/b"}, "plain name"),
     ],
 )
 def test_flags_that_do_not_fit_are_refused(artifacts, tmp_path, how, message):
-    settings = {**how, "model": str(artifacts / how["model"]), "output_dir": tmp_path / "out"}
+    places = {name: artifacts / how[name] for name in ("module", "output_dir") if isinstance(how.get(name), str)}
+    settings = {"output_dir": tmp_path / "out", **how, "model": str(artifacts / how["model"]), **places}
     assert message in small_artifacts.refused(export.main, export.Settings(**settings))
 
 

@@ -14,8 +14,9 @@ import pytest
 import small_artifacts
 import torch
 from safetensors.torch import load_file, save_file
+from small_artifacts import assembling, refused
 
-from forge_common import assemble
+from forge_common import assemble, merge
 from forge_common.artifacts import artifact, assembled
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
@@ -399,6 +400,56 @@ def test_each_part_is_verified_once(calibrate, text, tmp_path, monkeypatch):
         assert computed.count(metadata["digest"]) == computed.count(metadata["statistics_digest"]) == 1
 
 
+@pytest.mark.parametrize(
+    ("flag", "sources", "expected"),
+    [
+        ("check_data", ("one={}@0.5",), "{}@0.5: a weight has no effect here; leave out @0.5"),
+        ("calibrate", ("{}s",), "{}s: no such file or folder; did you mean {}?"),
+        ("calibrate", ("{}@0.5", "local:docs"), "only some sources have a weight"),
+        ("calibrate", ("local:dosc",), "local:dosc: no such corpus"),
+        ("trunk_data", ("{}", "local:docs@2"), "only some sources have a weight"),
+    ],
+)
+def test_assemble_refuses_sources_before_anything_is_read(flag, sources, expected, tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text("text")
+    sources = tuple(source.format(text) for source in sources)
+    message = refused(assemble.main, assembling(tmp_path, **{flag: sources}))
+    assert message.startswith(f"--{flag.replace('_', '-')}") and expected.format(text, text) in message
+
+
+def test_assemble_and_merge_write_into_no_folder_that_they_read(root, tmp_path):
+    (tmp_path / "link").symlink_to(root / "one")
+    for place in (root / "one" / "all", root / "trunk" / "a" / "all", tmp_path / "link" / "all"):
+        settings = dataclasses.replace(assembling(root), output_dir=place)
+        assert f"--output-dir {place} lies in " in refused(assemble.main, settings) and not place.exists()
+    settings = merge.Settings(str(root / "trunk"), root / "one", root / "one" / "merged")
+    assert f"lies in {root}/one, which is read. Name a folder outside of it" in refused(merge.main, settings)
+    (root / "run").mkdir()
+    (root / "one").rename(root / "run" / "module")
+    assert merge.main(merge.Settings(str(root / "trunk"), root / "run", root / "run" / "merged")) == 0
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({"top_k": -1}, "--top-k is -1. Give the number of candidates that serve a token, or 0 for all."),
+        ({"calibrate_tokens": 1}, "--calibrate-tokens is 1. Give at least 2."),
+    ],
+)
+def test_only_the_number_that_is_wrong_is_named(how, expected, tmp_path):
+    assert refused(assemble.main, assembling(tmp_path, **how)) == expected
+
+
+def test_more_candidates_for_a_token_than_there_are_are_refused(root):
+    settings = dataclasses.replace(assembling(root), top_k=4)
+    expected = "--top-k 4 exceeds the 3 candidates (the trunk and 2 modules). Give 3 or fewer, or 0 for all."
+    assert expected in refused(assemble.main, settings)
+    place = str(root / "assembled")
+    assert "--top-k 4 exceeds the 3 candidates" in refused(assembled.read_assembled, place, top_k=4)
+    assert assembled.read_assembled(place, top_k=3, without=("one",))[0].top_k == 3
+
+
 def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared, tmp_path):
     def refused(*modules, of=trunk, **how) -> str:
         with pytest.raises(UserError) as caught:
@@ -407,7 +458,9 @@ def test_assemble_refuses_wrong_inputs(trunk, module_dirs, assembled_dir, shared
 
     shared(tmp_path / "other", "--steps", 2, "--seed", 1)
     assert "another trunk" in refused(module_dirs["cpp"], of=tmp_path / "other" / "trunk")
-    assert "both called cpp" in refused(module_dirs["cpp"], module_dirs["cpp"])
+    assert f"{module_dirs['cpp']} is given twice" in refused(module_dirs["cpp"], module_dirs["cpp"])
+    shutil.copytree(module_dirs["cpp"], tmp_path / "again")
+    assert "both called cpp" in refused(module_dirs["cpp"], tmp_path / "again")
     assert "needs modules of --kind expert" in refused(module_dirs["cpp"], router="learned")
     for name in ("cpp", "low"):
         assert "changes the attention" in refused(module_dirs[name], router="ridge")

@@ -183,6 +183,15 @@ def test_what_goes_wrong_later_is_the_last_line(server):
     assert status == 413 and "4,194,304 bytes" in line["error"]
 
 
+def test_a_refused_request_gets_its_message_whatever_its_size(server):
+    """A connection that is closed before it is read is reset, and the client sees no message."""
+    content = b"x" * (20 << 20)
+    status, [line] = lines(server, content)
+    assert status == 413 and "4,194,304 bytes" in line["error"]
+    status, [line] = lines(server, content, Origin="null")
+    assert status == 403 and "only the page" in line["error"]
+
+
 def test_a_long_prompt_loses_its_beginning(server):
     found = lines(server, {"prompt": "x" * 9000, "max_new_tokens": 1})[1]
     assert found[0]["tokens_left_out"] == 9000 - 8191 and "text" in found[1]

@@ -1,15 +1,19 @@
 """What a newcomer types wrong: the flag or the path that was meant is named; files of settings; the groups of --help."""
 
 import dataclasses
+import errno
 import json
 import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import time
+import types
 from itertools import pairwise
+from pathlib import Path
 
 import launch
 import pytest
@@ -24,7 +28,7 @@ from forge_common.command_line import EPILOG, OTHER_NAMES, groups, unknown_flags
 from forge_common.data.sources import files_of
 from forge_common.errors import UserError
 from forge_common.files.places import missing_artifact, missing_source, published
-from forge_common.settings import read_settings, to_json
+from forge_common.settings import read_settings, run_main, to_json
 from forge_common.settings_checks import problems
 
 COMMANDS = ("assemble", "chat", "evaluate", "export", "generate", "merge", "plan", "push", "report")
@@ -90,6 +94,25 @@ def test_flags_go_before_the_file_and_the_file_before_the_defaults(read, tmp_pat
     assert read("--epochs", 2, "--config=mine.yaml").steps == 0, "one length replaces the other"
 
 
+def test_a_warm_up_that_followed_from_the_steps_of_another_run_follows_from_the_new_ones(read, tmp_path, capsys):
+    """settings.json of a run holds the numbers that followed from its steps and its text."""
+    written = {"data": ["local:docs"], "output_dir": "run", "steps": 200, "warmup_steps": 20, "val_fraction": 0.03}
+    (tmp_path / "settings.json").write_text(json.dumps(written))
+    settings = read("--config", "settings.json", "--steps", 1000)
+    assert (settings.steps, settings.warmup_steps, settings.val_fraction) == (1000, None, 0.03)
+    printed = capsys.readouterr().err
+    assert "its --warmup-steps 20 followed from its steps and follows from the new length" in printed
+    assert "val-fraction" not in printed
+    assert read("--config", "settings.json", "--budget", "30m").warmup_steps is None
+    assert read("--config", "settings.json", "--steps", 1000, "--warmup-steps", 20).warmup_steps == 20
+    capsys.readouterr()
+    assert read("--config", "settings.json", "--data", "local:cpp").warmup_steps == 20
+    printed = capsys.readouterr().err
+    assert "its --val-fraction 0.03 stays, and may have followed from its text" in printed and "warmup" not in printed
+    (tmp_path / "settings.json").write_text(json.dumps(written | {"warmup_steps": 50}))
+    assert read("--config", "settings.json", "--steps", 1000).warmup_steps == 50, "it did not follow from the steps"
+
+
 def test_what_is_printed_and_what_a_run_has_written_are_files_of_settings(read, tmp_path, capsys):
     words = (*REQUIRED, "--lr", 0.002, "--eps", 1e-7, "--no-tie-word-embeddings", "--accept-change", "steps", "lr")
     settings = read(*words)
@@ -105,12 +128,44 @@ def test_what_is_printed_and_what_a_run_has_written_are_files_of_settings(read, 
 
 
 @pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (export, ("--model", "some/where", "--as", "gguf", "--output-dir", "out")),
+        (report, ("runs/a", "runs/b", "--output", "all.html")),
+    ],
+)
+def test_what_a_command_prints_is_a_file_of_settings_also_without_a_flag_of_the_same_name(
+    command, words, monkeypatch, tmp_path, capsys
+):
+    def read(*words):
+        monkeypatch.setattr(sys, "argv", [f"{command.__name__}.py", *words])
+        return read_settings(command.Settings, "")
+
+    settings = read(*words)
+    with pytest.raises(SystemExit):
+        read(*words, "--print-config")
+    (tmp_path / "printed.yaml").write_text(capsys.readouterr().out)
+    assert read("--config", str(tmp_path / "printed.yaml")) == settings
+
+
+@pytest.mark.parametrize(
     ("content", "expected"),
     [
         ("stepz: 3\nlr: 1\nbatch: 3", "has stepz, which is no setting; did you mean --steps?"),
         ("[1, 2]", "has no settings"),
         ("a: [", "cannot be read as YAML or JSON"),
         (None, "is not there; did you mean mine.yml?"),
+        ("lr: 1\nsteps: 3\nlr: 2", "has lr twice, in lines 1 and 3"),
+        ("batch_size: 1\nbatch-size: 2", "has batch-size twice, in lines 1 and 2"),
+        ('{"lr": 1, "lr": 2}', "has lr twice, in lines 1 and 1"),
+        ("lr: fast", "has lr: fast; it must be a number"),
+        ("steps: 1.5", "has steps: 1.5; it must be a whole number"),
+        ("steps:", "has steps: null; it must be a whole number"),
+        ("pack: 3", "has pack: 3; it must be true or false"),
+        ("on_bad_text: no", "has on_bad_text: false; it must be refuse, replace or skip"),
+        ("data: {a: 1}", 'has data: {"a": 1}; it must be text, or a list of it'),
+        ("data: [a, [b]]", 'has data: ["a", ["b"]]; it must be text, or a list of it'),
+        ("tokenizer: [a, b]", 'has tokenizer: ["a", "b"]; it must be text'),
     ],
 )
 def test_a_wrong_file_of_settings_is_refused(content, expected, read, tmp_path, capsys):
@@ -172,6 +227,50 @@ def test_a_command_refuses_what_is_not_there_before_torch_is_imported(line, expe
         text=True,
     )
     assert done.returncode == 1 and f"{command}.py: error: {expected}" in done.stderr, done.stderr
+
+
+def test_ctrl_c_ends_a_command_with_one_line():
+    """And by the signal, so that a script in which it is ends too."""
+    code = (
+        "import os, signal, sys, time, types; from forge_common.settings import run_main; sys.argv[0] = 'evaluate.py'\n"
+    )
+    code += "run_main(lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)), types.SimpleNamespace())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (-signal.SIGINT, "evaluate.py: ended by Ctrl-C\n")
+
+
+def test_a_path_without_permission_is_named(read, monkeypatch, tmp_path, capsys):
+    """Raised here, since no path is closed to root."""
+    denied = PermissionError(errno.EACCES, "Permission denied", "closed/trunk")
+
+    def refuse(*_):
+        raise denied
+
+    with pytest.raises(SystemExit) as ended:
+        run_main(refuse, types.SimpleNamespace())
+    assert ended.value.code == 1
+    assert "error: closed/trunk: permission denied. Check who may read and write it" in capsys.readouterr().err
+    monkeypatch.setattr(Path, "exists", refuse)
+    for words in ((*REQUIRED, "--trunk-from", "closed/trunk"), ("--config", "closed/trunk")):
+        with pytest.raises(SystemExit) as ended:
+            read(*words)
+        assert ended.value.code == 2 and "closed/trunk" in capsys.readouterr().err
+
+
+def test_what_is_no_trunk_or_no_module_is_called_what_it_is(root, tmp_path):
+    for name in ("texts", "run"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    for folder, what in (
+        (root / "trunk", "is a trunk, not a module"),
+        (root / "assembled", "is an assembled model, not a module"),
+        (tmp_path / "run", "is the folder of a run that has published no module"),
+        (tmp_path / "texts", "module.json does not exist"),
+    ):
+        with pytest.raises(UserError, match=what):
+            artifact.read_module_metadata(folder)
+    with pytest.raises(UserError, match=r"texts has no config.json and no model.safetensors, so it is no trunk. Name "):
+        artifact.read_trunk(str(tmp_path / "texts"))
 
 
 def test_the_output_directory_of_a_run_stands_for_what_it_published(tmp_path):

@@ -273,6 +273,20 @@ def test_rows_are_kept_until_there_is_space(disk, capsys):
     assert [row["step"] for row in launch.rows(disk)] == list(range(1, 900))
 
 
+@pytest.mark.parametrize("line", ["[1, 2]", "3", "null", "{}", '{"step": null}', '{"step": "4"}'])
+def test_a_line_of_the_log_that_is_no_row_is_named(line, tmp_path):
+    """Whoever edited the file sees where; a partial last row is written again."""
+    settings = types.SimpleNamespace(output_dir=tmp_path, dry_run=False, patience=0)
+    before = Progress("run", {}, {}, global_step=2)
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n{{"st')
+    with pytest.raises(UserError, match=f"^{file}:2 is no row with an integer `step`"):
+        run_log.RunLog(MAIN, settings, before, last=9)
+    file.write_text('{"step": 1}\n{"step": 2}\n{"st')
+    run_log.RunLog(MAIN, settings, before, last=9)
+    assert [row["step"] for row in launch.rows(tmp_path, "step")] == [1, 2]
+
+
 def test_a_disk_too_full_to_publish(disk, trunk, tmp_path):
     """No partial file stays; the trunk that was published before does."""
     model, tokenizer, _ = artifact.read_trunk(str(trunk))

@@ -114,6 +114,31 @@ def test_a_run_that_continues_keeps_its_length_and_its_size(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ('{"steps": 12', "is not JSON"),
+        ("[]", "holds a list"),
+        ("{}", "has no steps and preset"),
+        ('{"steps": null, "preset": 3}', "has no"),
+    ],
+)
+def test_damaged_settings_of_a_run_that_continues_are_named_with_what_to_give_instead(content, problem, tmp_path):
+    given = settings(budget="1s", output_dir=tmp_path)
+    (tmp_path / "settings.json").write_text(content)
+    newest = tmp_path / "checkpoints" / "step-00000010"
+    newest.mkdir(parents=True)
+    with pytest.raises(UserError) as size:
+        with_preset(given, corpora(10_000), preset_sizes(given, byte_tokenizer()), ACCELERATOR)
+    with pytest.raises(UserError) as length:
+        with_length(given, corpora(10_000), None, ACCELERATOR)
+    assert str(size.value) == str(length.value)
+    assert f"{tmp_path}/settings.json {problem}" in str(size.value) and "Fetch" not in str(size.value)
+    assert f"--steps and --preset that {newest}/progress.json has" in str(size.value)
+    found = with_preset(settings(steps=7, preset="base", output_dir=tmp_path), corpora(100), {}, ACCELERATOR)
+    assert with_length(found, corpora(100), None, ACCELERATOR).steps == 7
+
+
+@pytest.mark.parametrize(
     ("text", "seconds"),
     [("90s", 90), ("1.5h", 5400), ("2d", 172_800), ("30", 0), ("m", 0), ("0m", 0), ("-1h", 0)],
 )

@@ -157,6 +157,10 @@ def test_what_is_no_run_is_refused_with_its_place(tmp_path):
     assert f"{log}:2 is not JSON" in refused(runs.read_run, folder)
     log.write_text('{"loss": 3}\n')
     assert f"{log}:1 is no row" in refused(runs.read_run, folder)
+    (folder / "settings.json").write_text('{"steps"')
+    log.write_text("")
+    message = refused(runs.read_run, folder)
+    assert message.startswith(f"{folder}/settings.json is not JSON") and message.endswith("then has no settings.")
     (tmp_path / "x.json").write_text("{}")
     for paths, problem in {
         (): "no path is given",

@@ -51,6 +51,26 @@ def test_all_problems_in_one_message(shared, tmp_path):
     assert "Traceback" not in printed and not (tmp_path / "run").exists()
 
 
+def test_settings_without_text_or_updates_are_refused(monkeypatch, tmp_path):
+    required = {"data": (), "output_dir": tmp_path / "run", "steps": -4}
+    assert problems(train_shared.Settings(**required)) == [
+        "--data names no source",
+        "--steps is -4; it must be at least 1 (0 means those of --epochs)",
+    ]
+
+
+def test_the_folder_of_a_trunk_is_not_written_to(tmp_path):
+    (tmp_path / "run" / "trunk").mkdir(parents=True)
+    (tmp_path / "run" / "trunk" / "config.json").touch()
+    common = {"data": ("local:docs",), "output_dir": tmp_path / "run" / "trunk" / "law"}
+    expected = f"--output-dir {common['output_dir']} lies in the trunk that is read; name a folder outside of it"
+    for trunk in (tmp_path / "run", tmp_path / "run" / "trunk"):
+        assert problems(train_module.Settings(trunk=str(trunk), name="law", **common)) == [expected]
+        assert problems(train_shared.Settings(trunk_from=str(trunk), **common)) == [expected]
+    beside = common | {"output_dir": tmp_path / "run" / "law"}
+    assert not problems(train_module.Settings(trunk=str(tmp_path / "run"), name="law", **beside))
+
+
 def test_a_name_that_cannot_be_published_is_refused_before_training(module, tmp_path):
     printed = module(tmp_path / "run", "--name", "../law", "--licence", "MIT\nnone", "--hang-timeout", -1, fails=True)
     for expected in (
@@ -95,6 +115,23 @@ def test_a_module_that_cannot_be_rounded_with_its_losses_is_refused(dtype, launc
     found = problems(train_module.Settings(**required, dtype=dtype, module_dtype="bf16"))
     assert len(found) == len(expected) and all(part in fault for part, fault in zip(expected, found, strict=True))
     assert not problems(train_module.Settings(**required, dtype=dtype))
+
+
+def test_a_weight_of_text_that_is_not_mixed_is_refused(tmp_path):
+    text = tmp_path / "a.txt"
+    text.write_text("text")
+    settings = train_module.Settings(
+        trunk="org/trunk",
+        name="law",
+        data=(f"{text}@0.3", "local:cpp@0.7"),
+        output_dir=tmp_path / "run",
+        val_data=(f"{text}@0.3",),
+        general_data=("local:docs@2", str(text)),
+    )
+    assert problems(settings) == [
+        f"--val-data {text}@0.3: a weight has no effect here; leave out @0.3",
+        "--general-data local:docs@2: a weight has no effect here; leave out @2",
+    ]
 
 
 def test_for_an_unknown_flag_the_nearest_is_named(shared, tmp_path):

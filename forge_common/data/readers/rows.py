@@ -13,6 +13,7 @@ from .document import PIECE, Document, Message, Reading, bad_line, checked, from
 COLUMNS_NAMED = 100  # in a message
 CONVERSATIONS = (("messages",), ("prompt", "completion"))  # the columns that hold one
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+SHAREGPT = "`from` and `value` are not read: docs/CHAT.md has a program that writes them as `messages`"
 LONGEST_CONVERSATION = 4 * PIECE  # characters: it is tokenized at once
 
 
@@ -39,6 +40,8 @@ def from_rows(rows: Iterator[tuple[str, dict[str, Any]]], reading: Reading, coun
             shown = ", ".join(name if name.isprintable() and len(name) < 80 else ascii(name)[:80] for name in names)
             more = f" and {len(row) - len(names)} more" if len(row) > len(names) else ""
             message = f"{origin}: no column {column!a}, only {shown or 'none'}{more}{nearest(column, names)}"
+            if not column_seen and "conversations" in row:
+                raise UserError(f"{message}. {SHAREGPT}. Or name the column that holds the text with --text-column.")
             if not column_seen:
                 raise UserError(f"{message}. Name the column that holds the text with --text-column.")
             bad_line(message, reading, counts)
@@ -98,6 +101,8 @@ def _messages(value: Any, column: str, role_of_text: str | None) -> list[Message
 
 def _message(item: Any, place: str) -> Message:
     fields = {name: value for name, value in item.items() if value is not None} if isinstance(item, dict) else {}
+    if "from" in fields:
+        raise ValueError(f"{place}: {SHAREGPT}")
     role = fields.get("role")
     content = fields.get("content")
     if role not in ROLES:
