@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..files.atomic import read_json
-from ..settings import MODEL_SETTINGS, defaults, differences, to_json
+from ..settings import defaults, differences, to_json
 from .agreement import check_agreement
 
 # Settings that a resumed run may change: they affect neither the updates nor the order of the data.
@@ -54,10 +54,6 @@ ACCEPTABLE = {
     "module_dtype",
     "mixed_precision",  # of the launcher
 }
-# Settings that earlier versions did not have -> the values that give what those versions did.
-ADDED = {"val_tokens": 0, "val_documents": False}
-# Fields of progress.json that earlier versions wrote and nothing read.
-REMOVED = {"seconds"}
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -191,14 +187,9 @@ def new_progress(
 
 
 def read_progress(file: Path) -> Progress:
-    """Reads a checkpoint's progress.json, also one of an earlier version."""
-    content = {name: value for name, value in read_json(file).items() if name not in REMOVED}
-    if "notes" in content:
-        notes = content.pop("notes")
-        content["losses_before"] = {name: {"tokens": n["tokens"], "loss": n["before"]} for name, n in notes.items()}
-    content["settings"] = ADDED | content.get("settings", {})
+    """Reads a checkpoint's progress.json."""
     try:
-        return Progress(**content)
+        return Progress(**read_json(file))
     except TypeError as reason:
         raise UserError(
             f"{file} was written by another version of forge ({reason}). Resume with that version."
@@ -208,21 +199,16 @@ def read_progress(file: Path) -> Progress:
 def check_same(before: Progress, fresh: Progress, settings: Any, where: Path) -> None:
     """UserError where the settings or data differ from the checkpoint's; the message lists the differences.
 
-    A setting that the checkpoint's version did not have counts as its default; such a checkpoint does not tell its precision.
+    A setting that was added to the script since the checkpoint counts as having had its default.
     """
-    precision = {"mixed_precision": fresh.settings["mixed_precision"]}
-    changed = differences(defaults(settings) | precision | before.settings, fresh.settings)
+    changed = differences(defaults(settings) | before.settings, fresh.settings)
     for name, (old, new) in differences(before.data, fresh.data).items():
         changed[f"digest of {name}"] = (str(old)[:12], str(new)[:12])
-    if not any(name.startswith("digest of held out") for name in changed):
-        changed.pop("val_tokens", None)  # both score everything that is held out
     acceptable = set(ACCEPTABLE)
     if fresh.settings["mixed_precision"] == "fp16":  # the checkpoint has no loss scale
         acceptable.remove("mixed_precision")
     accepted = {name.replace("-", "_") for name in settings.accept_change}
     allowed = FREE | (accepted & acceptable)
-    if before.settings.get("trunk_from"):
-        allowed |= set(MODEL_SETTINGS)  # earlier versions ignored them then; now they are refused
     refused = {name: pair for name, pair in changed.items() if name not in allowed}
     if refused:
         lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in refused.items())
