@@ -60,7 +60,7 @@ def main(settings: Settings) -> int:
 
     from forge_common import checkpoint, optimizers, schedule
     from forge_common.artifacts import artifact
-    from forge_common.artifacts.publish import losses_line, publish_module, round_tensors
+    from forge_common.artifacts.publish import TrainedModule, losses_line, publish_module, round_tensors
     from forge_common.artifacts.upload import upload
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
@@ -222,9 +222,8 @@ def main(settings: Settings) -> int:
             if artifact.digest({name: tensors[name] for name in frozen}) != frozen_before:
                 raise AssertionError("a frozen tensor of the trunk has changed; the module was not published")
             log.print_line(f"frozen      {len(frozen)} tensors, digest {frozen_before[:12]} before and after")
-            path, digest = publish_module(
-                settings, progress, corpora, config, tensors, module_names, trunk_metadata, layers, losses_after, device
-            )
+            module = TrainedModule(tensors, module_names, layers, losses_after)
+            path, digest = publish_module(settings, progress, corpora, config, module, trunk_metadata, device)
             log.print_line(losses_line(progress.losses_before, losses_after))
             log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
             if settings.push_to_hub:
