@@ -92,11 +92,11 @@ def main(settings: Settings) -> None:
     columns, _ = open_columns(
         {name: f"local:{name}" for name in settings.domains}, described, trunk, tokenizer, scoring
     )
-    reference = trial.reference(trunk, settings.trunk)
+    reference = trial.make_reference(trunk, settings.trunk)
 
     def losses(candidates: dict[str, assembled.Part], top_k: int) -> dict[str, float]:
         named = list(candidates.values())
-        router = assembled.route(trunk, background, named, {"router": "context", "tuning": asdict(Tuning())})
+        router = assembled.make_router(trunk, background, named, {"router": "context", "tuning": asdict(Tuning())})
         model = Mixture(trunk, {part.name: part.model for part in named}, router, top_k=top_k).eval()
         return {name: evaluate.score(model, column, scoring, "cpu")["loss"] for name, column in columns.items()}
 
@@ -118,9 +118,9 @@ def main(settings: Settings) -> None:
                 worst = max(changes, key=lambda domain: changes[domain])
                 moved[top_k] = f"{changes[worst]:+.3f} ({worst})"
             own = evaluate.score(model, columns[name], scoring, "cpu")["loss"] - trunk_loss
-            excess = trial.mean_loss(model, list(reference.generated.numpy()), way) - reference.loss
+            excess = trial.mean_loss(model, reference.text, way) - reference.loss
             assert part.statistics is not None
-            on_own = trial.excess_on_claimed(model, trunk, part.statistics, way)
+            on_own = trial.excess_on_own_text(model, trunk, part.statistics, way)
             print(
                 f"| {name} | {way} | {on_own:+.2f} | {excess:+.2f} | {moved[0]} | {moved[1]} | {own:+.3f} |", flush=True
             )

@@ -92,7 +92,7 @@ class Seed:
             base, _, metadata = artifact.read_trunk(str(trunk))
         parts = [assembled.read_part(base, metadata, folder) for folder in folders]
         parts.sort(key=lambda part: part.name)
-        solved = assembled.route(base, background, parts, {"router": router, "tuning": asdict(Tuning())})
+        solved = assembled.make_router(base, background, parts, {"router": router, "tuning": asdict(Tuning())})
         return Mixture(base, {part.name: part.model for part in parts}, solved).eval()
 
     def _recipe(self, name: str) -> Any:

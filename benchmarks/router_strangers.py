@@ -80,7 +80,7 @@ class Models:
 
     def router(self, parts: list[assembled.Part]) -> Any:
         metadata = {"router": "context", "tuning": asdict(Tuning())}
-        return assembled.route(self.trunk, self.background, parts, metadata)
+        return assembled.make_router(self.trunk, self.background, parts, metadata)
 
     def print(self, case: str, model: Any) -> None:
         losses = {

@@ -23,7 +23,7 @@ from .settings import ReadingSettings, read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .artifacts.assembled import Part
-    from .artifacts.checks import Examined
+    from .artifacts.checks import CheckedModule
 
 GENERAL_TEXT = ("local:docs",)
 FILES = (*ASSEMBLED_FILES, "trunk", "modules")  # of an assembled model
@@ -202,7 +202,7 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     """Copies the trunk and the modules to `temp_dir`, verifies the copies and the router, and adds assembled.json and the card."""
     from .artifacts import checks, module_table, texts
     from .artifacts.artifact import read_statistics, read_trunk
-    from .artifacts.assembled import check_digests, new_metadata, route
+    from .artifacts.assembled import check_digests, make_router, new_metadata
     from .artifacts.card import model_card
     from .files.atomic import write_json
     from .files.tensors import trunk_files
@@ -213,17 +213,17 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
     with naming_source(plan.trunk, copy):
         trunk, tokenizer, trunk_metadata = read_trunk(str(copy))
         background = read_statistics(copy, trunk_metadata, trunk.config)
-    parts, examined = _modules(settings, plan, trunk, tokenizer, trunk_metadata, temp_dir)
+    parts, checked = _modules(settings, plan, trunk, tokenizer, trunk_metadata, temp_dir)
     if not settings.allow_copies:
-        checks.check_copies(examined, decode(background["unigrams"]) if background else None)
+        checks.check_copies(checked, decode(background["unigrams"]) if background else None)
     if not settings.allow_worse:
-        checks.check_weights(examined)
+        checks.check_worse(checked)
     staying: list[str] = []  # parts of the model that is changed
     if plan.before:
         staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))]
     places = {name: place for name, place in plan.before.get("origins", {}).items() if name in staying}
     places |= origins({"trunk": plan.trunk, **plan.modules})
-    metadata_of_parts = {"trunk": trunk_metadata, **{module.name: module.metadata for module in examined}}
+    metadata_of_parts = {"trunk": trunk_metadata, **{module.name: module.metadata for module in checked}}
     metadata = new_metadata(plan.router, plan.top_k, metadata_of_parts, plan.before, places)
     if plan.before:
         check_digests(plan.trunk.parent, plan.before, {name: metadata["digests"][name] for name in staying})
@@ -232,12 +232,12 @@ def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
         metadata["statistics_digest"] = new_digest
         background = read_statistics(temp_dir, metadata, trunk.config)
     if settings.calibrate:
-        metadata["tuning"] = texts.calibrated(settings, trunk, tokenizer, parts, background, metadata)
+        metadata["tuning"] = texts.calibrate(settings, trunk, tokenizer, parts, background, metadata)
     if plan.router == "ridge":
-        route(trunk, background, parts, metadata)
+        make_router(trunk, background, parts, metadata)
     write_json(temp_dir / "assembled.json", metadata)
     (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
-    print(module_table.table(examined, decode(background["unigrams"]) if background else None, metadata["licences"]))
+    print(module_table.table(checked, decode(background["unigrams"]) if background else None, metadata["licences"]))
     print(f"statistics  of the trunk: {source}")
 
 
@@ -268,14 +268,14 @@ def _write_statistics(
         source = f"of {', '.join(trunk_data)}, a general text, since it has none (--trunk-data names text that is more like the trunk's)"
     else:
         return None, f"none, and --router {plan.router} needs none"
-    counts = texts.trunk_statistics(trunk_data, settings, tokenizer, config.vocab_size)
+    counts = texts.count_statistics(trunk_data, settings, tokenizer, config.vocab_size)
     save_file(counts, path)
     return digest(counts), source
 
 
 def _modules(
     settings: Settings, plan: Plan, trunk: Any, tokenizer: Any, trunk_metadata: dict[str, Any], temp_dir: Path
-) -> tuple[list["Part"], list["Examined"]]:
+) -> tuple[list["Part"], list["CheckedModule"]]:
     """Copies, verifies and tries the modules, one after the other: the parts that solving the router needs, and the
     table's rows.
     """
@@ -283,10 +283,10 @@ def _modules(
     from .artifacts.assembled import check_router, read_part
 
     with naming_source(plan.trunk, temp_dir / "trunk"):
-        reference = trial.reference(trunk, temp_dir / "trunk")
-    check_data = texts.check_sources(settings.check_data, plan.modules)
+        reference = trial.make_reference(trunk, temp_dir / "trunk")
+    check_data = texts.parse_check_data(settings.check_data, plan.modules)
     parts = []
-    examined = []
+    checked = []
     for name, folder in plan.modules.items():
         copy = temp_dir / "modules" / name
         copy_files(folder, copy, MODULE_FILES, link=plan.stays(folder))
@@ -297,8 +297,8 @@ def _modules(
         windows = []
         if name in check_data:
             share = part.metadata.get("val_fraction", 0.0)
-            windows = texts.check_windows(check_data[name], settings, tokenizer, trunk.config, share)
-        examined.append(checks.examined(part, trunk, effect, windows))
+            windows = texts.read_check_data(check_data[name], settings, tokenizer, trunk.config, share)
+        checked.append(checks.measure_module(part, trunk, effect, windows))
         # To calibrate takes all modules in memory at once, to solve the ridge system all statistics; otherwise one
         # module is enough.
         if settings.calibrate:
@@ -306,7 +306,7 @@ def _modules(
         elif plan.router == "ridge":
             parts.append(part._replace(model=trunk))
         del part
-    return parts, examined
+    return parts, checked
 
 
 if __name__ == "__main__":

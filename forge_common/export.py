@@ -225,7 +225,7 @@ def _module(settings: Settings) -> None:
     import torch
 
     from .artifacts.artifact import read_trunk, write_module
-    from .artifacts.texts import trunk_statistics
+    from .artifacts.texts import count_statistics
     from .exporting import peft_adapter, proof
     from .files.hub import local_folder, origins
     from .routing.statistics import BIGRAM_BUCKETS
@@ -240,7 +240,7 @@ def _module(settings: Settings) -> None:
     sizes = {"unigrams": config.vocab_size, "bigrams": BIGRAM_BUCKETS}
     statistics = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
     if settings.data:
-        statistics = trunk_statistics(settings.data, settings, tokenizer, config.vocab_size)
+        statistics = count_statistics(settings.data, settings, tokenizer, config.vocab_size)
     metadata = arguments | {
         "name": settings.name,
         "licence": settings.licence,

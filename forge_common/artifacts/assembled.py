@@ -56,11 +56,11 @@ class Assembly(NamedTuple):
     top_k: int
 
     def mixture(self, without: Sequence[str] = ()) -> Mixture:
-        """The model without some of its modules, which shares its tensors with the others that are made of this."""
+        """The model without some of its modules. All models made here share their tensors."""
         names = leave_out([part.name for part in self.parts], without, self.folder)
         parts = [part for part in self.parts if part.name in names]
         with naming(self.folder):
-            router = route(self.trunk, self.background, parts, self.metadata)
+            router = make_router(self.trunk, self.background, parts, self.metadata)
         modules = {part.name: part.model for part in parts}
         return Mixture(self.trunk, modules, router, top_k=self.top_k)
 
@@ -77,7 +77,7 @@ def read_assembled(
 
 
 def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | None = None) -> Assembly:
-    """What `read_assembled` makes its model of."""
+    """The parts of an assembled model, verified, of which `read_assembled` makes its model."""
     if top_k is not None and top_k < 0:
         raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
     folder = local_folder(place, None)
@@ -193,8 +193,8 @@ def check_router(router: str, part: Part, place: Any) -> None:
         )
 
 
-def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata: dict[str, Any]) -> Any:
-    """The router of an assembled.json, solved for these parts. background: the trunk's statistics."""
+def make_router(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata: dict[str, Any]) -> Any:
+    """The router that assembled.json names, for these parts. metadata: its content. background: the trunk's statistics."""
     router = metadata["router"]
     try:
         tuning = Tuning(**metadata["tuning"])
