@@ -51,8 +51,7 @@ class Assembly(NamedTuple):
     trunk: Trunk
     tokenizer: Tokenizer
     parts: list[Part]
-    background: Tensors | None
-    """The trunk's statistics."""
+    trunk_statistics: Tensors | None
     top_k: int
 
     def mixture(self, without: Sequence[str] = ()) -> Mixture:
@@ -60,7 +59,7 @@ class Assembly(NamedTuple):
         names = leave_out([part.name for part in self.parts], without, self.folder)
         parts = [part for part in self.parts if part.name in names]
         with naming(self.folder):
-            router = make_router(self.trunk, self.background, parts, self.metadata)
+            router = make_router(self.trunk, self.trunk_statistics, parts, self.metadata)
         modules = {part.name: part.model for part in parts}
         return Mixture(self.trunk, modules, router, top_k=self.top_k)
 
@@ -89,11 +88,11 @@ def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | Non
     digests = {part.name: part.metadata["digest"] for part in parts}
     check_digests(folder, metadata, {"trunk": trunk_metadata["digest"], **digests})
     if "statistics_digest" in metadata or (folder / "statistics.safetensors").exists():
-        background = read_statistics(folder, metadata, trunk.config)
+        trunk_statistics = read_statistics(folder, metadata, trunk.config)
     else:
-        background = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
+        trunk_statistics = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
     served = metadata["top_k"] if top_k is None else top_k
-    return Assembly(folder, metadata, trunk, tokenizer, parts, background, served)
+    return Assembly(folder, metadata, trunk, tokenizer, parts, trunk_statistics, served)
 
 
 def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
@@ -193,8 +192,8 @@ def check_router(router: str, part: Part, place: Any) -> None:
         )
 
 
-def make_router(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata: dict[str, Any]) -> Any:
-    """The router that assembled.json names, for these parts. metadata: its content. background: the trunk's statistics."""
+def make_router(trunk: Trunk, trunk_statistics: Tensors | None, parts: list[Part], metadata: dict[str, Any]) -> Any:
+    """The router that assembled.json names, for these parts. metadata: the content of assembled.json."""
     router = metadata["router"]
     try:
         tuning = Tuning(**metadata["tuning"])
@@ -211,9 +210,9 @@ def make_router(trunk: Trunk, background: Tensors | None, parts: list[Part], met
     statistics = [part.statistics for part in parts if part.statistics is not None]
     if router == "context":
         assert trunk.config.eos_token_id is not None  # read_trunk takes it from the tokenizer
-        if background is None:
+        if trunk_statistics is None:
             raise UserError("the trunk has no statistics, and --router context needs them. Assemble the modules again.")
-        return ContextRouter([background, *statistics], prior, trunk.config.eos_token_id, tuning)
+        return ContextRouter([trunk_statistics, *statistics], prior, trunk.config.eos_token_id, tuning)
     if router == "learned":
         rows = [
             [layer.addition.row if isinstance(layer.addition, RoutedExpert) else None for layer in model.model.layers]

@@ -64,19 +64,19 @@ def calibrate(
     trunk: Trunk,
     tokenizer: Tokenizer,
     parts: list[Part],
-    background: dict[str, torch.Tensor] | None,
+    trunk_statistics: dict[str, torch.Tensor] | None,
     metadata: dict[str, Any],
 ) -> dict[str, float]:
     """Fits the router's numbers to --calibrate: each in turn is halved, then doubled, as long as the loss falls.
 
-    background: the trunk's statistics. metadata: of assembled.json, with the numbers to start from.
+    metadata: the content of assembled.json, with the numbers to start from.
     """
     sources = _open_sources(settings.calibrate, settings, tokenizer)
     windows = _cut_windows(sources, settings.calibrate_tokens, trunk.config)
     model = Mixture(trunk, {part.name: part.model for part in parts}, None, top_k=metadata["top_k"])
 
     def loss_of(tuning: dict[str, float]) -> float:
-        model.router = make_router(trunk, background, parts, metadata | {"tuning": tuning})
+        model.router = make_router(trunk, trunk_statistics, parts, metadata | {"tuning": tuning})
         return mean_loss(model, windows, "the assembled model on --calibrate")
 
     best = metadata["tuning"]
