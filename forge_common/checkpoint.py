@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from .errors import UserError
 from .files.tensors import Tensors
-from .run import zero
+from .run import zero_state
 from .run.checkpoint_folder import checkpoints_of, complete, fault, newest_intact, verify_or_rename
 from .run.engines import bare, engine_of, prepared, trained
 from .run.progress import Progress, check_same, read_progress
@@ -39,7 +39,7 @@ def full_tensors(accelerator: Any, model: torch.nn.Module) -> Tensors:
     A collective.
     """
     if accelerator.state.deepspeed_plugin:
-        return zero.full_tensors(bare(accelerator, model), accelerator.is_main_process)
+        return zero_state.full_tensors(bare(accelerator, model), accelerator.is_main_process)
     return accelerator.get_state_dict(bare(accelerator, model), unwrap=False)
 
 

@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..files.tensors import Tensors
-from . import zero
+from . import zero, zero_state
 
 
 class Engine(NamedTuple):
@@ -32,7 +32,7 @@ class Engine(NamedTuple):
 def engine_of(accelerator: Any) -> Engine | None:
     """The engine that divides the trained state; None where every process has all of it, and save_state writes the format."""
     if accelerator.state.deepspeed_plugin:
-        return Engine(zero.gather, zero.scatter)
+        return Engine(zero_state.gather, zero_state.scatter)
     return Engine(_gather_fsdp2, _scatter_fsdp2) if accelerator.is_fsdp2 else None
 
 
@@ -79,8 +79,8 @@ def trained(model: torch.nn.Module) -> Tensors:
 
     Under DeepSpeed, which updates flat tensors of its own: their shapes and dtype, without storage.
     """
-    if zero.is_used(model):
-        return zero.shapes(model)
+    if zero_state.is_used(model):
+        return zero_state.shapes(model)
     model.state_dict()  # FSDP2 leaves the last forward pass's gathered copies in place of the parameters; this puts them back
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
