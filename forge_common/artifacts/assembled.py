@@ -38,12 +38,12 @@ class Part(NamedTuple):
 
 
 def is_assembled(place: str) -> bool:
-    """Whether a folder, or what a hub id names, is what `assemble` writes."""
+    """Whether a folder or a hub id is that of an assembled model."""
     return (local_folder(place, None) / "assembled.json").is_file()
 
 
 class Assembly(NamedTuple):
-    """The verified parts of an assembled model, from which models with fewer modules are made without reading them again."""
+    """The verified parts of an assembled model. Models with fewer modules can be made of it without reading files again."""
 
     folder: Path
     metadata: dict[str, Any]
@@ -96,7 +96,7 @@ def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | Non
 
 
 def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
-    """Refuses other parts than were assembled, even if each of them is valid by itself. digests: of what was read."""
+    """Refuses parts that are not those that were assembled, even if each is valid by itself. digests: of the parts that were read."""
     expected = metadata["digests"]
     if expected.keys() != {"trunk", *metadata["modules"]}:
         raise UserError(
@@ -115,8 +115,8 @@ def new_metadata(
 ) -> dict[str, Any]:
     """The content of assembled.json, of a new model or, a version later, of a changed one.
 
-    parts: the metadata of the trunk, as trunk, and of the modules by name, sorted. before: assembled.json before the
-    change, or {}. origins: ORG/NAME@COMMIT of those that were fetched from the hub.
+    parts: the metadata of `trunk` and of the modules, by name, sorted. before: assembled.json before the change, or {}.
+    origins: ORG/NAME@COMMIT of the parts that were fetched from the hub, by name.
     """
     digests = {name: metadata["digest"] for name, metadata in parts.items()}
     version = before.get("version", 1) + 1 if before else 1
@@ -149,16 +149,16 @@ def _changes(version: int, before: Mapping[str, str], after: Mapping[str, str]) 
 
 
 def read_part(trunk: Trunk, trunk_metadata: dict[str, Any], folder: Path) -> Part:
-    """The module in a folder, verified against the trunk. Its weights are read again, from the mapped file, where they are used."""
+    """The module in a folder, verified against the trunk. Its weights stay mapped to the file: they are read when they are used."""
     tensors, metadata = read_module(folder, trunk_metadata)
     with naming(folder):
         model = with_module(trunk, tensors, **module_arguments(metadata))
-    drop_pages(tensors)  # verifying has read every byte
+    drop_pages(tensors)  # verifying has read all of the file into memory
     return Part(metadata, model, read_statistics(folder, metadata, trunk.config))
 
 
 def read_parts(trunk: Trunk, trunk_metadata: dict[str, Any], folders: list[Path]) -> list[Part]:
-    """The modules in these folders, verified against the trunk; all of them are in memory at once."""
+    """The modules in these folders, verified against the trunk."""
     parts: list[Part] = []
     for folder in folders:
         part = read_part(trunk, trunk_metadata, folder)
