@@ -215,7 +215,7 @@ def main(settings: Settings) -> int:
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:
         checkpoint.load_best(accelerator, settings, progress, log.print_line)
-        round_tensors(engines.trained(model), settings.module_dtype)  # the losses are of what will be stored
+        round_tensors(engines.trained_tensors(model), settings.module_dtype)  # the losses are of what will be stored
         losses_after = domain_losses(accelerator, model, domains, settings.micro_batch_size)
         tensors = checkpoint.full_tensors(accelerator, model)
         if accelerator.is_main_process:
