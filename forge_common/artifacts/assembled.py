@@ -214,11 +214,7 @@ def make_router(trunk: Trunk, trunk_statistics: Tensors | None, parts: list[Part
             raise UserError("the trunk has no statistics, and --router context needs them. Assemble the modules again.")
         return ContextRouter([trunk_statistics, *statistics], prior, trunk.config.eos_token_id, tuning)
     if router == "learned":
-        rows = [
-            [layer.addition.row if isinstance(layer.addition, RoutedExpert) else None for layer in model.model.layers]
-            for model in (part.model for part in parts)
-        ]
-        return LearnedRouter(rows, prior)
+        return LearnedRouter([_router_rows(part.model) for part in parts], prior)
     if router == "ridge":
         try:
             return RidgeRouter(statistics, prior, trunk.config.hidden_size, tuning)
@@ -227,3 +223,9 @@ def make_router(trunk: Trunk, trunk_statistics: Tensors | None, parts: list[Part
     if router == "uniform":
         return UniformRouter(prior)
     raise UserError(f"router {router!r} is not one of {', '.join(ROUTERS)}. Assemble the modules again.")
+
+
+def _router_rows(model: Trunk) -> list[Any]:
+    """The router row that was trained with the module in each layer; None where it changes nothing."""
+    additions = [layer.addition for layer in model.model.layers]
+    return [addition.row if isinstance(addition, RoutedExpert) else None for addition in additions]
