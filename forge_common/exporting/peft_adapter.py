@@ -66,7 +66,7 @@ def write(folder: Path, base: str, tensors: Tensors, metadata: dict[str, Any]) -
 
 
 def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> float:
-    """The largest difference of a logit between PEFT, with the adapter on the trunk in Transformers, and `model`, the
+    """Loads the adapter with PEFT, on the trunk in Transformers. Returns the largest difference of a logit from `model`, the
     trunk with the module.
     """
     peft = proof.library("peft", "an adapter")
@@ -77,7 +77,7 @@ def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> 
 
 
 def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of an adapter as those of a module of `trunk`, and the arguments of plug_in for it; puts them into `trunk`.
+    """Reads an adapter as a module of `trunk`: its tensors, and the arguments of plug_in. Puts the module into `trunk`.
 
     alpha / r is multiplied into B, and a matrix that the adapter changes in other layers only gets a change of 0.
     UserError for what no kind of module expresses.
