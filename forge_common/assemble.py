@@ -159,7 +159,7 @@ def _modules_of_new_model(settings: Settings) -> dict[str, Path]:
 
 
 def _modules_after_change(settings: Settings, model: Path, names: list[str]) -> dict[str, Path]:
-    """The folders of the modules by name, sorted, after --remove, --replace and --add. names: of the modules before it."""
+    """The modules' folders by name, sorted, after --remove, --replace and --add. names: of the modules before them."""
     modules = {name: without_links(model / "modules") / name for name in names}
     for name in settings.remove:
         if modules.pop(name, None) is None:

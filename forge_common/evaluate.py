@@ -3,8 +3,8 @@
 --model is a trunk or an assembled model. The rows of the table of an assembled model are the trunk, each module, all of
 them together, and all without each module of --without. Each document is scored by itself, cut into windows where it is
 longer than the context. So a loss does not depend on other documents, and has a standard error over the documents. If
-the trunk or a module was trained on a source, according to its metadata, only the documents that it held out are scored;
-otherwise all are.
+the trunk or a module was trained on a source, according to its metadata, only the documents that it held out are
+scored; otherwise all are.
 """
 
 import time
@@ -187,7 +187,7 @@ def work_of_rows(settings: Settings, parts: int) -> list[float]:
 
 
 def seconds_per_token(model: "LanguageModel", columns: "dict[str, Column]", settings: Settings, device: Any) -> float:
-    """The time of scoring a token, measured on a few windows of middle length, of the text that has the most windows."""
+    """The time of scoring a token, measured on a few windows of middle length of the text with the most windows."""
     from .evaluation.columns import Column
     from .evaluation.score import score
 

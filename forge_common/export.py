@@ -118,8 +118,8 @@ def _check(settings: Settings) -> None:
 
 
 def _publish(settings: Settings, title: str, metadata: dict[str, Any], write: Callable[[Path], float]) -> None:
-    """Publishes the folder that `write` fills. `write` returns the largest difference of a logit from the model here, which
-    must be small, and is on the card.
+    """Publishes the folder that `write` fills. `write` returns the largest difference of a logit from the model here,
+    which must be small, and is on the card.
     """
     from .artifacts.card import model_card
     from .exporting import proof

@@ -96,8 +96,8 @@ def write_module(
 ) -> str:
     """Publishes a module: its tensors, its metadata, the statistics for routers; returns its digest.
 
-    config: of the trunk. dtype: a key of DTYPES, to which the tensors are rounded. The folder has its name only after it
-    was read back and verified, as in write_trunk.
+    config: of the trunk. dtype: a key of DTYPES, to which the tensors are rounded. The folder has its name only after
+    it was read back and verified, as in write_trunk.
     """
     if not is_plain(metadata["name"]):
         raise UserError(f"a module cannot be called {quoted(metadata['name'])}. Its name must be {PLAIN[0]}.")
@@ -273,8 +273,8 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
 def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], metadata: dict[str, Any]) -> Tensors:
     """Reads the trunk's tensors that the tensors `module_names` have replaced in memory from the trunk's files.
 
-    UserError where the trunk has changed since `metadata`, the result of read_trunk. Where nothing is replaced, only the
-    digest in forge.json is compared: reading the weights takes as much memory as the trunk.
+    UserError where the trunk has changed since `metadata`, the result of read_trunk. Where nothing is replaced, only
+    the digest in forge.json is compared: reading the weights takes as much memory as the trunk.
     """
     with torch.device("meta"):
         own = {name for name, _ in Trunk(config).named_parameters() if name.startswith("model.")}

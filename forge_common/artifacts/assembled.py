@@ -43,7 +43,7 @@ def is_assembled(place: str) -> bool:
 
 
 class Assembly(NamedTuple):
-    """The verified parts of an assembled model. Models with fewer modules can be made of it without reading files again."""
+    """The verified parts of an assembled model. `mixture` makes models of them without reading files again."""
 
     folder: Path
     metadata: dict[str, Any]
@@ -96,7 +96,7 @@ def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | Non
 
 
 def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
-    """Refuses parts that are not those that were assembled, even if each is valid by itself. digests: of the parts that were read."""
+    """Refuses parts that are not those that were assembled, even if each is valid. digests: of the parts as read."""
     expected = metadata["digests"]
     if expected.keys() != {"trunk", *metadata["modules"]}:
         raise UserError(
@@ -149,7 +149,7 @@ def _changes(version: int, before: Mapping[str, str], after: Mapping[str, str]) 
 
 
 def read_part(trunk: Trunk, trunk_metadata: dict[str, Any], folder: Path) -> Part:
-    """The module in a folder, verified against the trunk. Its weights stay mapped to the file: they are read when they are used."""
+    """The module in a folder, verified against the trunk. Its weights stay mapped, and are read where they are used."""
     tensors, metadata = read_module(folder, trunk_metadata)
     with naming(folder):
         model = with_module(trunk, tensors, **module_arguments(metadata))

@@ -1,5 +1,5 @@
-"""Writes the folder of an assembled model: copies of the trunk and the modules, each verified and tried, their statistics,
-assembled.json and the card.
+"""Writes the folder of an assembled model: copies of the trunk and the modules, each verified and tried, their
+statistics, assembled.json and the card.
 """
 
 import shutil

@@ -20,7 +20,7 @@ unlicense zlib pddl llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma"""
 
 
 def model_card(title: str, metadata: dict[str, Any]) -> str:
-    """The text of README.md. The metadata may be untrusted: values of another form than expected are only in the table."""
+    """The text of README.md. The metadata may be untrusted: values of an unexpected form are only in the table."""
     front_matter = yaml.safe_dump(_front_matter(metadata), sort_keys=False, allow_unicode=True)
     sections = [f"# {title}", _use(metadata), _losses(metadata.get("losses"))]
     if metadata.get("command"):

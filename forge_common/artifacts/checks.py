@@ -18,8 +18,8 @@ from ..routing.statistics import decode
 from .assembled import Part
 from .trial import Effect, mean_loss
 
-# Limits of the fields of Effect, and what working modules had. "Broken": a module trained at a rate of 0.02 on a trunk of
-# 20 updates.
+# Limits of the fields of Effect, and what working modules had. The broken one was trained at a rate of 0.02 on a trunk
+# of 20 updates.
 LARGE_GROWTH = 10.0  # warned; working modules 0.9 to 1.6, a broken one 82
 LARGE_ON_TRUNK_TEXT = 1.5  # warned; working modules 0.1 to 1.0, a broken one 3.0
 LARGE_ON_OWN_TEXT = 0.65  # refused without --allow-worse; working modules at most 0.6
@@ -30,7 +30,7 @@ COUNTED_SHARE = (
 )  # counted tokens as a share of the stated ones: rare ones are left out, counts are rounded by 3%
 LEAST_SPREAD = 0.1  # standard deviation of the counts as a share of their mean; that of a text is far above 1
 COUNTED_PER_SEEN = 20  # counted tokens per token seen in training; more is a contradiction
-# Two modules' counts are copies if their cosine is above the first and their totals differ by less than the second share.
+# Two modules' counts are copies if their cosine is above the first, and their totals differ by less than the second.
 SAME_COSINE = 0.999
 SAME_TOTAL = 0.05
 LOSS_DIFFERENCE = 0.1  # nats per token; windows of another length explain less
@@ -73,7 +73,7 @@ def measure_module(part: Part, trunk: Trunk, effect: Effect, windows: Sequence[n
 
 
 def weight_warnings(module: CheckedModule) -> list[ModuleWarning]:
-    """Warns of hidden states far larger than the trunk's, and of a loss far above the trunk's on either kind of text."""
+    """Warns of hidden states far larger than the trunk's, and of a loss far above it on either kind of text."""
     warnings = []
     effect = module.effect
     if effect.growth > LARGE_GROWTH:
@@ -138,8 +138,8 @@ def loss_warnings(module: CheckedModule) -> list[ModuleWarning]:
 
 
 def copy_warnings(modules: list[CheckedModule], trunk_counts: torch.Tensor | None) -> list[list[ModuleWarning]]:
-    """For each module, a warning of the first candidate before it with the same weights or statistics, or nearly the same
-    counts; [] where there is none.
+    """For each module, a warning of the first candidate before it with the same weights or statistics, or nearly the
+    same counts; [] where there is none.
     """
     names = ["the trunk", *(module.name for module in modules)]
     metadata = [{}, *(module.metadata for module in modules)]
@@ -177,8 +177,8 @@ def check_worse(modules: list[CheckedModule]) -> None:
 
 
 def check_copies(modules: list[CheckedModule], trunk_counts: torch.Tensor | None) -> None:
-    """Refuses a module whose statistics are nearly those of the trunk, or of a module with other weights: the router would
-    give it half of the other's text.
+    """Refuses a module whose statistics are nearly those of the trunk, or of a module with other weights: the router
+    would give it half of the other's text.
 
     trunk_counts: of the tokens that the trunk was trained on [V]; None where it does not publish them.
     """

@@ -43,7 +43,7 @@ def _ascending(layers: Any) -> bool:
 
 
 def _is_tuning(numbers: Any) -> bool:
-    """Whether these are all numbers of a router, and no others. A default in place of a missing one would change the router."""
+    """Whether these are all numbers of a router, and no others: a default for a missing one would change the router."""
     known = {field.name for field in dataclasses.fields(Tuning)}
     return matches(numbers, dict_of(number(0, 1e9))) and numbers.keys() == known
 
@@ -144,7 +144,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def training_texts(metadata: dict[str, Any]) -> list[Text]:
-    """The texts that a trunk or a module was trained on, also before it was continued or merged; [] if it states none."""
+    """The texts that a trunk or a module was trained on, also before it was continued or merged; [] if not stated."""
     digests = {source: value for source, value in metadata.get("data", {}).items() if matches(value, DIGEST)}
     fraction = float(metadata.get("val_fraction", 0))
     own = [Text(source, digests.get(source), fraction) for source in metadata.get("sources", [])]
@@ -160,7 +160,7 @@ def smallest_held_out_share(parts: Iterable[dict[str, Any]]) -> float:
 
 
 def leave_out(names: Sequence[str], without: Sequence[str], place: Any) -> list[str]:
-    """The modules `names` without those of --without. UserError where one of them is not in `names`, the modules of `place`."""
+    """The modules `names` of `place` without those of --without. UserError where one of these is not in `names`."""
     unknown = [name for name in without if name not in names]
     if unknown:
         raise UserError(f"--without {unknown[0]}: no such module. Choose among those of {place}: {', '.join(names)}.")

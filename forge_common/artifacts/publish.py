@@ -1,4 +1,4 @@
-"""Publishes the result of a training run: weights, metadata and statistics, which are read back before they have their name."""
+"""Publishes the weights, metadata and statistics of a training run. They are read back before they have their name."""
 
 import dataclasses
 import re
@@ -76,7 +76,7 @@ def publish_trunk(
 
 @torch.no_grad()
 def round_tensors(tensors: Tensors, dtype: str | None) -> None:
-    """Rounds a module's tensors to --module-dtype, in place, so that the losses measured afterwards are of what is stored."""
+    """Rounds a module's tensors to --module-dtype, in place: losses measured afterwards are of what will be stored."""
     if dtype is not None:
         for tensor in tensors.values():
             tensor.copy_(tensor.to(DTYPES[dtype]))

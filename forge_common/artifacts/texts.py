@@ -1,5 +1,5 @@
-"""Text that `assemble` reads: to count the trunk's statistics, to fit the router's numbers (--calibrate), and to measure
-claimed losses again (--check-data).
+"""Text that `assemble` reads: to count the trunk's statistics, to fit the router's numbers (--calibrate), and to
+measure claimed losses again (--check-data).
 
 T time, V vocabulary
 """

@@ -73,14 +73,14 @@ def check_trial(model: Trunk, place: Any) -> list[float]:
 
 
 def make_reference(trunk: Trunk, place: Any) -> Reference:
-    """Tries the trunk, and lets it generate the text on which modules are compared with it: no other text is at hand."""
+    """Tries the trunk, and has it generate the text on which modules are compared with it: there is no other text."""
     sizes = check_trial(trunk, place)
     text = _generate(trunk, TRUNK_TEXT_TOKENS)
     return Reference(trunk, sizes, text, mean_loss(trunk, text, "the trunk on text that it generated"))
 
 
 def check_module(model: Trunk, reference: Reference, place: Any, statistics: Tensors | None = None) -> Effect:
-    """Refuses a module whose weights would spoil every text, even with a small gate, or the text that the router gives it.
+    """Refuses a module whose weights would spoil every text, even with a small gate, or the text that it is chosen for.
 
     A module of another domain is somewhat worse on the trunk's text, a broken one far worse. A module with broken
     weights and true statistics is worse than the trunk on its own text.
@@ -110,8 +110,8 @@ def check_module(model: Trunk, reference: Reference, place: Any, statistics: Ten
 
 
 def excess_on_own_text(model: Trunk, trunk: Trunk, statistics: Tensors, place: Any) -> float:
-    """Nats per token of a module above the trunk on its own text: drawn from the product of the trunk's probabilities and
-    those of the module's counts.
+    """Nats per token of a module above the trunk on its own text: drawn from the product of the trunk's probabilities
+    and those of the module's counts.
 
     The context router gives the module such text. Text from the counts alone would be nonsense, on which good modules
     are worse too.

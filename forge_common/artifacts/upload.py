@@ -35,8 +35,8 @@ def upload(
     """Verifies the artifact in a folder and uploads it as one commit.
 
     The repository and the branch `revision` are created if needed. Files in the repository that an earlier artifact had
-    and this one has not are removed in the same commit. UserError, with nothing changed there, where the folder holds no
-    valid artifact, where the repository holds another kind of artifact, and where the hub cannot be reached or refuses.
+    and this one has not are removed in the same commit. UserError, with nothing changed there, where the folder holds
+    no valid artifact, the repository holds another kind of artifact, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 

@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Progress:
-    """Counts work. Its unit is a token of the trunk: an assembled model of N candidates takes about N times as long for one."""
+    """Counts work in tokens of the trunk. A token of an assembled model with N candidates is about N times the work."""
 
     def __init__(self) -> None:
         self._bar: Any = None

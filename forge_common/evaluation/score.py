@@ -21,7 +21,7 @@ def score(
     device: Any,
     report: Callable[[int], None] = lambda tokens: None,
 ) -> dict[str, Any]:
-    """The row of the table for a model and a column. The standard error is over the documents, weighted by their tokens.
+    """The row of the table for a model and a column. The standard error is over documents, weighted by their tokens.
 
     Of an assembled model also the credits of its candidates: the means over the tokens of the layers' gates and of the
     heads' weights. UserError for a loss that is not finite. `report` is called with the number of tokens of each batch.

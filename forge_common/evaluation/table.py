@@ -71,7 +71,7 @@ def short(perplexity: float) -> str:
 
 
 def removals(rows: list[Row]) -> str:
-    """A line for each module that is left out: the loss on the domain of its name, and how much the other losses change."""
+    """A line for each module that is left out: the loss on the domain of its name, and the change of the others."""
     losses = {(row["model"], row["domain"]): row["loss"] for row in rows}
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows if row["model"].startswith("without:")):

@@ -13,9 +13,9 @@ LIKELIEST = 3
 def read_along(model: Any, tokenizer: Any, column: Any, device: torch.device) -> dict[str, Any]:
     """Reads the start of a document of a column with a mixture, token by token.
 
-    Returns {"names": of the candidates, "start": text of the first token, which nothing predicts, "tokens": [...]}. Each
-    other token has {"text", "loss": nats, "weights" of the heads and "gates" of the layers by candidate, "likeliest":
-    [(text, probability)]}.
+    Returns {"names": of the candidates, "start": text of the first token, which nothing predicts, "tokens": [...]}.
+    Each other token has {"text", "loss": nats, "weights" of the heads and "gates" of the layers by candidate,
+    "likeliest": [(text, probability)]}.
     """
     ids = _document(column, model.config.eos_token_id)
     cache: list = []

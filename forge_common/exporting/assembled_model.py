@@ -95,7 +95,7 @@ def write(folder: Path, model: Mixture, tokenizer: Tokenizer, module_metadata: d
 def prove(folder: Path, model: Mixture, tokenizer: Tokenizer) -> float:
     """Loads what was written, and returns the largest difference of a logit from `model`.
 
-    Windows are computed in three ways: each alone, each in pieces with a cache, and all in one batch, padded on the left.
+    Windows are computed in three ways: each alone, in pieces with a cache, and all in one batch, padded on the left.
     """
     expected = proof.expect(model, tokenizer, spliced=True)
     exported = proof.load(folder, trust_remote_code=True)

@@ -93,8 +93,8 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
 
 
 def prove(folder: Path, expected: list[proof.Expected], trunk: Trunk, tokenizer: Tokenizer, split: str) -> float:
-    """Loads the file with Transformers, which has its own code for GGUF, and with llama.cpp if it is installed. Returns the
-    largest difference of a logit from `expected`.
+    """Loads the file with Transformers, which has its own code for GGUF, and with llama.cpp if it is installed. Returns
+    the largest difference of a logit from `expected`.
 
     The tokenizers are compared too, in Transformers if it knows the rule by which text is split. Transformers does not
     read Llama 3's scaling of positions and the width of a Qwen3's heads from the file: then it gets the configuration.

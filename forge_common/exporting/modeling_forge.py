@@ -157,8 +157,8 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def read_state(self, cache, past: int, batch: int):
-        """Of the tokens so far: their ids [B, P], the states of the layers' and of the output weights' filter, each [B, S], and
-        the last hidden state [B, 1, D].
+        """Of the tokens so far: their ids [B, P], the states [B, S] of the layers' filter and of the output weights',
+        and the last hidden state [B, 1, D].
         """
         if not past:
             prior = self.router.prior.expand(batch, -1)

@@ -1,4 +1,4 @@
-"""Compares an exported model with the model that it was made of, on real text, before the exported files have their name.
+"""Compares an exported model with the model that it was made of, on real text, before its files have their name.
 
 T time, V vocabulary
 """
@@ -103,7 +103,7 @@ def library(name: str, purpose: str) -> Any:
 
 
 def load(folder: Path, **how: Any) -> Any:
-    """Loads a model with Transformers, on the CPU, in float32. UserError where that fails, or a weight is missing or unknown."""
+    """Loads a model with Transformers, on the CPU, in float32. UserError where it fails or lacks a weight."""
     transformers = library("transformers", "the proof of an export")
     transformers.utils.logging.disable_progress_bar()
     try:

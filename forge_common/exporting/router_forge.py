@@ -108,7 +108,7 @@ class ForgeRouter(nn.Module):
         return self.count_of[np.minimum(self.bigrams[:, bigram_bucket(previous, token)], of_tokens)]
 
     def sums_of_pairs(self, previous: np.ndarray) -> np.ndarray:
-        """The sum [E, B, T] of `pairs` over all tokens after `previous` [B, T], computed once for each distinct token."""
+        """The sum [E, B, T] of `pairs` over all tokens after `previous` [B, T], computed once for each distinct one."""
         every = np.arange(self.unigrams.shape[1])
         for token in np.unique(previous[self.pairs_after[0, previous] < 0]):
             self.pairs_after[:, token] = self.pairs(np.broadcast_to(token, every.shape), every).sum(-1)

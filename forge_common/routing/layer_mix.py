@@ -130,7 +130,7 @@ def _served(gates: torch.Tensor, changed_by: tuple[int, ...], top_k: int) -> lis
 
 
 def feed_of(layer: DecoderLayer) -> Callable:
-    """A layer's feed-forward, (normed, scored, load) -> (y, ...); of a RoutedExpert the expert without its router row."""
+    """A layer's feed-forward, (normed, scored, load) -> (y, ...); of a RoutedExpert the expert without the row."""
     expert = layer.addition
     return (lambda normed, *_: (expert.expert(normed), None)) if isinstance(expert, RoutedExpert) else layer.feed
 
@@ -154,7 +154,7 @@ def in_use(gates: torch.Tensor) -> list[int]:
 
 
 def changed_by(layers: Sequence[nn.Module], *, attention: bool) -> tuple[int, ...]:
-    """The candidates that change a layer's attention, or the rest of it: their parameters are not objects of the trunk's.
+    """The candidates that change a layer's attention, or the rest of it: some of its parameters are not the trunk's.
 
     layers: this layer of each candidate, the trunk's first.
     """

@@ -1,8 +1,8 @@
 """The assembled model: a frozen trunk and separately trained modules, mixed by a router.
 
 In every layer h += sum_e g_t(e) A_e(norm h) and h += sum_e g_t(e) F_e(norm h) (layer_mix.py). A_0 and F_0 are the
-trunk's attention and feed-forward; where a module does not change a layer, its A_e and F_e are the trunk's. Each A_e has
-its own queries, keys and values, also of the tokens that other candidates serve: n attentions that differ cost n
+trunk's attention and feed-forward; where a module does not change a layer, its A_e and F_e are the trunk's. Each A_e
+has its own queries, keys and values, also of the tokens that other candidates serve: n attentions that differ cost n
 attentions. Norms after attention and feed-forward (OLMo2) are of these sums. At the end the candidates' probabilities
 are mixed: log p = logsumexp_e [log w_t(e) + log_softmax(W_e h)].
 
@@ -205,9 +205,9 @@ class Mixture(nn.Module):
     def _by_head(
         self, score: Callable[[torch.Tensor, list[int]], torch.Tensor], candidates: Sequence[int] | None = None
     ) -> torch.Tensor:
-        """score(head, the candidates that have it), called once for each distinct head, stacked for `candidates` [..., E].
+        """score(head, the candidates that have it), once for each distinct head; the results stacked by candidate.
 
-        candidates: None for all.
+        candidates: those that are computed; None for all.
         """
         chosen = range(len(self.names)) if candidates is None else candidates
         heads = {e: self.candidates[e].head for e in chosen}

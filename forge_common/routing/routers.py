@@ -45,13 +45,13 @@ class State:
 
 
 class ContextRouter:
-    """Bayes' rule over the document so far: the forward filter of a hidden Markov model whose states are the candidates.
+    """Bayes' rule over the document so far: the forward filter of a hidden Markov model. Its states are the candidates.
 
     The likelihood of a token under a candidate is its probability after the token before it, from the candidate's
-    counts. Each candidate's probabilities sum to 1 over the vocabulary. The fewer counts a candidate has, the closer its
-    probabilities are to the mean of all candidates, which favours none. Tokens that the document repeats count less. One
-    more state is the unknown domain, whose probabilities are the mean of all candidates'. An EOS resets the filter to
-    the prior. The gates at t depend only on the tokens up to t. All tensors are on the CPU.
+    counts. Each candidate's probabilities sum to 1 over the vocabulary. The fewer counts a candidate has, the closer
+    its probabilities are to the mean of all candidates, which favours none. Tokens that the document repeats count
+    less. One more state is the unknown domain, whose probabilities are the mean of all candidates'. An EOS resets the
+    filter to the prior. The gates at t depend only on the tokens up to t. All tensors are on the CPU.
     """
 
     def __init__(self, statistics: list[Tensors], prior: torch.Tensor, eos_token_id: int, tuning: Tuning):
@@ -68,8 +68,8 @@ class ContextRouter:
         weights = torch.cat((prior[:1].double(), prior[1:].double() * counted / copies))
         self.shares = (weights / weights.sum()).float()  # [E]: in a mean of all candidates
         self.prior = torch.cat((self.shares * (1 - tuning.unknown), self.shares.new_tensor([tuning.unknown])))  # [S]
-        # In NumPy, since for one token the call of a torch function takes longer than the arithmetic. `take` is faster than
-        # indexing.
+        # In NumPy, since for one token the call of a torch function takes longer than the arithmetic. `take` is faster
+        # than indexing.
         self.count_of = decode(torch.arange(256)).numpy()
         self.unigram_codes = torch.stack([tensors["unigrams"] for tensors in statistics]).numpy()
         self.bigram_codes = torch.stack([tensors["bigrams"] for tensors in statistics]).numpy()
@@ -77,7 +77,7 @@ class ContextRouter:
         self.pairs_after = np.full_like(self.unigram_p, -1)  # [E, V]: sums over the next token; -1 until one is needed
 
     def start(self, batch: int, *, at_document: bool) -> State:
-        """The state with the prior. at_document: whether a document begins here; otherwise the token before is unknown."""
+        """The state with the prior. at_document: a document begins here; otherwise the token before is unknown."""
         history = torch.full((batch, 1), self.eos if at_document else -1)
         prior = self.prior.expand(batch, -1)
         return State(prior, prior, history)
@@ -118,7 +118,7 @@ class ContextRouter:
         return self.count_of.take(np.minimum(of_bucket, of_tokens))  # codes have the order of their counts
 
     def _pairs_after(self, previous: np.ndarray) -> np.ndarray:
-        """The sum [E, B, T] of `pairs` over all tokens after `previous` [B, T], computed once for each distinct token."""
+        """The sum [E, B, T] of `pairs` over all tokens after `previous` [B, T], computed once for each distinct one."""
         sums = self.pairs_after.take(previous, axis=1)
         if (sums[0] >= 0).all():
             return sums
@@ -174,7 +174,7 @@ class ContextRouter:
         return self.filter(evidence, tokens, state.layers), evidence
 
     def weigh(self, tokens, evidence, log_p, start) -> torch.Tensor:
-        """The output weights' filter [B, T, S]. Its evidence also has each head's log p [B, T, E] of the tokens so far."""
+        """The output weights' filter [B, T, S]. Its evidence has also each head's log p [B, T, E] of the tokens."""
         unknown = torch.logsumexp(log_p + self.shares.log(), dim=-1, keepdim=True)
         heads = torch.cat((log_p, unknown), dim=-1)
         return self.filter(evidence + self.tuning.own * heads, tokens, start)

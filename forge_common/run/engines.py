@@ -57,7 +57,7 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
 
 
 def rounded(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """A frozen tensor with the values that it has under the engine: DeepSpeed rounds it to the 16 bits that it computes with."""
+    """A frozen tensor with the values that it has under the engine: DeepSpeed in bf16 holds it rounded."""
     is_rounded = accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "bf16"
     return tensor.bfloat16() if is_rounded else tensor
 
@@ -78,7 +78,7 @@ def unwrap(accelerator: Any, model: torch.nn.Module) -> torch.nn.Module:
 
 
 def trained_tensors(model: torch.nn.Module) -> Tensors:
-    """The parameters that require a gradient, by name. Under FSDP2: those that the optimizer updates, not the gathered copies.
+    """The parameters that require a gradient, by name. Under FSDP2: the optimizer's own, not the gathered copies.
 
     Under DeepSpeed, which updates flat tensors of its own: tensors of the same shapes and dtype, without storage.
     """
@@ -91,7 +91,7 @@ def trained_tensors(model: torch.nn.Module) -> Tensors:
 def in_host_memory(state: Any, memory: Any = None) -> Any:
     """A copy of nested dicts, lists and tuples, with a copy of each tensor on the CPU.
 
-    memory: an earlier copy, which is overwritten where its tensors fit, since new memory takes up to five times as long.
+    memory: an earlier copy, which is overwritten where its tensors fit: new memory takes up to five times as long.
     """
 
     def copied(value: Any, kept: Any) -> Any:

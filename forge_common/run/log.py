@@ -29,10 +29,10 @@ PARTS = ("nats", "tokens", "balance", "z")  # the fields of loss.Sums that an in
 
 
 class Interval:
-    """Sums since the last row of the log, kept on the device and read once a row."""
+    """Sums since the last row of the log. They are kept on the device, and read once for each row."""
 
     def __init__(self, accelerator: Any, restored: list[float]):
-        """`restored`: the result of `sum_over_ranks` in the checkpoint, or []."""
+        """restored: the result of `sum_over_ranks` in the checkpoint that the run resumed from, or []."""
         self.accelerator = accelerator
         dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(PARTS), dtype=dtype, device=accelerator.device)
@@ -50,7 +50,7 @@ class Interval:
         return total
 
     def _start_from(self, total: list[float]) -> None:
-        """Keeps the dtype of the sums: torch's default, float32, would round them at every checkpoint."""
+        """Sets the sums, in their dtype: torch's default, float32, would round them at every checkpoint."""
         self.sums = self.sums.new_tensor(total if self.accelerator.is_main_process else [0.0] * len(PARTS))
 
     def take(self) -> list[float]:
@@ -73,7 +73,7 @@ class RunLog:
         trunk: Any = None,
         tokenizer: Any = None,
     ):
-        """last: the update that the run ends with. tracker: as accelerate names it. trunk: the model, for MFU and samples."""
+        """last: the update that the run ends with. tracker: accelerate's name for it. trunk: for MFU and samples."""
         self.accelerator = accelerator
         self.folder: Path = settings.output_dir
         self.file = MetricsFile(self.folder, self.print_line)
@@ -122,7 +122,7 @@ class RunLog:
         self._row_start += time.perf_counter() - start
 
     def restart_clock(self, step: int) -> float:
-        """Seconds per update since the last call, without the time in clock_paused."""
+        """Returns the seconds per update since the last call, without those in clock_paused."""
         now = time.perf_counter()
         seconds = (now - self._row_start) / max(step - self._row_start_step, 1)
         self._row_start = now
@@ -141,8 +141,8 @@ class RunLog:
     def training(self, interval: Interval, progress: Any, *, rate: float, grad_norm: float) -> None:
         """Writes a row and a console line for the updates since the last one. A collective.
 
-        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak; as in tokens per second,
-        only scored tokens count, not padding.
+        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak. It counts scored tokens
+        only, not padding, as tokens per second do.
         """
         step = progress.global_step
         nats, tokens, balance, z = interval.take()
@@ -179,10 +179,10 @@ class RunLog:
         )
 
     def _mfu(self, speed: float) -> float:
-        """The share of the peak that `speed`, tokens per second of all processes, takes.
+        """The MFU at `speed` tokens per second of all processes.
 
-        A share above 1 shows that the peak was measured on a busy machine: it is measured again, and is at least what
-        was reached.
+        Above 1 the peak was measured while the machine was busy: it is measured again, and set to at least what was
+        reached.
         """
         reached = speed * self.flops_per_token / self.accelerator.num_processes
         if reached > self.peak_flops:
@@ -229,8 +229,8 @@ class RunLog:
         self.pace.advance(step, done, micro_batches, outcome, self._row_start)
 
     def end_warm_up(self, progress: Any) -> int:
-        """Starts the clock of a dry run again after the updates that are not timed; returns the update that it ends
-        with. A collective.
+        """Restarts the clock of a dry run after the updates that are not timed. Returns the update that the dry run
+        ends with. A collective.
         """
         step = progress.global_step
         over = torch.tensor(float(time.perf_counter() - self._start > DRY_RUN_SECONDS), device=self.accelerator.device)
@@ -264,4 +264,4 @@ class RunLog:
         if self.tracker:
             published = [self.folder / kind for kind in ("trunk", "module") if (self.folder / kind).is_dir()]
             self.tracker.finish(exit_code, published[0] if published and not exit_code else None)
-        self.accelerator.trackers = []  # finished or disabled
+        self.accelerator.trackers = []  # accelerate need not end them: they are finished or disabled

@@ -12,7 +12,7 @@ from ..files.atomic import read_json
 from ..settings import defaults, differences, to_json
 from .agreement import check_agreement
 
-# Settings that a resumed run may change: they affect neither the updates nor the order of the data.
+# Settings that a resumed run may change. They affect neither the updates nor the order of the data.
 FREE = {
     "output_dir",
     "resume",
@@ -37,7 +37,8 @@ FREE = {
     "sample_prompt",
     "push_to_hub",
 }
-# Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
+# Settings that a resumed run may change with --accept-change. They affect the updates, but neither the order of the
+# data nor the model's shape.
 ACCEPTABLE = {
     "steps",
     "lr",
@@ -62,13 +63,14 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 class UpdateOutcome(NamedTuple):
-    """loss: sum of nats of the update. num_scored: tokens. overflow: fp16's loss scale was too large."""
-
     loss: float
+    """Sum over the scored tokens, in nats."""
     grad_norm: float
     num_scored: int
     finite: bool
+    """Whether loss and gradient are."""
     overflow: bool
+    """fp16: the loss scale was too large."""
     applied: bool
 
 
@@ -78,9 +80,9 @@ PENDING = UpdateOutcome(math.nan, math.nan, 0, finite=False, overflow=False, app
 def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
     """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
 
-    With fp16's `scaler` the optimizer is also called after an overflow: the scaler then skips the update and lowers its
-    scale. An update for which the optimizer is not called ends here for the scaler, which would refuse the next one;
-    its scale does not change.
+    scaler: of fp16, else None. After an overflow the optimizer is called too: the scaler then skips the update and
+    lowers its scale. For an update without a call of the optimizer, `scaler.update` is called here, with the same
+    scale: otherwise the scaler would refuse the next update.
     """
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     overflow = scaler is not None and not finite and math.isfinite(loss)
@@ -92,7 +94,7 @@ def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) 
 
 @dataclasses.dataclass
 class Progress:
-    """Everything that a resume needs and `save_state` does not write."""
+    """The part of a run's state that is not in the files of `save_state`."""
 
     run_id: str
     settings: dict[str, Any]
@@ -146,7 +148,7 @@ class Progress:
         )
 
     def record_validation(self, result: Any) -> bool:
-        """Records a `Validation`; None, an interrupted one, stays due. Returns whether it is the best so far."""
+        """Records a `Validation`; None was interrupted and stays due. Returns whether it is the best so far."""
         self.validation_due = result is None
         if result is None:
             return False
@@ -159,7 +161,7 @@ class Progress:
         return improved
 
     def patience_is_over(self, patience: int) -> bool:
-        """Whether the last `patience` validations (0: never) brought no better one."""
+        """Whether none of the last `patience` validations was the best so far; never with 0."""
         return 0 < patience <= self.validations_without_gain
 
     def published(self) -> dict[str, int]:
@@ -187,7 +189,7 @@ def new_progress(
 
 
 def read_progress(file: Path) -> Progress:
-    """Reads a checkpoint's progress.json."""
+    """The content of a checkpoint's progress.json."""
     try:
         return Progress(**read_json(file))
     except TypeError as reason:
@@ -197,7 +199,7 @@ def read_progress(file: Path) -> Progress:
 
 
 def check_same(before: Progress, fresh: Progress, settings: Any, where: Path) -> None:
-    """UserError where the settings or data differ from the checkpoint's; the message lists the differences.
+    """UserError that lists the differences, where the settings or the data are not the checkpoint's.
 
     A setting that was added to the script since the checkpoint counts as having had its default.
     """

@@ -23,8 +23,8 @@ def configure(accelerator: Any, settings: Any) -> None:
     """Completes DeepSpeed's configuration from `settings`.
 
     UserError where it contradicts them, or asks for what was never run. The micro-batch size is set because DeepSpeed
-    would read it from a prepared data loader, and there is none. Gradients are summed in float32, over micro-batches and
-    over processes, also in bf16, unless a DeepSpeed file says otherwise.
+    would read it from a prepared data loader, and there is none. Gradients are summed in float32, over micro-batches
+    and over processes, also in bf16, unless a DeepSpeed file says otherwise.
     """
     plugin = accelerator.state.deepspeed_plugin
     config = plugin.deepspeed_config

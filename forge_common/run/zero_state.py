@@ -98,7 +98,10 @@ def set_weights(model: torch.nn.Module, zero: Any, weights: Tensors) -> None:
 
 
 def gather(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[Tensors, dict[str, Any]]:
-    """The trained weights by name, and the optimizer's state as torch's AdamW writes it; on the CPU, where `keep`. A collective."""
+    """The trained weights by name, and the optimizer's state as torch's AdamW has it; on the CPU, where `keep`.
+
+    A collective.
+    """
     utils = library().utils
     zero = optimizer.optimizer
     names = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -162,7 +165,7 @@ def scatter(model: torch.nn.Module, optimizer: Any, weights: Tensors, optimizer_
 
 
 def _link_moments(zero: Any) -> None:
-    """Lets safe_*_optimizer_state find the moments under ZeRO-2, which looks for them only once, too early for some groups."""
+    """Lets safe_*_optimizer_state find the moments under ZeRO-2, which itself looks for them once, too early."""
     utils = library().utils
     if not _is_stage_3(zero):
         for group, partition in zip(_groups(zero), _partitions(zero), strict=True):
