@@ -115,7 +115,7 @@ def publish_module(
 ) -> tuple[Path, str]:
     """Writes OUTPUT/module with its statistics, verified; returns its folder and digest.
 
-    config: of the trunk alone. device: where the moments are computed, with --statistics-moments. UserError where the
+    config: of the trunk without the module. device: where the moments are computed, with --statistics-moments. UserError where the
     trunk has changed since the run read it.
     """
     give_back_memory()
