@@ -220,9 +220,7 @@ def _end(faults: list[str]) -> NoReturn:
 
 
 def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
-    """Calls `main` and ends the process with the code that it returns; a UserError is printed without a traceback (code
-    1).
-    """
+    """Ends the process with main's code; a UserError is printed without a traceback (code 1)."""
     if _trains_lora(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
         os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
     try:

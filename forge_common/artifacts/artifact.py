@@ -52,8 +52,8 @@ def write_trunk(
 ) -> str:
     """Publishes a trunk as a Transformers checkpoint, with the statistics of its text; returns its digest.
 
-    The folder has its name only after it was read back and verified. UserError where that fails: a trunk that was there
-    before stays.
+    The folder has its name only after it was read back and verified. UserError where that fails; an older trunk with
+    that name then stays.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     trunk_digest = digest(stored)

@@ -181,8 +181,8 @@ class RunLog:
     def _mfu(self, speed: float) -> float:
         """The MFU at `speed` tokens per second of all processes.
 
-        Above 1 the peak was measured while the machine was busy: it is measured again, and set to at least what was
-        reached.
+        An MFU above 1 shows that the peak was measured while the machine was busy: it is measured again, and set to at
+        least the speed that was reached.
         """
         reached = speed * self.flops_per_token / self.accelerator.num_processes
         if reached > self.peak_flops:
