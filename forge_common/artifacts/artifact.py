@@ -42,6 +42,9 @@ STATISTICS = (torch.uint8, torch.float16)  # the dtypes of codes and of moments
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 
 
+# ---- Write ----
+
+
 def write_trunk(
     folder: Path,
     tensors: Tensors,
@@ -128,6 +131,9 @@ def write_module(
 
     publish(folder, write, read_back)
     return module_digest
+
+
+# ---- Read a trunk ----
 
 
 def read_trunk(
@@ -229,6 +235,9 @@ def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path, dtype: to
             drop_pages({name: tensor})  # verifying has read all of the file into memory
     trunk.load_state_dict(converted, strict=True, assign=True)
     return trunk
+
+
+# ---- Read a module, statistics, or a trunk with a module ----
 
 
 def read_module_metadata(folder: Path) -> dict[str, Any]:
