@@ -166,11 +166,12 @@ class Mixture(nn.Module):
             gates = self.router.gates(states, mixed=not 0 < self.top_k < len(self.names))
             gates = best_gates(gates, self.top_k).to(inputs.device)
         mix = LayerMix(self.layers, self.router, self.top_k, gates, own_caches)
-        feeds = mix.feeds(self.changed_by)
         used = in_use(gates) if gates is not None and self.top_k == 1 else []
         if len(used) == 1:  # it serves all tokens, by a gate of 1: nothing is mixed
             own = self.layers[used[0]]
             feeds = [feed_of(own[index]) if used[0] in by else None for index, by in enumerate(self.changed_by)]
+        else:
+            feeds = mix.feeds(self.changed_by)
         hidden, _ = self.candidates[0].model(inputs, cache=cache, feeds=feeds, attends=mix.attends(self.attention_by))
         assert mix.gates is not None  # the router gave them to each layer
         states = mix.gates if states is None else states
