@@ -60,7 +60,7 @@ def main(settings: Settings) -> int:
 
     from forge_common import checkpoint, optimizers, schedule
     from forge_common.artifacts import artifact
-    from forge_common.artifacts.publish import losses_line, publish_module, round_tensors
+    from forge_common.artifacts.publish import TrainedModule, losses_line, publish_module, round_tensors
     from forge_common.artifacts.upload import upload
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
@@ -104,7 +104,7 @@ def main(settings: Settings) -> int:
         corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
         general = general_sample(settings, tokenizer, trunk.config.ignore_index, accelerator.print)
     domains = {"own": corpora.held_out, "general": general}
-    config = trunk.config  # of the trunk alone
+    config = trunk.config  # of the trunk without the module
     module_names = plug_in(trunk, settings.kind, layers, **settings.sizes)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
     frozen_before = artifact.digest({name: engines.rounded(accelerator, trunk.get_parameter(name)) for name in frozen})
@@ -128,7 +128,7 @@ def main(settings: Settings) -> int:
     last = min(settings.steps, 6) if settings.dry_run else settings.steps
     log = RunLog(accelerator, settings, progress, last, tracker, trunk, tokenizer)
     interval = Interval(accelerator, progress.interval)
-    expert_load = even_load(trunk.config, device)  # f of the balance loss; later the previous update's
+    expert_load = even_load(trunk.config, device)  # f of the balance loss; later that of the previous update
     if progress.expert_counts:
         expert_load = load_of(torch.tensor(progress.expert_counts, device=device))
     update_batches = updates(
@@ -156,16 +156,16 @@ def main(settings: Settings) -> int:
             group["lr"] = rate
 
         # -- forward and backward --
-        # accelerate divides by the micro-batches and DDP by the processes. The factor P * N / n undoes both, so that the
-        # gradient is the mean over the n scored tokens of the whole update, however the update is divided.
+        # accelerate divides the gradient by the N micro-batches, and DDP by the P processes. The factor P * N / n undoes
+        # both and divides by the n scored tokens: the gradient is the mean over the update, however it is divided.
         scale = processes * accumulation / max(num_scored, 1)
         sums = []
-        outcome = PENDING  # until the last micro-batch, where the gradients are in sync
+        outcome = PENDING  # until the last micro-batch, where the gradients are synchronized
         for micro_batch in windows:
             with accelerator.accumulate(model):
                 sums.append(model(micro_batch, expert_load))
                 accelerator.backward(sums[-1].objective * scale)
-                sums[-1] = sums[-1].detached()  # frees the graph, whose nodes keep the memory around them in use
+                sums[-1] = sums[-1].detached()  # frees the graph: its nodes keep memory around them in use
 
                 # -- apply or skip --
                 if accelerator.sync_gradients:
@@ -215,16 +215,15 @@ def main(settings: Settings) -> int:
         log.print_line(f"stopped at update {progress.global_step} of {settings.steps}. Run the same command to resume.")
     else:
         checkpoint.load_best(accelerator, settings, progress, log.print_line)
-        round_tensors(engines.trained(model), settings.module_dtype)  # the losses are of what will be stored
+        round_tensors(engines.trained_tensors(model), settings.module_dtype)  # the losses are of what will be stored
         losses_after = domain_losses(accelerator, model, domains, settings.micro_batch_size)
         tensors = checkpoint.full_tensors(accelerator, model)
         if accelerator.is_main_process:
             if artifact.digest({name: tensors[name] for name in frozen}) != frozen_before:
                 raise AssertionError("a frozen tensor of the trunk has changed; the module was not published")
             log.print_line(f"frozen      {len(frozen)} tensors, digest {frozen_before[:12]} before and after")
-            path, digest = publish_module(
-                settings, progress, corpora, config, tensors, module_names, trunk_metadata, layers, losses_after, device
-            )
+            module = TrainedModule(tensors, module_names, layers, losses_after)
+            path, digest = publish_module(settings, progress, corpora, config, module, trunk_metadata, device)
             log.print_line(losses_line(progress.losses_before, losses_after))
             log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
             if settings.push_to_hub:

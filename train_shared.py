@@ -136,7 +136,7 @@ def main(settings: Settings) -> int:
     last = min(settings.steps, 6) if settings.dry_run else settings.steps
     log = RunLog(accelerator, settings, progress, last, tracker, trunk, tokenizer)
     interval = Interval(accelerator, progress.interval)
-    expert_load = even_load(trunk.config, device)  # f of the balance loss; later the previous update's
+    expert_load = even_load(trunk.config, device)  # f of the balance loss; later that of the previous update
     if progress.expert_counts:
         expert_load = load_of(torch.tensor(progress.expert_counts, device=device))
     update_batches = updates(
@@ -164,16 +164,16 @@ def main(settings: Settings) -> int:
             group["lr"] = rate
 
         # -- forward and backward --
-        # accelerate divides by the micro-batches and DDP by the processes. The factor P * N / n undoes both, so that the
-        # gradient is the mean over the n scored tokens of the whole update, however the update is divided.
+        # accelerate divides the gradient by the N micro-batches, and DDP by the P processes. The factor P * N / n undoes
+        # both and divides by the n scored tokens: the gradient is the mean over the update, however it is divided.
         scale = processes * accumulation / max(num_scored, 1)
         sums = []
-        outcome = PENDING  # until the last micro-batch, where the gradients are in sync
+        outcome = PENDING  # until the last micro-batch, where the gradients are synchronized
         for micro_batch in windows:
             with accelerator.accumulate(model):
                 sums.append(model(micro_batch, expert_load))
                 accelerator.backward(sums[-1].objective * scale)
-                sums[-1] = sums[-1].detached()  # frees the graph, whose nodes keep the memory around them in use
+                sums[-1] = sums[-1].detached()  # frees the graph: its nodes keep memory around them in use
 
                 # -- apply or skip --
                 if accelerator.sync_gradients:

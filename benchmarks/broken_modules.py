@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 from forge_common import evaluate
 from forge_common.artifacts import artifact, assembled, trial
 from forge_common.evaluation.columns import open_columns
+from forge_common.evaluation.score import score
 from forge_common.files.tensors import Tensors, read_tensors
 from forge_common.routing.mixture import Mixture, with_module
 from forge_common.routing.tuning import Tuning
@@ -92,20 +93,20 @@ def main(settings: Settings) -> None:
     columns, _ = open_columns(
         {name: f"local:{name}" for name in settings.domains}, described, trunk, tokenizer, scoring
     )
-    reference = trial.reference(trunk, settings.trunk)
+    reference = trial.make_reference(trunk, settings.trunk)
 
     def losses(candidates: dict[str, assembled.Part], top_k: int) -> dict[str, float]:
         named = list(candidates.values())
-        router = assembled.route(trunk, background, named, {"router": "context", "tuning": asdict(Tuning())})
+        router = assembled.make_router(trunk, background, named, {"router": "context", "tuning": asdict(Tuning())})
         model = Mixture(trunk, {part.name: part.model for part in named}, router, top_k=top_k).eval()
-        return {name: evaluate.score(model, column, scoring, "cpu")["loss"] for name, column in columns.items()}
+        return {name: score(model, column, scoring, "cpu")["loss"] for name, column in columns.items()}
 
     ways = {way: change for way, change in WAYS.items() if way in (settings.ways or WAYS)}
     print("| module | weights | its own text | trunk's text | all gates | top-1 | real text |\n|" + " --- |" * 7)
     for place, (name, part) in zip(settings.modules, parts.items(), strict=True):
         others = {other: one for other, one in parts.items() if other != name}
         without = {top_k: losses(others, top_k) for top_k in (0, 1)}
-        trunk_loss = evaluate.score(trunk, columns[name], scoring, "cpu")["loss"]
+        trunk_loss = score(trunk, columns[name], scoring, "cpu")["loss"]
         for way, change in ways.items():
             torch.manual_seed(0)
             tensors = change(read_tensors(place / "module.safetensors"))
@@ -117,10 +118,10 @@ def main(settings: Settings) -> None:
                 changes = {domain: now[domain] - without[top_k][domain] for domain in columns}
                 worst = max(changes, key=lambda domain: changes[domain])
                 moved[top_k] = f"{changes[worst]:+.3f} ({worst})"
-            own = evaluate.score(model, columns[name], scoring, "cpu")["loss"] - trunk_loss
-            excess = trial.mean_loss(model, list(reference.generated.numpy()), way) - reference.loss
+            own = score(model, columns[name], scoring, "cpu")["loss"] - trunk_loss
+            excess = trial.mean_loss(model, reference.text, way) - reference.loss
             assert part.statistics is not None
-            on_own = trial.excess_on_claimed(model, trunk, part.statistics, way)
+            on_own = trial.excess_on_own_text(model, trunk, part.statistics, way)
             print(
                 f"| {name} | {way} | {on_own:+.2f} | {excess:+.2f} | {moved[0]} | {moved[1]} | {own:+.3f} |", flush=True
             )

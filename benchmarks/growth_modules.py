@@ -60,6 +60,7 @@ def score(
     from forge_common import evaluate
     from forge_common.artifacts.assembled import read_assembled
     from forge_common.evaluation.columns import Column, read_columns
+    from forge_common.evaluation.score import score
 
     settings = evaluate.Settings(
         model=str(model),
@@ -74,9 +75,9 @@ def score(
     column = read_columns({"text": data}, tokenizer, mixture.config, settings)["text"]
     mixture.eval()
     device = torch.device("cpu")
-    evaluate.score(mixture, Column(column.pieces[-2:], None), settings, device)  # a warm-up
+    score(mixture, Column(column.pieces[-2:], None), settings, device)  # a warm-up
     ready = time.perf_counter()
-    tokens = evaluate.score(mixture, column, settings, device)["tokens"]
+    tokens = score(mixture, column, settings, device)["tokens"]
     seconds = time.perf_counter() - ready
     write_json(
         result,

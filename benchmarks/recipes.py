@@ -92,7 +92,7 @@ class Seed:
             base, _, metadata = artifact.read_trunk(str(trunk))
         parts = [assembled.read_part(base, metadata, folder) for folder in folders]
         parts.sort(key=lambda part: part.name)
-        solved = assembled.route(base, background, parts, {"router": router, "tuning": asdict(Tuning())})
+        solved = assembled.make_router(base, background, parts, {"router": router, "tuning": asdict(Tuning())})
         return Mixture(base, {part.name: part.model for part in parts}, solved).eval()
 
     def _recipe(self, name: str) -> Any:
@@ -192,7 +192,9 @@ class Seed:
     def _true_labels(self, mixture: Mixture) -> Any:
         """The assembled model that uses, for each domain, the candidate that is best for it on tune."""
         scores, home = self.scores, self.settings.group("home")
-        stores = [texts.held_out(self.runs.source(d, "test"), scores.tokenizer, scores.settings, 1.0) for d in home]
+        stores = [
+            texts.scored_stores(self.runs.source(d, "test"), scores.tokenizer, scores.settings, 1.0) for d in home
+        ]
         _, labels = texts.spliced(stores, scores.trunk.config.max_position_embeddings, SPLICE)
         names = ["trunk", *(f"module {name}" for name in mixture.names[1:])]
         best = [min(range(len(names)), key=lambda e: scores.loss("home", names[e], "tune", d)) for d in home]

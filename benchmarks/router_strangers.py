@@ -28,6 +28,7 @@ from forge_common.data.readers.document import reading_of
 from forge_common.data.sources import parse
 from forge_common.data.store import prepare
 from forge_common.evaluation.columns import read_columns
+from forge_common.evaluation.score import score
 from forge_common.routing import statistics
 from forge_common.routing.mixture import Mixture
 from forge_common.routing.tuning import Tuning
@@ -80,12 +81,10 @@ class Models:
 
     def router(self, parts: list[assembled.Part]) -> Any:
         metadata = {"router": "context", "tuning": asdict(Tuning())}
-        return assembled.route(self.trunk, self.background, parts, metadata)
+        return assembled.make_router(self.trunk, self.background, parts, metadata)
 
     def print(self, case: str, model: Any) -> None:
-        losses = {
-            name: evaluate.score(model, column, self.settings, "cpu")["loss"] for name, column in self.columns.items()
-        }
+        losses = {name: score(model, column, self.settings, "cpu")["loss"] for name, column in self.columns.items()}
         macro = sum(losses[name] for name in DOMAINS) / len(DOMAINS)
         print(f"| {case} | {macro:.4f} | " + " | ".join(f"{loss:.4f}" for loss in losses.values()) + " |", flush=True)
 

@@ -7,25 +7,18 @@ Nothing is trained. The new folder holds verified copies of all parts. The order
 --model, an assembled model is changed in place: its folder is exchanged for a complete new one.
 """
 
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any
 
 from .errors import UserError
-from .files.atomic import copy_files
-from .files.hub import local_folder, origins
-from .files.places import ASSEMBLED_FILES, MODULE_FILES, check_mixture, check_outside, unused_weight
-from .files.untrusted import naming_source, without_links
+from .files.hub import local_folder
+from .files.places import ASSEMBLED_FILES, check_mixture, check_outside, unused_weight
+from .files.untrusted import without_links
 from .routing.tuning import ROUTERS
 from .settings import ReadingSettings, read_settings, run_main
 
-if TYPE_CHECKING:  # torch is imported after the settings are checked
-    from .artifacts.assembled import Part
-    from .artifacts.checks import Examined
-
-GENERAL_TEXT = ("local:docs",)
 FILES = (*ASSEMBLED_FILES, "trunk", "modules")  # of an assembled model
 
 
@@ -71,24 +64,11 @@ class Settings(ReadingSettings):
     """NAME=SOURCE: text of the domain of the module NAME, to measure again the loss that it claims."""
 
 
-class Plan(NamedTuple):
-    """What an assembled model is made of: folders of its parts. before: assembled.json of the model that is changed, or {}."""
-
-    trunk: Path
-    modules: dict[str, Path]
-    router: str
-    top_k: int
-    before: dict[str, Any]
-
-    def stays(self, folder: Path) -> bool:
-        """Whether a part is in the folder of the model that is changed."""
-        return bool(self.before) and folder.is_relative_to(self.trunk.parent)
-
-
 def main(settings: Settings) -> int:
     _check(settings)
     # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
     from .artifacts.assembled import check_top_k
+    from .artifacts.assembled_folder import Plan, write_assembled
     from .artifacts.metadata import read_metadata
     from .files.atomic import publish
 
@@ -97,12 +77,12 @@ def main(settings: Settings) -> int:
         folder = settings.model.resolve()  # a link would be exchanged itself
         before = read_metadata(folder / "assembled.json")
         trunk = folder / "trunk"
-        modules = _changed(settings, folder, before["modules"])
+        modules = _modules_after_change(settings, folder, before["modules"])
     else:
         assert settings.trunk and settings.output_dir
         folder = settings.output_dir
         trunk = local_folder(settings.trunk)
-        modules = _chosen(settings)
+        modules = _modules_of_new_model(settings)
         check_outside(folder, (trunk, *modules.values()))
     check_top_k(settings.top_k, len(modules))
     router = settings.router or before.get("router", "context")
@@ -110,11 +90,11 @@ def main(settings: Settings) -> int:
     plan = Plan(trunk, modules, router, top_k, before)
 
     def write(temp_dir: Path) -> None:
-        _write(settings, plan, temp_dir)
+        write_assembled(temp_dir, plan, settings)
         if before and read_metadata(folder / "assembled.json") != before:
             raise UserError(f"{folder} was changed by another process meanwhile. Run the same command again.")
 
-    def read_back(temp_dir: Path) -> None:  # `_write` has read the parts back, one at a time
+    def read_back(temp_dir: Path) -> None:  # write_assembled has read the parts back, one at a time
         read_metadata(temp_dir / "assembled.json")
 
     publish(folder, write, read_back)
@@ -159,8 +139,8 @@ def _check(settings: Settings) -> None:
             raise UserError(f"--check-data {problem}")
 
 
-def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
-    """Modules' folders by name."""
+def _folders_by_name(folders: Iterable[Path]) -> dict[str, Path]:
+    """The folders of modules by the modules' names. UserError where two have the same name."""
     from .artifacts.artifact import read_module_metadata
 
     modules: dict[str, Path] = {}
@@ -177,27 +157,27 @@ def _by_name(folders: Iterable[Path]) -> dict[str, Path]:
     return modules
 
 
-def _chosen(settings: Settings) -> dict[str, Path]:
+def _modules_of_new_model(settings: Settings) -> dict[str, Path]:
     """The folders of --modules by name, sorted, without those of --without."""
     from .artifacts.metadata import leave_out
 
-    modules = _by_name(settings.modules)
+    modules = _folders_by_name(settings.modules)
     names = leave_out(sorted(modules), settings.without, "--modules")
     if not names:
         raise UserError("no module is left to assemble. Name one in --modules that is not in --without.")
     return {name: modules[name] for name in names}
 
 
-def _changed(settings: Settings, model: Path, names: list[str]) -> dict[str, Path]:
-    """The modules' folders by name, sorted, after --remove, --replace and --add. names: of those in `model`."""
+def _modules_after_change(settings: Settings, model: Path, names: list[str]) -> dict[str, Path]:
+    """The modules' folders by name, sorted, after --remove, --replace and --add. names: of the modules before them."""
     modules = {name: without_links(model / "modules") / name for name in names}
     for name in settings.remove:
         if settings.remove.count(name) > 1:
             raise UserError(f"--remove {name} is given twice. Name it once.")
         if modules.pop(name, None) is None:
             raise UserError(f"--remove {name}: no such module. Choose among those of {model}: {', '.join(names)}.")
-    new = _by_name((*settings.add, *settings.replace))
-    replacing = _by_name(settings.replace)
+    new = _folders_by_name((*settings.add, *settings.replace))
+    replacing = _folders_by_name(settings.replace)
     for name, folder in new.items():
         same = [other for other in modules if other.lower() == name.lower()]
         if name in replacing and name not in same:
@@ -208,117 +188,6 @@ def _changed(settings: Settings, model: Path, names: list[str]) -> dict[str, Pat
     if not modules:
         raise UserError(f"no module would be left in {model}. Leave one out of --remove.")
     return {name: modules[name] for name in sorted(modules)}
-
-
-def _write(settings: Settings, plan: Plan, temp_dir: Path) -> None:
-    """Copies the trunk and the modules to `temp_dir`, verifies the copies and the router, and adds assembled.json and the card."""
-    from .artifacts import checks, module_table, texts
-    from .artifacts.artifact import read_statistics, read_trunk
-    from .artifacts.assembled import check_digests, new_metadata, route
-    from .artifacts.card import model_card
-    from .files.atomic import write_json
-    from .files.tensors import trunk_files
-    from .routing.statistics import decode
-
-    copy = temp_dir / "trunk"
-    copy_files(plan.trunk, copy, trunk_files(plan.trunk), link=plan.stays(plan.trunk))
-    with naming_source(plan.trunk, copy):
-        trunk, tokenizer, trunk_metadata = read_trunk(str(copy))
-        background = read_statistics(copy, trunk_metadata, trunk.config)
-    parts, examined = _modules(settings, plan, trunk, tokenizer, trunk_metadata, temp_dir)
-    if not settings.allow_copies:
-        checks.check_copies(examined, decode(background["unigrams"]) if background else None)
-    if not settings.allow_worse:
-        checks.check_weights(examined)
-    staying: list[str] = []  # parts of the model that is changed
-    if plan.before:
-        staying = ["trunk", *(name for name, folder in plan.modules.items() if plan.stays(folder))]
-    places = {name: place for name, place in plan.before.get("origins", {}).items() if name in staying}
-    places |= origins({"trunk": plan.trunk, **plan.modules})
-    metadata_of_parts = {"trunk": trunk_metadata, **{module.name: module.metadata for module in examined}}
-    metadata = new_metadata(plan.router, plan.top_k, metadata_of_parts, plan.before, places)
-    if plan.before:
-        check_digests(plan.trunk.parent, plan.before, {name: metadata["digests"][name] for name in staying})
-    new_digest, source = _write_statistics(settings, plan, tokenizer, trunk.config, background, temp_dir)
-    if new_digest:
-        metadata["statistics_digest"] = new_digest
-        background = read_statistics(temp_dir, metadata, trunk.config)
-    if settings.calibrate:
-        metadata["tuning"] = texts.calibrated(settings, trunk, tokenizer, parts, background, metadata)
-    if plan.router == "ridge":
-        route(trunk, background, parts, metadata)
-    write_json(temp_dir / "assembled.json", metadata)
-    (temp_dir / "README.md").write_text(model_card("assembled model", metadata), encoding="utf-8")
-    print(module_table.table(examined, decode(background["unigrams"]) if background else None, metadata["licences"]))
-    print(f"statistics  of the trunk: {source}")
-
-
-def _write_statistics(
-    settings: Settings, plan: Plan, tokenizer: Any, config: Any, own: Any, temp_dir: Path
-) -> tuple[str | None, str]:
-    """Writes the statistics that stand for the trunk's, if the assembled model needs other ones than its `own`.
-
-    Returns their digest (None: none were written) and the words that say where the statistics are from.
-    """
-    from safetensors.torch import save_file
-
-    from .artifacts import texts
-    from .files.tensors import digest
-
-    path = temp_dir / "statistics.safetensors"
-    before = plan.before.get("statistics_digest")
-    if settings.trunk_data:
-        trunk_data = settings.trunk_data
-        source = f"of {', '.join(trunk_data)}"
-    elif before:
-        shutil.copyfile(plan.trunk.parent / path.name, path)
-        return before, "as before"
-    elif own:
-        return None, "the trunk's own"
-    elif plan.router == "context":
-        trunk_data = GENERAL_TEXT
-        source = f"of {', '.join(trunk_data)}, a general text, since it has none (--trunk-data names text that is more like the trunk's)"
-    else:
-        return None, f"none, and --router {plan.router} needs none"
-    counts = texts.trunk_statistics(trunk_data, settings, tokenizer, config.vocab_size)
-    save_file(counts, path)
-    return digest(counts), source
-
-
-def _modules(
-    settings: Settings, plan: Plan, trunk: Any, tokenizer: Any, trunk_metadata: dict[str, Any], temp_dir: Path
-) -> tuple[list["Part"], list["Examined"]]:
-    """Copies, verifies and tries the modules, one after the other: the parts that solving the router needs, and the
-    table's rows.
-    """
-    from .artifacts import checks, texts, trial
-    from .artifacts.assembled import check_router, read_part
-
-    with naming_source(plan.trunk, temp_dir / "trunk"):
-        reference = trial.reference(trunk, temp_dir / "trunk")
-    check_data = texts.check_sources(settings.check_data, plan.modules)
-    parts = []
-    examined = []
-    for name, folder in plan.modules.items():
-        copy = temp_dir / "modules" / name
-        copy_files(folder, copy, MODULE_FILES, link=plan.stays(folder))
-        with naming_source(folder, copy):
-            part = read_part(trunk, trunk_metadata, copy)
-            check_router(plan.router, part, copy)
-            effect = trial.check_module(part.model, reference, copy, part.statistics)
-        windows = []
-        if name in check_data:
-            share = part.metadata.get("val_fraction", 0.0)
-            windows = texts.check_windows(check_data[name], settings, tokenizer, trunk.config, share)
-        examined.append(checks.examined(part, trunk, effect, windows))
-        # To calibrate takes all modules in memory at once, to solve the ridge system all statistics; otherwise one
-        # module is enough.
-        if settings.calibrate:
-            parts.append(part)
-        elif plan.router == "ridge":
-            parts.append(part._replace(model=trunk))
-        del part
-    return parts, examined
 
 
 if __name__ == "__main__":

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 
 from .errors import UserError
 from .files.tensors import Tensors
-from .run import zero
+from .run import zero_state
 from .run.checkpoint_folder import checkpoints_of, complete, fault, newest_intact, verify_or_rename
-from .run.engines import bare, engine_of, prepared, trained
+from .run.engines import engine_of, model_and_optimizer, trained_tensors, unwrap
 from .run.progress import Progress, check_same, read_progress
 from .run.totals import from_main_process
 from .settings import differences
@@ -39,8 +39,8 @@ def full_tensors(accelerator: Any, model: torch.nn.Module) -> Tensors:
     A collective.
     """
     if accelerator.state.deepspeed_plugin:
-        return zero.full_tensors(bare(accelerator, model), accelerator.is_main_process)
-    return accelerator.get_state_dict(bare(accelerator, model), unwrap=False)
+        return zero_state.full_tensors(unwrap(accelerator, model), accelerator.is_main_process)
+    return accelerator.get_state_dict(unwrap(accelerator, model), unwrap=False)
 
 
 def _load_weights(accelerator: Any, models: list, folder: str) -> None:
@@ -50,7 +50,7 @@ def _load_weights(accelerator: Any, models: list, folder: str) -> None:
     The names are those of the unwrapped model, so a checkpoint of one process loads into many and back.
     """
     while models:
-        parameters = trained(bare(accelerator, models.pop()))
+        parameters = trained_tensors(unwrap(accelerator, models.pop()))
         stored = _stored_weights(Path(folder), parameters)
         with torch.no_grad():
             for name, parameter in parameters.items():
@@ -151,9 +151,9 @@ def load(accelerator: Any, path: Path) -> None:
         finally:
             hook.remove()
         return
-    wrapped, optimizer = prepared(accelerator)
-    model = bare(accelerator, wrapped)
-    weights = _stored_weights(path, trained(model))
+    wrapped, optimizer = model_and_optimizer(accelerator)
+    model = unwrap(accelerator, wrapped)
+    weights = _stored_weights(path, trained_tensors(model))
     engine.scatter(model, optimizer, weights, _tensors_only(path / "optimizer.bin", map_location="cpu"))
     if accelerator.scaler is not None:
         accelerator.scaler.load_state_dict(_tensors_only(path / "scaler.pt", map_location="cpu"))
@@ -195,5 +195,5 @@ def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: C
 def _free_optimizer_state(accelerator: Any) -> None:
     """Drops AdamW's two moments of each trained parameter. DeepSpeed keeps them in its own partitions, where they stay."""
     if not accelerator.state.deepspeed_plugin:
-        _, optimizer = prepared(accelerator)
+        _, optimizer = model_and_optimizer(accelerator)
         optimizer.state.clear()

@@ -1,21 +1,20 @@
 """Losses of a model on named texts: python -m forge_common.evaluate --model DIR [--module DIR...] --data NAME=SOURCE...
 
---model is a trunk or an assembled model. Of an assembled model the rows of the table are the trunk, each module, all of
+--model is a trunk or an assembled model. The rows of the table of an assembled model are the trunk, each module, all of
 them together, and all without each module of --without. Each document is scored by itself, cut into windows where it is
-longer than the context, so that a loss does not depend on other documents and has a standard error over the documents.
-Of a source that a trunk or a module was trained on, according to their metadata, the documents that they held out are
-scored; of others, all.
+longer than the context. So a loss does not depend on other documents, and has a standard error over the documents. If
+the trunk or a module was trained on a source, according to its metadata, only the documents that it held out are
+scored; otherwise all are.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from .errors import UserError
-from .evaluation.table import CREDITS, removals, table
+from .evaluation.table import removals, table
 from .files.atomic import write_json, write_text
 from .files.places import check_artifacts, check_output, missing_source, unused_weight
 from .files.untrusted import naming
@@ -86,6 +85,7 @@ def main(settings: Settings) -> int:
     from .evaluation.chart import draw
     from .evaluation.columns import open_columns
     from .evaluation.progress import Progress
+    from .evaluation.score import score
     from .evaluation.tokens import read_along
     from .model.config import check_context
     from .reporting.model_page import model_page
@@ -187,7 +187,7 @@ def named_sources(settings: Settings) -> dict[str, str]:
 
 
 def work_of_rows(settings: Settings, parts: int) -> list[float]:
-    """The work for a token in each row of the table, that of the trunk being 1. parts: the trunk and the modules."""
+    """The work for a token in each row of the table; that of the trunk is 1. parts: how many, the trunk included."""
     from .artifacts.assembled import is_assembled
 
     if not is_assembled(settings.model):
@@ -197,8 +197,9 @@ def work_of_rows(settings: Settings, parts: int) -> list[float]:
 
 
 def seconds_per_token(model: "LanguageModel", columns: "dict[str, Column]", settings: Settings, device: Any) -> float:
-    """The time of scoring a token, measured on a few windows of middle length of the text with the most."""
+    """The time of scoring a token, measured on a few windows of middle length of the text with the most windows."""
     from .evaluation.columns import Column
+    from .evaluation.score import score
 
     pieces = max(columns.values(), key=lambda column: len(column.pieces)).pieces
     few = Column(pieces[len(pieces) // 2 :][:TIMED_WINDOWS], None)
@@ -257,70 +258,13 @@ def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
 
 
 def metadata_of_modules(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """The modules' metadata by their names; by the folder of one whose name another one has too (as of two runs)."""
+    """The modules' metadata by name, or by folder where two have the same name (as modules of two runs may)."""
     from .artifacts.artifact import read_module_metadata
 
     metadata = [read_module_metadata(folder) for folder in folders]
     names = [module["name"] for module in metadata]
     labels = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
     return dict(zip(labels, metadata, strict=True))
-
-
-def score(
-    model: "LanguageModel",
-    column: "Column",
-    settings: Settings,
-    device: Any,
-    report: Callable[[int], None] = lambda tokens: None,
-) -> dict[str, Any]:
-    """Nats per token of a column, its standard error over documents (weighted by their tokens), and bits per byte.
-
-    Of an assembled model also the credits of its candidates: the means over the tokens of the layers' gates and of the
-    heads' weights. UserError for a loss that is not finite. `report` is called with the number of tokens of each batch.
-    """
-    import torch
-
-    from .artifacts.trial import check_finite
-    from .labels import is_scored
-    from .routing.mixture import Mixture
-
-    nats: dict[Any, float] = {}
-    counts: dict[Any, int] = {}
-    credits = torch.zeros(2, len(model.names), dtype=torch.float64, device=device)
-    for start in range(0, len(column.pieces), settings.batch_size):
-        batch = column.pieces[start : start + settings.batch_size]
-        longest = max(piece.size for piece in batch) + 1
-        tokens = torch.stack([torch.from_numpy(piece.tokens()[:longest]) for piece in batch]).to(device)
-        before = torch.stack([torch.from_numpy(piece.before()) for piece in batch]).to(device)
-        sums = model.nats(tokens, before).double().sum(1).tolist()
-        for piece, value in zip(batch, sums, strict=True):
-            nats[piece.document] = nats.get(piece.document, 0.0) + check_finite(value, "a window")
-            counts[piece.document] = counts.get(piece.document, 0) + piece.scored
-        report(sum(piece.scored for piece in batch))
-        if isinstance(model, Mixture):
-            assert model.gates is not None and model.weights is not None
-            scored = is_scored(tokens[:, 1:], model.config.ignore_index)
-            credits += torch.stack((model.gates[scored].double().sum(0), model.weights[scored].double().sum(0)))
-    total = sum(nats.values())
-    num_scored = sum(counts.values())
-    num_documents = len(nats)
-    loss = total / num_scored
-    stderr = None
-    if num_documents > 1:  # of a ratio estimate over documents
-        squares = math.fsum((nats[document] - loss * counts[document]) ** 2 for document in nats)
-        stderr = math.sqrt(squares * num_documents / (num_documents - 1)) / num_scored
-    result: dict[str, Any] = {
-        "loss": loss,
-        "stderr": stderr,
-        "tokens": num_scored,
-        "documents": num_documents,
-        "perplexity": math.exp(min(loss, 700.0)),
-        "bits_per_byte": total / math.log(2) / column.bytes if column.bytes else None,
-    }
-    if isinstance(model, Mixture):
-        for name, means in zip(CREDITS, (credits / num_scored).tolist(), strict=True):
-            result[name] = dict(zip(model.names, means, strict=True))
-    return result
 
 
 if __name__ == "__main__":

@@ -58,13 +58,13 @@ def main(settings: Settings) -> int:
     _check(settings)
     check_artifacts([("--module", settings.module), ("--peft", settings.peft)])
     if settings.format == "module":
-        _module(settings)
+        _make_module(settings)
     elif is_assembled(settings.model):
-        _assembled(settings)
+        _export_assembled(settings)
     elif settings.format == "peft":
-        _adapter(settings)
+        _export_adapter(settings)
     else:
-        _merged(settings)
+        _export_checkpoint(settings)
     print(f"exported    {settings.output_dir}")
     return 0
 
@@ -75,7 +75,7 @@ def _check(settings: Settings) -> None:
 
     assembled = is_assembled(settings.model)
     to_module = settings.format == "module"
-    given = {
+    is_given = {
         "--module": bool(settings.module),
         "--peft": bool(settings.peft),
         "--name": bool(settings.name),
@@ -96,8 +96,8 @@ def _check(settings: Settings) -> None:
         useless += ["--peft", "--name", "--licence", "--data"]
     if assembled or to_module:
         useless += ["--module"]
-    missing = [flag for flag in required if not given[flag]]
-    surplus = [flag for flag in useless if given[flag]]
+    missing = [flag for flag in required if not is_given[flag]]
+    surplus = [flag for flag in useless if is_given[flag]]
     if missing or surplus:
         what = f"--as {settings.format} of {'an assembled model' if assembled else 'a trunk'}"
         problems = []
@@ -121,8 +121,8 @@ def _check(settings: Settings) -> None:
 
 
 def _publish(settings: Settings, title: str, metadata: dict[str, Any], write: Callable[[Path], float]) -> None:
-    """Publishes what `write` writes to a folder; it returns the largest difference of a logit, which must be small and
-    is on the card.
+    """Publishes the folder that `write` fills. `write` returns the largest difference of a logit from the model here,
+    which must be small, and is on the card.
     """
     from .artifacts.card import model_card
     from .exporting import proof
@@ -138,7 +138,7 @@ def _publish(settings: Settings, title: str, metadata: dict[str, Any], write: Ca
     publish(settings.output_dir, write_proven, lambda temp_dir: read_bounded(temp_dir / "README.md"))
 
 
-def _assembled(settings: Settings) -> None:
+def _export_assembled(settings: Settings) -> None:
     from .artifacts.artifact import read_module_metadata
     from .artifacts.assembled import read_assembled
     from .exporting import assembled_model
@@ -169,7 +169,7 @@ def _assembled(settings: Settings) -> None:
     _publish(settings, "assembled model", exported_metadata, write)
 
 
-def _merged(settings: Settings) -> None:
+def _export_checkpoint(settings: Settings) -> None:
     """A trunk, or a trunk with one module, as an ordinary checkpoint or as GGUF."""
     import torch
 
@@ -208,7 +208,7 @@ def _merged(settings: Settings) -> None:
     _publish(settings, f"trunk with {module['name']}" if module else "trunk", metadata, write)
 
 
-def _adapter(settings: Settings) -> None:
+def _export_adapter(settings: Settings) -> None:
     from .artifacts.artifact import read_model, read_module
     from .exporting import peft_adapter
     from .files.hub import local_folder, origins
@@ -227,12 +227,12 @@ def _adapter(settings: Settings) -> None:
     _publish(settings, f"adapter {metadata['name']}", metadata | {"origins": known}, write)
 
 
-def _module(settings: Settings) -> None:
+def _make_module(settings: Settings) -> None:
     """A module of a PEFT adapter. Its loss is not known, and its tokens are counted only with --data."""
     import torch
 
     from .artifacts.artifact import read_trunk, write_module
-    from .artifacts.texts import trunk_statistics
+    from .artifacts.texts import count_statistics
     from .exporting import peft_adapter, proof
     from .files.hub import local_folder, origins
     from .routing.statistics import BIGRAM_BUCKETS
@@ -247,7 +247,7 @@ def _module(settings: Settings) -> None:
     sizes = {"unigrams": config.vocab_size, "bigrams": BIGRAM_BUCKETS}
     statistics = {name: torch.zeros(size, dtype=torch.uint8) for name, size in sizes.items()}
     if settings.data:
-        statistics = trunk_statistics(settings.data, settings, tokenizer, config.vocab_size)
+        statistics = count_statistics(settings.data, settings, tokenizer, config.vocab_size)
     metadata = arguments | {
         "name": settings.name,
         "licence": settings.licence,

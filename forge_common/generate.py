@@ -73,12 +73,12 @@ def main(settings: Settings) -> int:
         return 0
     for number, text in enumerate(prompts):
         print("\n" * (number > 0) + text, end="", flush=True)
-        write(model, tokenizer, settings, device, tokenizer.encode_prompt(text), [])
+        print_continuation(model, tokenizer, settings, device, tokenizer.encode_prompt(text), [])
     return 0
 
 
 def _check(settings: Settings) -> None:
-    """UserError for a flag that is wrong by itself."""
+    """UserError for a flag that is wrong whatever the model is."""
     sampling.check_sampling(settings)
     for text in settings.prompt:
         sampling.check_text(text, "--prompt")
@@ -125,11 +125,10 @@ def read_prompts(settings: Settings) -> list[str]:
 
 
 def chat(model: "LanguageModel", tokenizer: "Tokenizer", settings: Settings, device: Any, turns: list[str]) -> None:
-    """Answers `turns`, then (unless they are from --prompt-file) the lines of the standard input, each with the
-    conversation so far.
+    """Answers `turns`, then the lines of the standard input (not with --prompt-file), all in one conversation.
 
-    Keys and values of what the conversation shares with the last one are kept. Where it no longer fits the context, its
-    oldest turns are left out.
+    The cache keeps the keys and values of the tokens that a prompt shares with the last one. If the conversation no
+    longer fits the context, its oldest turns are left out.
     """
     from .data.readers.document import Message
     from .files.untrusted import naming
@@ -138,27 +137,27 @@ def chat(model: "LanguageModel", tokenizer: "Tokenizer", settings: Settings, dev
     template = chat_template(tokenizer, settings.model)
     conversation: list[Message] = []
     cache: list = []
-    for turn in _turns(settings, turns):
+    for turn in _read_turns(settings, turns):
         conversation.append(Message("user", turn))
         with naming(settings.model):
             prompt = conversation_prompt(model, template, settings.system, conversation, settings.max_new_tokens)
         for _ in range(prompt.left_out):
             print("(the oldest turn is left out: the context is full)", file=sys.stderr)
         conversation = conversation[2 * prompt.left_out :]
-        answer = write(model, tokenizer, settings, device, prompt.ids, cache)
+        answer = print_continuation(model, tokenizer, settings, device, prompt.ids, cache)
         conversation.append(Message("assistant", answer))
 
 
-def _turns(settings: Settings, turns: list[str]) -> Iterator[str]:
-    """The user's turns, each shown after "> "."""
+def _read_turns(settings: Settings, turns: list[str]) -> Iterator[str]:
+    """The user's turns: `turns`, then the lines of the standard input. Each is shown after "> "."""
     for turn in turns:
         print(f"> {turn}", flush=True)
         yield turn
     if settings.prompt_file:
         return
-    typed = sys.stdin.isatty()
+    is_terminal = sys.stdin.isatty()
     while True:
-        if typed:
+        if is_terminal:
             print("> ", end="", flush=True)
         try:
             line = sys.stdin.readline()
@@ -169,15 +168,15 @@ def _turns(settings: Settings, turns: list[str]) -> Iterator[str]:
         sampling.check_text(line, "a line of the standard input")
         if not line.strip():
             continue
-        if not typed:
+        if not is_terminal:  # a terminal shows what is typed
             print(f"> {line.rstrip()}", flush=True)
         yield line.rstrip("\r\n")
 
 
-def write(
+def print_continuation(
     model: "LanguageModel", tokenizer: "Tokenizer", settings: Settings, device: Any, prompt: list[int], cache: list
 ) -> str:
-    """Prints what follows `prompt` as it is generated; returns it. cache: of `sampling.sample`."""
+    """Prints the tokens after `prompt` while they are generated; returns their text. cache: of `sampling.sample`."""
     context = model.config.context
     left_out = sampling.beyond_context(model, prompt, settings.max_new_tokens)
     used = len(prompt) - left_out
@@ -193,13 +192,14 @@ def write(
     if settings.show_routing:
         heads = [token.heads for token in tokens]
         layers = [token.layers for token in tokens]
-        print(routing(model.names, heads, layers, [tokenizer.decode([token.id]) for token in tokens]))
+        print(routing_lines(model.names, heads, layers, [tokenizer.decode([token.id]) for token in tokens]))
     return "".join(token.text for token in tokens)
 
 
-def routing(names: Sequence[str], heads: list[list[float]], layers: list[list[float]], pieces: list[str]) -> str:
-    """A line for each stretch of tokens with the same heaviest head: its tokens, the means of heads' weights and
-    layers' gates, the text.
+def routing_lines(names: Sequence[str], heads: list[list[float]], layers: list[list[float]], pieces: list[str]) -> str:
+    """A line for each stretch of tokens with the same heaviest head: their numbers, mean weights and gates, and text.
+
+    heads, layers: for each token, the candidates' output weights and gates. pieces: the tokens' texts.
     """
     lines = []
     start = 0
@@ -214,7 +214,7 @@ def routing(names: Sequence[str], heads: list[list[float]], layers: list[list[fl
 
 
 def _means(names: Sequence[str], rows: list[list[float]]) -> str:
-    """The mean of each column of `rows`, without those below 0.5%."""
+    """The mean of each candidate in `rows`, without means below 0.5%."""
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     return ", ".join(f"{name} {mean:.0%}" for name, mean in zip(names, means, strict=True) if mean >= 0.005)
 

@@ -21,9 +21,8 @@ Settings = TypeVar("Settings")
 MODEL_SETTINGS = ("tokenizer", "preset", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 MODEL_SETTINGS += ("num_key_value_heads", "tie_word_embeddings", "cross_document_attention", "num_experts")
 MODEL_SETTINGS += ("experts_per_token", "router_aux_loss_coef", "router_z_loss_coef")
-# torch's switch for memory in pages of 2 MiB, on a CPU, where tensors of that size and more then begin at a page. It is
-# used for kind lora alone, which needs less memory with it; everything else needs more, and more with each update
-# (docs/EXPERIMENTS.md).
+# torch's switch for memory in pages of 2 MiB on a CPU: larger tensors then begin at a page. Training kind lora needs
+# less memory with it. Everything else needs more, and more with each update (docs/EXPERIMENTS.md).
 HUGE_PAGES = ("THP_MEM_ALLOC_ENABLE", "1")
 
 
@@ -59,7 +58,7 @@ class RunSettings(ReadingSettings):
     val_data: tuple[str, ...] = ()
     """Sources to validate on. None: a part of --data is held out."""
     val_fraction: float | None = None
-    """Share of the documents held out, by the hash of their text. None: 0.01; of a small corpus 20, at most a tenth."""
+    """Share of documents held out, by the hash of their text. None: 0.01 or, if more, 20 documents; at most a tenth."""
     val_tokens: int = 262_144
     """Held-out tokens that a validation scores, the same ones each time, from all over the held-out text; 0: all."""
     val_documents: bool = False
@@ -79,9 +78,9 @@ class RunSettings(ReadingSettings):
     deterministic: bool = True
     """On a GPU: only kernels that give the same bits each time, so that a resumed run does. --no-deterministic can be faster."""
     statistics_tokens: int = 1_000_000
-    """Tokens of the training text, at most, that the router's statistics are counted on."""
+    """Tokens of the training text that are counted for the router's statistics, at most."""
     statistics_min_documents: int = 2
-    """Documents of the sample that must hold a token or a pair for it to be counted (docs/PRIVACY.md)."""
+    """Tokens and pairs that fewer documents have are not counted (docs/PRIVACY.md)."""
     statistics_moments: bool = False
     """Also publish moments of a module's hidden states, over 16,384 tokens, which `assemble --router ridge` needs."""
 
@@ -97,21 +96,21 @@ class RunSettings(ReadingSettings):
     log_artifact: bool = False
     """Store what is published in the tracker, W&B or trackio; the end of the run waits for it."""
     sample_prompt: tuple[str, ...] = ()
-    """Texts that each validation continues by up to 48 tokens, the likeliest each time: printed, logged, shown in report.html."""
+    """Texts that each validation continues by up to 48 tokens, the likeliest: printed, logged, shown in report.html."""
 
     # -- validation and checkpoints --
     val_every: int = 250
     """Updates between two validations; 0: only at the end."""
     patience: int = 0
-    """Validations in a row without a better one after which the run ends; 0: no limit."""
+    """Validations in a row without improvement after which the run ends; 0: no limit."""
     save_every: int = 250
     """Updates between two checkpoints; 0: only at the end and when validation improves."""
     keep: int = 2
-    """Checkpoints that are kept: the newest ones, besides the best by validation."""
+    """Newest checkpoints that are kept, besides the best by validation."""
     on_full_disk: Literal["continue", "stop"] = "continue"
-    """What to do when the disk has no room for a checkpoint. The last one must succeed."""
+    """What to do when the disk has no room for a checkpoint. Without the last one a run always ends with an error."""
     resume: Literal["auto", "never", "require"] = "auto"
-    """Continue from the newest checkpoint: if there is one, never, or end with an error without one."""
+    """Continue from the newest checkpoint. auto: if there is one. require: end with an error if there is none."""
     accept_change: tuple[str, ...] = ()
     """Settings that may differ from those of the checkpoint, such as steps, or the launcher's mixed_precision."""
 
@@ -119,7 +118,8 @@ class RunSettings(ReadingSettings):
     max_bad_updates: int = 10
     """Updates in a row with NaN or Inf after which the run ends."""
     hang_timeout: float = 60.0
-    """Seconds without progress after which the run ends; longer where updates are slow, or it computes; 0: no limit."""
+    """Seconds without progress after which the run ends, more where updates are slow or the CPU is busy; 0: no limit.
+    """
     dry_run: bool = False
     """Print the plan, time a few updates, and write nothing."""
 
@@ -137,7 +137,7 @@ class UpdateSettings:
     epochs: float | None = None
     """Passes over the text, in place of --steps. None: 4, but at most 10,000 updates."""
     budget: str | None = None
-    """Time that the run may take, such as 30m or 8h, instead of --steps: a micro-batch is timed. At most 4 passes."""
+    """Time that the run may take, such as 30m or 8h, in place of --steps: a micro-batch is timed. At most 4 passes."""
     batch_size: int = 64
     """Windows in an update, over all processes."""
     micro_batch_size: int = 16
@@ -167,9 +167,10 @@ class UpdateSettings:
 def read_settings(
     kind: type[Settings], description: str | None, check: Callable[[Any], list[str]] = lambda settings: []
 ) -> Settings:
-    """The command line as `kind`, a frozen dataclass; ends the process (code 2) with every problem that `check` returns.
+    """The command line as `kind`, a frozen dataclass. Flags override the settings of --config FILE, which override
+    defaults.
 
-    The settings of --config FILE go before the defaults, and flags before the file.
+    Ends the process (code 2) with every problem that `check` returns.
     """
     import tyro
 
@@ -224,7 +225,7 @@ def _end(faults: list[str]) -> NoReturn:
 
 def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
     """Ends the process with main's code; a UserError, or what may not be read, is printed without a traceback (code 1)."""
-    if _takes_huge_pages(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
+    if _trains_lora(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
         os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
     try:
         exit_code = main(settings)
@@ -246,8 +247,13 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
     raise SystemExit(exit_code)
 
 
-def _takes_huge_pages(settings: Any) -> bool:
-    """Whether a module of kind lora is trained. Of a kind that follows from the trunk this is a guess, before it is read."""
+def _trains_lora(settings: Any) -> bool:
+    """Whether a module of kind lora is trained.
+
+    --kind auto is lora on a trunk that train_shared.py did not make, so without forge.json, and not on a mixture of
+    experts. Neither a mixture of experts nor a trunk on the hub is recognized before the trunk is read: a wrong answer
+    changes only how much memory is needed.
+    """
     kind = str(vars(settings).get("kind"))
     if kind == "auto":
         return not (published(Path(settings.trunk), "trunk") / "forge.json").exists()
@@ -255,9 +261,10 @@ def _takes_huge_pages(settings: Any) -> bool:
 
 
 def _leave_process_group() -> None:
-    """Destroys it when main's model is gone. DDP's reducer, if it is the last owner of gloo's group, destroys it
-    without giving up the GIL, for which gloo's thread may wait to free the tensors of the last collective: the process
-    would never end.
+    """Destroys the process group, after main's model is freed.
+
+    Otherwise DDP's reducer may be the last owner of gloo's group. It destroys the group while it holds the GIL, for
+    which gloo's thread may wait to free the tensors of the last collective: the process would never end.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():
@@ -281,7 +288,7 @@ def processes() -> int:
 
 
 def accumulation_steps(settings: Any) -> int:
-    """Micro-batches a process takes for one update: batch / (micro x processes)."""
+    """Micro-batches of a process in an update: batch_size / (micro_batch_size x processes)."""
     return settings.batch_size // (settings.micro_batch_size * processes())
 
 

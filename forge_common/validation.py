@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .errors import UserError
-from .run.engines import bare
+from .run.engines import unwrap
 
 
 class Validation(NamedTuple):
@@ -40,7 +40,7 @@ def validate(
     """
     training = model.training
     model.eval()
-    config: Any = bare(accelerator, model).config
+    config: Any = unwrap(accelerator, model).config
     processes = accelerator.num_processes
     rank = accelerator.process_index
     dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64  # MPS has no float64

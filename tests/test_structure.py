@@ -21,7 +21,7 @@ MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package i
     "reporting": {"errors", "files"},
     "routing": {"errors", "labels", "loss", "files", "model"},
     "artifacts": {"errors", "files", "model", "data", "routing"},
-    "evaluation": {"errors", "files", "data", "artifacts"},
+    "evaluation": {"errors", "labels", "files", "model", "data", "routing", "artifacts"},
     "generation": {"errors", "data", "model", "routing"},
     "exporting": {"errors", "files", "model", "data", "routing", "artifacts"},
 }

@@ -1,4 +1,4 @@
-"""Writes and reads trunks and modules: folders of safetensors and JSON with their metadata, verified when read.
+"""Writes and reads trunks and modules: folders of safetensors and JSON with their metadata. What is read is verified.
 
 trunk/      config.json, model.safetensors, tokenizer.json, tokenizer_config.json, forge.json, statistics.safetensors
 module/     module.safetensors, module.json, statistics.safetensors
@@ -47,6 +47,9 @@ NO_MODULES = {  # a file of a folder without module.json -> what the folder is
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
 
 
+# ---- Write ----
+
+
 def write_trunk(
     folder: Path,
     tensors: Tensors,
@@ -57,7 +60,8 @@ def write_trunk(
 ) -> str:
     """Publishes a trunk as a Transformers checkpoint, with the statistics of its text; returns its digest.
 
-    It has its name only after it was read back and verified. UserError where that fails; an older trunk then stays.
+    The folder has its name only after it was read back and verified. UserError where that fails; an older trunk with
+    that name then stays.
     """
     stored = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     trunk_digest = digest(stored)
@@ -100,8 +104,8 @@ def write_module(
 ) -> str:
     """Publishes a module: its tensors, its metadata, the statistics for routers; returns its digest.
 
-    config: of the trunk. dtype: a key of DTYPES, to which the tensors are rounded. It has its name only after it was
-    read back and verified, as in write_trunk.
+    config: of the trunk. dtype: a key of DTYPES, to which the tensors are rounded. The folder has its name only after
+    it was read back and verified, as in write_trunk.
     """
     if not is_plain(metadata["name"]):
         raise UserError(f"a module cannot be called {quoted(metadata['name'])}. Its name must be {PLAIN[0]}.")
@@ -134,14 +138,18 @@ def write_module(
     return module_digest
 
 
+# ---- Read a trunk ----
+
+
 def read_trunk(
     place: str, eos_token: str | None = None, dtype: str = "float32"
 ) -> tuple[Trunk, Tokenizer, dict[str, Any]]:
-    """A trunk on the CPU, its tokenizer and its metadata. Weights that the file has in `dtype` stay mapped to the file.
+    """A trunk on the CPU, its tokenizer and its metadata.
 
-    dtype: a key of DTYPES. In bf16 only the matrices are, so that the residual stream and the norms are in float32.
-    Weights, configuration and tokenizer are verified against forge.json. Without that file it is a Transformers
-    checkpoint: the metadata are then only the digests, which are computed.
+    Weights, configuration and tokenizer are verified against forge.json. A checkpoint without that file was not made
+    here: its metadata are only the digests, which are computed. dtype: a key of DTYPES, for the weights in memory;
+    weights that are stored in it stay mapped to the file. With bf16 only matrices have it, so that the norms and the
+    residual stream are in float32.
     """
     folder = without_links(local_folder(place))
     weights = weight_files(folder)
@@ -177,14 +185,14 @@ def read_trunk(
 
 
 def _with_ids(config: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """PAD and EOS of the tokenizer: the loss must ignore the id that fills up the windows."""
+    """The configuration with PAD and EOS of the tokenizer: the loss must ignore the id that fills up the windows."""
     return dataclasses.replace(config, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
 
 
 def _config_digest(config: ModelConfig) -> str:
     """SHA-256 over the fields that the computation uses, not over the rest of config.json."""
-    later = ("family", "sliding_window")  # which trunks of earlier versions have at their defaults
-    fields = {name: value for name, value in dataclasses.asdict(config).items() if value or name not in later}
+    optional = ("family", "sliding_window")  # left out at their defaults, as they are in the digests of older trunks
+    fields = {name: value for name, value in dataclasses.asdict(config).items() if value or name not in optional}
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
@@ -198,15 +206,14 @@ def _read_weights(files: list[Path], config: ModelConfig) -> Tensors:
             tensors[name] = tensor
     if config.tie_word_embeddings:
         tensors.pop("lm_head.weight", None)
-    for name in [name for name in tensors if name.endswith("rotary_emb.inv_freq")]:
-        del tensors[name]  # in old checkpoints; it follows from rope_theta
-    return tensors
+    # Checkpoints of old versions of Transformers have inv_freq, which follows from rope_theta.
+    return {name: tensor for name, tensor in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path, dtype: torch.dtype) -> Trunk:
     """The trunk with these tensors, whose names and shapes must be those of the configuration."""
     experts = max(1, config.num_local_experts)
-    if config.num_hidden_layers * experts > len(tensors):  # refuse before so many modules are made
+    if config.num_hidden_layers * experts > len(tensors):  # refused here, before so many objects are made
         raise UserError(
             f"{folder}: config.json has {config.num_hidden_layers} layers of {experts} feed-forwards, "
             f"the files have {len(tensors)} tensors in all. Fetch the checkpoint again."
@@ -230,9 +237,12 @@ def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path, dtype: to
             continue
         converted[name] = tensor.to(dtype)
         if tensor.dtype != dtype:
-            drop_pages({name: tensor})  # which verifying has read
+            drop_pages({name: tensor})  # verifying has read all of the file into memory
     trunk.load_state_dict(converted, strict=True, assign=True)
     return trunk
+
+
+# ---- Read a module, statistics, or a trunk with a module ----
 
 
 def read_module_metadata(folder: Path) -> dict[str, Any]:
@@ -279,10 +289,10 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
 
 
 def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], metadata: dict[str, Any]) -> Tensors:
-    """The layers' tensors of the trunk that a module has replaced in memory, from the trunk's files. metadata: of read_trunk.
+    """Reads the trunk's tensors that the tensors `module_names` have replaced in memory from the trunk's files.
 
-    UserError where the trunk is no longer that of `metadata`. The weights are read only where some are replaced:
-    reading them takes as much memory as the trunk. Otherwise the digest in forge.json must be the same.
+    UserError where the trunk has changed since `metadata`, the result of read_trunk. Where nothing is replaced, only
+    the digest in forge.json is compared: reading the weights takes as much memory as the trunk.
     """
     with torch.device("meta"):
         own = {name for name, _ in Trunk(config).named_parameters() if name.startswith("model.")}

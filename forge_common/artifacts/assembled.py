@@ -38,12 +38,12 @@ class Part(NamedTuple):
 
 
 def is_assembled(place: str) -> bool:
-    """Whether a folder, or what a hub id names, is what `assemble` writes."""
+    """Whether a folder or a hub id is that of an assembled model."""
     return (local_folder(place, None) / "assembled.json").is_file()
 
 
 class Assembly(NamedTuple):
-    """The verified parts of an assembled model, from which models with fewer modules are made without reading them again."""
+    """The verified parts of an assembled model. `mixture` makes models of them without reading files again."""
 
     folder: Path
     metadata: dict[str, Any]
@@ -51,16 +51,15 @@ class Assembly(NamedTuple):
     trunk: Trunk
     tokenizer: Tokenizer
     parts: list[Part]
-    background: Tensors | None
-    """The trunk's statistics."""
+    trunk_statistics: Tensors | None
     top_k: int
 
     def mixture(self, without: Sequence[str] = ()) -> Mixture:
-        """The model without some of its modules, which shares its tensors with the others that are made of this."""
+        """The model without some of its modules. All models made here share their tensors."""
         names = leave_out([part.name for part in self.parts], without, self.folder)
         parts = [part for part in self.parts if part.name in names]
         with naming(self.folder):
-            router = route(self.trunk, self.background, parts, self.metadata)
+            router = make_router(self.trunk, self.trunk_statistics, parts, self.metadata)
         modules = {part.name: part.model for part in parts}
         return Mixture(self.trunk, modules, router, top_k=self.top_k)
 
@@ -77,7 +76,7 @@ def read_assembled(
 
 
 def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | None = None) -> Assembly:
-    """What `read_assembled` makes its model of."""
+    """The parts of an assembled model, verified, of which `read_assembled` makes its model."""
     folder = local_folder(place, None)
     metadata = read_metadata(folder / "assembled.json")
     check_top_k(top_k, len(metadata["modules"]))
@@ -88,11 +87,11 @@ def read_assembly(place: str, *, without: tuple[str, ...] = (), top_k: int | Non
     digests = {part.name: part.metadata["digest"] for part in parts}
     check_digests(folder, metadata, {"trunk": trunk_metadata["digest"], **digests})
     if "statistics_digest" in metadata or (folder / "statistics.safetensors").exists():
-        background = read_statistics(folder, metadata, trunk.config)
+        trunk_statistics = read_statistics(folder, metadata, trunk.config)
     else:
-        background = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
+        trunk_statistics = read_statistics(folder / "trunk", trunk_metadata, trunk.config)
     served = metadata["top_k"] if top_k is None else top_k
-    return Assembly(folder, metadata, trunk, tokenizer, parts, background, served)
+    return Assembly(folder, metadata, trunk, tokenizer, parts, trunk_statistics, served)
 
 
 def check_top_k(top_k: int | None, modules: int) -> None:
@@ -107,7 +106,7 @@ def check_top_k(top_k: int | None, modules: int) -> None:
 
 
 def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str]) -> None:
-    """Refuses other parts than were assembled, even if each of them is valid by itself. digests: of what was read."""
+    """Refuses parts that are not those that were assembled, even if each is valid. digests: of the parts as read."""
     expected = metadata["digests"]
     if expected.keys() != {"trunk", *metadata["modules"]}:
         raise UserError(
@@ -126,8 +125,8 @@ def new_metadata(
 ) -> dict[str, Any]:
     """The content of assembled.json, of a new model or, a version later, of a changed one.
 
-    parts: the metadata of the trunk, as trunk, and of the modules by name, sorted. before: assembled.json before the
-    change, or {}. origins: ORG/NAME@COMMIT of those that were fetched from the hub.
+    parts: the metadata of `trunk` and of the modules, by name, sorted. before: assembled.json before the change, or {}.
+    origins: ORG/NAME@COMMIT of the parts that were fetched from the hub, by name.
     """
     digests = {name: metadata["digest"] for name, metadata in parts.items()}
     version = before.get("version", 1) + 1 if before else 1
@@ -160,16 +159,16 @@ def _changes(version: int, before: Mapping[str, str], after: Mapping[str, str]) 
 
 
 def read_part(trunk: Trunk, trunk_metadata: dict[str, Any], folder: Path) -> Part:
-    """The module in a folder, verified against the trunk. Its weights are read again, from the mapped file, where they are used."""
+    """The module in a folder, verified against the trunk. Its weights stay mapped, and are read where they are used."""
     tensors, metadata = read_module(folder, trunk_metadata)
     with naming(folder):
         model = with_module(trunk, tensors, **module_arguments(metadata))
-    drop_pages(tensors)  # verifying has read every byte
+    drop_pages(tensors)  # verifying has read all of the file into memory
     return Part(metadata, model, read_statistics(folder, metadata, trunk.config))
 
 
 def read_parts(trunk: Trunk, trunk_metadata: dict[str, Any], folders: list[Path]) -> list[Part]:
-    """The modules in these folders, verified against the trunk; all of them are in memory at once."""
+    """The modules in these folders, verified against the trunk."""
     parts: list[Part] = []
     for folder in folders:
         part = read_part(trunk, trunk_metadata, folder)
@@ -203,8 +202,8 @@ def check_router(router: str, part: Part, place: Any) -> None:
         )
 
 
-def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata: dict[str, Any]) -> Any:
-    """The router of an assembled.json, solved for these parts. background: the trunk's statistics."""
+def make_router(trunk: Trunk, trunk_statistics: Tensors | None, parts: list[Part], metadata: dict[str, Any]) -> Any:
+    """The router that assembled.json names, for these parts. metadata: the content of assembled.json."""
     router = metadata["router"]
     try:
         tuning = Tuning(**metadata["tuning"])
@@ -221,15 +220,11 @@ def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata:
     statistics = [part.statistics for part in parts if part.statistics is not None]
     if router == "context":
         assert trunk.config.eos_token_id is not None  # read_trunk takes it from the tokenizer
-        if background is None:
+        if trunk_statistics is None:
             raise UserError("the trunk has no statistics, and --router context needs them. Assemble the modules again.")
-        return ContextRouter([background, *statistics], prior, trunk.config.eos_token_id, tuning)
+        return ContextRouter([trunk_statistics, *statistics], prior, trunk.config.eos_token_id, tuning)
     if router == "learned":
-        rows = [
-            [layer.addition.row if isinstance(layer.addition, RoutedExpert) else None for layer in model.model.layers]
-            for model in (part.model for part in parts)
-        ]
-        return LearnedRouter(rows, prior)
+        return LearnedRouter([_router_rows(part.model) for part in parts], prior)
     if router == "ridge":
         try:
             return RidgeRouter(statistics, prior, trunk.config.hidden_size, tuning)
@@ -238,3 +233,9 @@ def route(trunk: Trunk, background: Tensors | None, parts: list[Part], metadata:
     if router == "uniform":
         return UniformRouter(prior)
     raise UserError(f"router {router!r} is not one of {', '.join(ROUTERS)}. Assemble the modules again.")
+
+
+def _router_rows(model: Trunk) -> list[Any]:
+    """The router row that was trained with the module in each layer; None where it changes nothing."""
+    additions = [layer.addition for layer in model.model.layers]
+    return [addition.row if isinstance(addition, RoutedExpert) else None for addition in additions]

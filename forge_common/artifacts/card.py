@@ -20,11 +20,12 @@ unlicense zlib pddl llama2 llama3 llama3.1 llama3.2 llama3.3 llama4 gemma"""
 
 
 def model_card(title: str, metadata: dict[str, Any]) -> str:
-    """The text of README.md. The metadata may be untrusted: what has not the expected form is only in the table, as JSON."""
+    """The text of README.md. The metadata may be untrusted: values of an unexpected form are only in the table."""
     front_matter = yaml.safe_dump(_front_matter(metadata), sort_keys=False, allow_unicode=True)
     sections = [f"# {title}", _use(metadata), _losses(metadata.get("losses"))]
     if metadata.get("command"):
-        sections.append(f"## Training\n\n    {metadata['command']}")  # indented: no text ends such a block
+        # A block by indentation: nothing in the command can end it.
+        sections.append(f"## Training\n\n    {metadata['command']}")
     rows = "\n".join(f"| {name} | {_cell(value)} |" for name, value in metadata.items() if name not in OMITTED)
     sections.append(f"## Metadata\n\n| fact | value |\n| --- | --- |\n{rows}")
     return f"---\n{front_matter}---\n\n" + "\n\n".join(filter(None, sections)) + "\n"
@@ -37,7 +38,7 @@ def _front_matter(metadata: dict[str, Any]) -> dict[str, Any]:
     licences = {metadata.get("licence")}
     if parts:
         licences = {metadata.get("licences", {}).get(name) for name in parts}
-    licence = licences.pop() if len(licences) == 1 else None  # nothing about parts with different ones
+    licence = licences.pop() if len(licences) == 1 else None  # the card states none where those of the parts differ
     if licence:
         identifier = licence.strip().lower()
         content["license"] = identifier if identifier in LICENCES.split() else "other"
@@ -52,8 +53,8 @@ def _front_matter(metadata: dict[str, Any]) -> dict[str, Any]:
         elif "trunk_digest" in metadata:
             content["base_model_relation"] = "adapter"
     sources = [split_weight(source)[0] for source in metadata.get("sources", ())]
-    found = [re.fullmatch(r"hf:(\w[\w.-]*(?:/[\w.-]+)?)(?::.*)?", source) for source in sources]
-    datasets = {match[1] for match in found if match}
+    matches = [re.fullmatch(r"hf:(\w[\w.-]*(?:/[\w.-]+)?)(?::.*)?", source) for source in sources]
+    datasets = {match[1] for match in matches if match}
     if datasets:
         content["datasets"] = sorted(datasets)
     return content

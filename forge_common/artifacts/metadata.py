@@ -1,8 +1,8 @@
 """The metadata in forge.json, module.json and assembled.json, and the types and ranges of its fields.
 
-No digest covers a module's name, sources, licence, losses and counts, and the share of documents that it held out. They
-are claims of whoever published it, as are its command and its origins (ORG/NAME@COMMIT of what was fetched from the
-hub).
+Digests cover the weights and statistics, not the rest: a module's name, sources, licence, losses, counts of tokens,
+command, origins (ORG/NAME@COMMIT of what was fetched from the hub) and the share of documents that it held out are
+claims of whoever published it.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ def _ascending(layers: Any) -> bool:
 
 
 def _is_tuning(numbers: Any) -> bool:
-    """All numbers of a router and no others: with a default instead of one it would be another router."""
+    """Whether these are all numbers of a router, and no others: a default for a missing one would change the router."""
     known = {field.name for field in dataclasses.fields(Tuning)}
     return matches(numbers, dict_of(number(0, 1e9))) and numbers.keys() == known
 
 
 class Text(NamedTuple):
-    """A text that an artifact was trained on, as its metadata state it."""
+    """A text that an artifact was trained on, according to its metadata."""
 
     source: str
     """As on the command line."""
@@ -144,7 +144,7 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
 
 def training_texts(metadata: dict[str, Any]) -> list[Text]:
-    """The texts that a trunk or a module was trained on, also before it was continued; [] where it does not say."""
+    """The texts that a trunk or a module was trained on, also before it was continued or merged; [] if not stated."""
     digests = {source: value for source, value in metadata.get("data", {}).items() if matches(value, DIGEST)}
     fraction = float(metadata.get("val_fraction", 0))
     own = [Text(source, digests.get(source), fraction) for source in metadata.get("sources", [])]
@@ -152,14 +152,15 @@ def training_texts(metadata: dict[str, Any]) -> list[Text]:
 
 
 def smallest_held_out_share(parts: Iterable[dict[str, Any]]) -> float:
-    """The share of the documents, by hash, that none of these trunks and modules was trained on; those that state none
-    do not count.
+    """The share of the documents, by hash, that none of these trunks and modules was trained on.
+
+    Parts that do not state a share are ignored.
     """
     return min((metadata["val_fraction"] for metadata in parts if "val_fraction" in metadata), default=0.0)
 
 
 def leave_out(names: Sequence[str], without: Sequence[str], place: Any) -> list[str]:
-    """The modules `names` of `place` but for those of --without, each of which must be one of them."""
+    """The modules `names` of `place` without those of --without. UserError where one of these is not in `names`."""
     unknown = [name for name in without if name not in names]
     if unknown:
         raise UserError(f"--without {unknown[0]}: no such module. Choose among those of {place}: {', '.join(names)}.")
@@ -187,9 +188,9 @@ def module_arguments(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def merged_metadata(trunk: dict[str, Any], module: dict[str, Any], origins: dict[str, str]) -> dict[str, Any]:
-    """The metadata of a trunk with a module merged into it, which is a trunk.
+    """The metadata of a trunk with a module merged into it, which is a trunk again.
 
-    origins: where they were fetched from (files/hub.py).
+    origins: where the two were fetched from (files/hub.py).
     """
     return {
         "origins": origins,

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from .checks import (
-    Examined,
+    CheckedModule,
     as_number,
     claimed_losses,
     copy_warnings,
@@ -22,7 +22,7 @@ from .checks import (
 COLUMNS = 100
 
 
-def table(modules: list[Examined], trunk_counts: torch.Tensor | None, licences: Mapping[str, str]) -> str:
+def table(modules: list[CheckedModule], trunk_counts: torch.Tensor | None, licences: Mapping[str, str]) -> str:
     """A row for each module, the warnings, and the licences of all parts, at most COLUMNS wide.
 
     licences: those that are stated, by the part's name.
@@ -31,16 +31,16 @@ def table(modules: list[Examined], trunk_counts: torch.Tensor | None, licences: 
         [
             *weight_warnings(module),
             *statistics_warnings(module.metadata, module.counts),
-            *copies,
+            *copied,
             *loss_warnings(module),
         ]
-        for module, copies in zip(modules, copy_warnings(modules, trunk_counts), strict=True)
+        for module, copied in zip(modules, copy_warnings(modules, trunk_counts), strict=True)
     ]
     rows = [
         ("", "", "", "", "claimed", "claimed", "checked", "checked", ""),
         ("module", "kind", "layers", "size", "seen", "loss", "loss", "result", "licence"),
     ]
-    for module, found in zip(modules, warnings, strict=True):
+    for module, own_warnings in zip(modules, warnings, strict=True):
         row = (
             module.name,
             module.metadata["kind"],
@@ -48,17 +48,17 @@ def table(modules: list[Examined], trunk_counts: torch.Tensor | None, licences: 
             _short(module.parameters),
             _short(as_number(module.metadata.get("tokens_seen"))),
             _losses(*claimed_losses(module.metadata)),
-            _losses(*(module.rescored or (None, None))),
-            ", ".join(warned.keyword for warned in found) or "ok",
+            _losses(*(module.measured or (None, None))),
+            ", ".join(warning.keyword for warning in own_warnings) or "ok",
             licences.get(module.name, "-"),
         )
         rows.append(row)
     limits = (11, 11, 6, 6, 7, 12, 12, 9, 10)  # with two spaces between them, COLUMNS
     widths = [min(limit, max(len(row[i]) for row in rows)) for i, limit in enumerate(limits)]
     lines = ["  ".join(_cell(text, width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    for module, found in zip(modules, warnings, strict=True):
-        lines += [_wrapped(f"warning     {module.name}: {warned.sentence}.") for warned in found]
-    return "\n".join([*lines, _wrapped(licence_line(["trunk", *(module.name for module in modules)], licences))])
+    for module, own_warnings in zip(modules, warnings, strict=True):
+        lines += [_wrap(f"warning     {module.name}: {warning.sentence}.") for warning in own_warnings]
+    return "\n".join([*lines, _wrap(licence_line(["trunk", *(module.name for module in modules)], licences))])
 
 
 def licence_line(names: list[str], licences: Mapping[str, str]) -> str:
@@ -99,5 +99,5 @@ def _cell(text: str, width: int) -> str:
     return f"{text if len(text) <= width else text[: width - 3] + '...':<{width}}"
 
 
-def _wrapped(line: str) -> str:
+def _wrap(line: str) -> str:
     return textwrap.fill(line, COLUMNS, subsequent_indent=" " * 12, break_on_hyphens=False)

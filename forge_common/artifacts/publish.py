@@ -1,10 +1,10 @@
-"""Publishes the result of a training run: metadata, statistics and weights, which are read back before they have their name."""
+"""Publishes the weights, metadata and statistics of a training run. They are read back before they have their name."""
 
 import dataclasses
 import re
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -37,8 +37,9 @@ OPERATING = {
     "dry_run",
     "push_to_hub",
 }
-PLACES = {"trunk", "trunk_from", "tokenizer", "val_data", "general_data"}  # only --data is published as it was given
-PUBLIC = re.compile("hf:|local:|train:")
+# Settings whose paths are published without their folders; --data is published as it was given.
+PLACES = {"trunk", "trunk_from", "tokenizer", "val_data", "general_data"}
+PUBLIC = re.compile("hf:|local:|train:")  # not a path
 
 
 def publish_trunk(
@@ -54,7 +55,7 @@ def publish_trunk(
 
     trunk_metadata: of the trunk that the run continued from; {} if it started from scratch.
     """
-    give_back_memory()  # what training has freed: the files are read back beside it
+    give_back_memory()  # training has freed it, and reading the files back needs it
     sample = statistics.sample(corpora.training.shares(), settings.statistics_tokens)
     counts, sample_size = statistics.count(
         sample, config.vocab_size, tokenizer.eos_token_id, settings.statistics_min_documents
@@ -75,9 +76,7 @@ def publish_trunk(
 
 @torch.no_grad()
 def round_tensors(tensors: Tensors, dtype: str | None) -> None:
-    """Rounds a module's tensors to the nearest values of --module-dtype, in place: losses measured after it are of what
-    is stored.
-    """
+    """Rounds a module's tensors to --module-dtype, in place: losses measured afterwards are of what will be stored."""
     if dtype is not None:
         for tensor in tensors.values():
             tensor.copy_(tensor.to(DTYPES[dtype]))
@@ -97,40 +96,50 @@ def losses_line(before: dict[str, Any], after: dict[str, Any]) -> str:
     return line
 
 
+class TrainedModule(NamedTuple):
+    """A module in the model that it was trained in."""
+
+    tensors: Tensors
+    """All tensors of the trunk with the module in it, whole, on the CPU."""
+    names: list[str]
+    """Which of them are the module's."""
+    layers: list[int]
+    """The layers that it changes."""
+    losses: dict[str, Any]
+    """The result of `domain_losses` after training."""
+
+
 def publish_module(
     settings: Any,
     progress: Any,
     corpora: Corpora,
     config: ModelConfig,
-    tensors: Tensors,
-    module_names: list[str],
+    module: TrainedModule,
     trunk_metadata: dict[str, Any],
-    layers: list[int],
-    losses_after: dict[str, Any],
     device: torch.device,
 ) -> tuple[Path, str]:
     """Writes OUTPUT/module with its statistics, verified; returns its folder and digest.
 
-    config: of the trunk alone. tensors: of the trunk with the module in it, which has `module_names`; no second trunk
-    is made. losses_after: tokens and loss of each held-out domain after training; `progress` has those before it.
+    config: of the trunk without the module. device: where the moments are computed, with --statistics-moments. UserError where the
+    trunk has changed since the run read it.
     """
     give_back_memory()
     assert config.eos_token_id is not None  # read_trunk takes it from the tokenizer
-    # Before anything else, since it refuses a trunk that has changed. Only the moments need what the module has replaced.
-    replaced_names = module_names if settings.statistics_moments else []
-    replaced = replaced_tensors(settings.trunk, config, replaced_names, trunk_metadata)
+    # Before anything else, since it refuses a trunk that has changed. Only the moments need the tensors that the module
+    # has replaced in memory.
+    needed = module.names if settings.statistics_moments else []
+    replaced = replaced_tensors(settings.trunk, config, needed, trunk_metadata)
     sample = list(statistics.sample(corpora.training.shares(), settings.statistics_tokens))
     counts, sample_size = statistics.count(
         sample, config.vocab_size, config.eos_token_id, settings.statistics_min_documents
     )
-    module = {name: tensors[name] for name in module_names}
     if settings.statistics_moments:
-        trunk = {name: tensor for name, tensor in tensors.items() if name not in module} | replaced
-        counts |= statistics.moments(config, trunk, sample, settings.sequence_length, device)
+        frozen = {name: tensor for name, tensor in module.tensors.items() if name not in module.names}
+        counts |= statistics.moments(config, frozen | replaced, sample, settings.sequence_length, device)
     metadata = {
         "kind": settings.kind,
         "name": settings.name,
-        "layers": layers,
+        "layers": module.layers,
         **settings.sizes,
         "origins": origins({"trunk": local_folder(settings.trunk)}),
         "statistics": sample_size,
@@ -139,13 +148,14 @@ def publish_module(
         **_training_metadata(settings, progress, corpora),
         "licence": settings.licence,
         "losses": {
-            domain: {"tokens": before["tokens"], "before": before["loss"], "after": losses_after[domain]["loss"]}
+            domain: {"tokens": before["tokens"], "before": before["loss"], "after": module.losses[domain]["loss"]}
             for domain, before in progress.losses_before.items()
         },
     }
     path = settings.output_dir / "module"
     dtype = settings.module_dtype or settings.dtype
-    return path, write_module(path, module, metadata, counts, config, dtype)
+    tensors = {name: module.tensors[name] for name in module.names}
+    return path, write_module(path, tensors, metadata, counts, config, dtype)
 
 
 def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[str, Any]:
@@ -160,10 +170,7 @@ def _training_metadata(settings: Any, progress: Any, corpora: Corpora) -> dict[s
 
 
 def command(settings: Any) -> str:
-    """The command line of a run in one line, without --output-dir and the like.
-
-    Of the paths outside of --data only the last part is shown.
-    """
+    """The command line that trains the same again, without the settings of OPERATING and the folders of PLACES."""
     words = ["accelerate", "launch", "train_module.py" if "trunk" in vars(settings) else "train_shared.py"]
     own = type(settings).__annotations__  # the script's own settings go first
     for field in sorted(dataclasses.fields(settings), key=lambda field: field.name not in own):

@@ -1,4 +1,5 @@
-"""The texts that `assemble` reads: for the trunk's statistics, for the router's numbers, and to measure claimed losses again.
+"""Text that `assemble` reads: to count the trunk's statistics, to fit the router's numbers (--calibrate), and to
+measure claimed losses again (--check-data).
 
 T time, V vocabulary
 """
@@ -19,24 +20,24 @@ from ..model.trunk import Trunk
 from ..routing import statistics
 from ..routing.mixture import Mixture
 from ..routing.tuning import CALIBRATED
-from .assembled import Part, route
+from .assembled import Part, make_router
 from .trial import mean_loss
 
-STATISTICS_TOKENS = 1_000_000  # tokens of text like the trunk's that are counted at most
+STATISTICS_TOKENS = 1_000_000  # tokens that are counted for statistics at most
 CHECKED_TOKENS = 32_768  # tokens of each text of --check-data that are scored at most
 LENGTH = 512  # tokens in a window at most
 
 
-def trunk_statistics(
+def count_statistics(
     sources: tuple[str, ...], settings: Any, tokenizer: Tokenizer, vocab_size: int
 ) -> dict[str, torch.Tensor]:
-    """The statistics of text like the trunk's, as train_shared.py would count them."""
-    sample = statistics.sample(_opened(sources, settings, tokenizer), STATISTICS_TOKENS)
+    """The statistics of a text, as a training run would count them, but also of tokens that only one document has."""
+    sample = statistics.sample(_open_sources(sources, settings, tokenizer), STATISTICS_TOKENS)
     counts, _ = statistics.count(sample, vocab_size, tokenizer.eos_token_id, 1)
     return counts
 
 
-def check_sources(check_data: tuple[str, ...], modules: Collection[str]) -> dict[str, str]:
+def parse_check_data(check_data: tuple[str, ...], modules: Collection[str]) -> dict[str, str]:
     """The sources of --check-data by the module's name."""
     sources = {}
     for text in check_data:
@@ -47,31 +48,35 @@ def check_sources(check_data: tuple[str, ...], modules: Collection[str]) -> dict
     return sources
 
 
-def check_windows(
+def read_check_data(
     source: str, settings: Any, tokenizer: Tokenizer, config: Any, val_fraction: float
 ) -> list[np.ndarray]:
-    """Windows of --check-data: of the documents that a run with this --val-fraction holds out, if it holds out any, else of all."""
-    store = _tokens(parse(source)[0], settings, tokenizer, val_fraction)
-    return _windows([(store, 1.0)], CHECKED_TOKENS, config)
+    """Windows of one source of --check-data: of its held-out documents, or of all if none is held out.
+
+    val_fraction: the share that the module's run held out.
+    """
+    store = _open_tokens(parse(source)[0], settings, tokenizer, val_fraction)
+    return _cut_windows([(store, 1.0)], CHECKED_TOKENS, config)
 
 
-def calibrated(
+def calibrate(
     settings: Any,
     trunk: Trunk,
     tokenizer: Tokenizer,
     parts: list[Part],
-    background: dict[str, torch.Tensor] | None,
+    trunk_statistics: dict[str, torch.Tensor] | None,
     metadata: dict[str, Any],
 ) -> dict[str, float]:
-    """The router's numbers that fit --calibrate best: each halved and doubled in turn, as long as the loss falls.
+    """Fits the router's numbers to --calibrate: each in turn is halved, then doubled, as long as the loss falls.
 
-    background: the trunk's statistics. metadata: of assembled.json, with the numbers to start from.
+    metadata: the content of assembled.json, with the numbers to start from.
     """
-    windows = _windows(_opened(settings.calibrate, settings, tokenizer), settings.calibrate_tokens, trunk.config)
+    sources = _open_sources(settings.calibrate, settings, tokenizer)
+    windows = _cut_windows(sources, settings.calibrate_tokens, trunk.config)
     model = Mixture(trunk, {part.name: part.model for part in parts}, None, top_k=metadata["top_k"])
 
     def loss_of(tuning: dict[str, float]) -> float:
-        model.router = route(trunk, background, parts, metadata | {"tuning": tuning})
+        model.router = make_router(trunk, trunk_statistics, parts, metadata | {"tuning": tuning})
         return mean_loss(model, windows, "the assembled model on --calibrate")
 
     best = metadata["tuning"]
@@ -89,24 +94,26 @@ def calibrated(
     return best
 
 
-def _opened(sources: tuple[str, ...], settings: Any, tokenizer: Tokenizer) -> list[tuple[Tokens, float]]:
-    """(tokens, weight) of each source; weights sum to 1."""
-    parsed = [parse(source) for source in sources]
-    stores = [_tokens(spec, settings, tokenizer, 0.0) for spec, _ in parsed]
-    weights = [
-        weight if weight else float(len(store.tokens)) for (_, weight), store in zip(parsed, stores, strict=True)
-    ]
+def _open_sources(sources: tuple[str, ...], settings: Any, tokenizer: Tokenizer) -> list[tuple[Tokens, float]]:
+    """(tokens, weight) of each source; weights sum to 1. A source without a weight has that of its size."""
+    stores = []
+    weights = []
+    for source in sources:
+        spec, weight = parse(source)
+        store = _open_tokens(spec, settings, tokenizer, 0.0)
+        stores.append(store)
+        weights.append(weight or float(len(store.tokens)))
     return [(store, weight / sum(weights)) for store, weight in zip(stores, weights, strict=True)]
 
 
-def _tokens(spec: str, settings: Any, tokenizer: Tokenizer, val_fraction: float) -> Tokens:
+def _open_tokens(spec: str, settings: Any, tokenizer: Tokenizer, val_fraction: float) -> Tokens:
     """The tokens of the documents that `val_fraction` holds out, if it holds out any, else of all."""
     cache_dir = settings.cache_dir.expanduser()
     corpus = prepare(spec, tokenizer, reading_of(settings), cache_dir=cache_dir, val_fraction=val_fraction)
     return corpus.validation if len(corpus.validation.tokens) else corpus.train
 
 
-def _windows(sources: list[tuple[Tokens, float]], tokens: int, config: Any) -> list[np.ndarray]:
+def _cut_windows(sources: list[tuple[Tokens, float]], tokens: int, config: Any) -> list[np.ndarray]:
     """Windows of ids, int64 [up to T + 1], of at most `tokens` tokens: each document by itself, evenly spaced over its source."""
     length = min(config.max_position_embeddings, LENGTH)
     windows = [

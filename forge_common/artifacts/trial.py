@@ -1,6 +1,8 @@
-"""The trial that every candidate of an assembled model passes: on random ids, and on text that the trunk generates.
+"""Tries the weights of each part of an assembled model: on random ids, and on text that the trunk generates.
 
 A digest shows that the bytes are the author's, not that they are good.
+
+B batch, T time, V vocabulary
 """
 
 import math
@@ -20,42 +22,42 @@ from ..routing.tuning import Tuning
 
 TRIAL_WINDOWS = 4
 TRIAL_TOKENS = 32
-GENERATED = (8, 64)  # windows and tokens of the text that the trunk generates
-CLAIMED = (8, 32)  # of the text that is likely by a module's counts too
-MOST_EXCESS = 4.0  # nats per token above the trunk's loss on that text; more is refused. Random weights had 4.3 to 7.3
-MOST_CLAIMED = 1.5  # of the same on text that is likely by its counts; more is refused. Working modules had at most 0.6
-MOST_GROWTH = 1000.0  # of the hidden states; more is refused
+WINDOWS = 8  # that the trunk generates, of either kind of text
+TRUNK_TEXT_TOKENS = 64  # in a window of the trunk's text
+OWN_TEXT_TOKENS = 32  # in a window of a module's own text: likely by the trunk and by the module's counts
+# A module with more is refused. Excess: nats per token above the trunk's loss on the same text.
+MOST_GROWTH = 1000.0  # of the hidden states
+MOST_ON_TRUNK_TEXT = 4.0  # excess; random weights had 4.3 to 7.3
+MOST_ON_OWN_TEXT = 1.5  # excess; working modules had at most 0.6
 
 
 class Reference(NamedTuple):
-    """What modules are compared with: the trunk, its hidden states for random ids, and its loss on text that it
-    generated itself.
-    """
+    """The trunk, with which modules are compared."""
 
     trunk: Trunk
     sizes: list[float]
-    generated: torch.Tensor
+    """The result of `check_trial`."""
+    text: list[np.ndarray]
+    """Windows of ids [T + 1] that it generated."""
     loss: float
+    """Its nats per token on them."""
 
 
 class Effect(NamedTuple):
-    """growth: how many times as large as the trunk's the hidden states are. excess, claimed: nats per token above the
-    trunk's loss.
-
-    excess: on the trunk's own text. claimed: on text that is likely by the module's counts too.
-    """
+    """What a module does to the trunk. An excess is in nats per token above the trunk's loss on the same text."""
 
     growth: float = 1.0
-    excess: float = 0.0
-    claimed: float = 0.0
+    """How many times as large as the trunk's the hidden states become."""
+    excess_on_trunk_text: float = 0.0
+    excess_on_own_text: float = 0.0
 
 
 @torch.no_grad()
 def check_trial(model: Trunk, place: Any) -> list[float]:
     """Refuses weights that are finite but give values that are not, for random ids. Half of the windows begin with an EOS.
 
-    Returns the root mean square of the hidden states after each layer. Experts with a router row are tried with it and
-    without, as an assembled model uses them.
+    Returns the root mean square of the hidden states after each layer. Experts with a router row are tried with and
+    without that row, since an assembled model leaves it out.
     """
     generator = torch.Generator().manual_seed(0)
     length = min(TRIAL_TOKENS, model.config.max_position_embeddings)
@@ -63,86 +65,87 @@ def check_trial(model: Trunk, place: Any) -> list[float]:
     assert model.config.eos_token_id is not None  # read_trunk takes it from the tokenizer
     tokens[::2, 0] = model.config.eos_token_id
     layers = model.model.layers
-    sizes = _sizes(model, tokens, None, place)
+    sizes = _hidden_sizes(model, tokens, None, place)
     if any(isinstance(layer.addition, RoutedExpert) for layer in layers):
-        alone = _sizes(model, tokens, [partial(_expert_alone, layer) for layer in layers], place)
+        alone = _hidden_sizes(model, tokens, [partial(_expert_alone, layer) for layer in layers], place)
         sizes = [max(pair) for pair in zip(sizes, alone, strict=True)]
     return sizes
 
 
-def reference(trunk: Trunk, place: Any) -> Reference:
-    """The trunk's trial, and text that it generates: no other text is at hand, and a module must not spoil the trunk's own."""
+def make_reference(trunk: Trunk, place: Any) -> Reference:
+    """Tries the trunk, and has it generate the text on which modules are compared with it: there is no other text."""
     sizes = check_trial(trunk, place)
-    tokens = _drawn(trunk, GENERATED)
-    return Reference(
-        trunk, sizes, tokens, mean_loss(trunk, list(tokens.numpy()), "the trunk on text that it generated")
-    )
+    text = _generate(trunk, TRUNK_TEXT_TOKENS)
+    return Reference(trunk, sizes, text, mean_loss(trunk, text, "the trunk on text that it generated"))
 
 
-def check_module(model: Trunk, trunk: Reference, place: Any, statistics: Tensors | None = None) -> Effect:
-    """Refuses a module whose weights would spoil every text, even with a small gate, or the text that its counts claim.
+def check_module(model: Trunk, reference: Reference, place: Any, statistics: Tensors | None = None) -> Effect:
+    """Refuses a module whose weights would spoil every text, even with a small gate, or the text that it is chosen for.
 
     A module of another domain is somewhat worse on the trunk's text, a broken one far worse. A module with broken
-    weights and true statistics is worse than the trunk on the text that the router gives it.
+    weights and true statistics is worse than the trunk on its own text.
     """
-    growth = max(own / max(other, 1e-9) for own, other in zip(check_trial(model, place), trunk.sizes, strict=True))
+    sizes = check_trial(model, place)
+    growth = max(own / max(other, 1e-9) for own, other in zip(sizes, reference.sizes, strict=True))
     if growth > MOST_GROWTH:
         raise UserError(
             f"{place}: the hidden states are up to {growth:,.0f} times those of the trunk for random tokens, since some weights "
             "are too large. Do not use this artifact."
         )
-    excess = mean_loss(model, list(trunk.generated.numpy()), f"{place} on text that the trunk generated") - trunk.loss
-    if excess > MOST_EXCESS:
+    excess = mean_loss(model, reference.text, f"{place} on text that the trunk generated") - reference.loss
+    if excess > MOST_ON_TRUNK_TEXT:
         raise UserError(
             f"{place}: on text that the trunk generates, its loss is {excess:.1f} nats per token above the trunk's; those of "
             "working modules are at most 1 above. Its weights are broken: do not use this artifact."
         )
-    claimed = 0.0 if statistics is None else excess_on_claimed(model, trunk.trunk, statistics, place)
-    if claimed > MOST_CLAIMED:
+    own_excess = 0.0
+    if statistics is not None:
+        own_excess = excess_on_own_text(model, reference.trunk, statistics, place)
+    if own_excess > MOST_ON_OWN_TEXT:
         raise UserError(
-            f"{place}: on text that its own counts call likely, its loss is {claimed:.1f} nats per token above the trunk's; those of "
+            f"{place}: on text that its own counts call likely, its loss is {own_excess:.1f} nats per token above the trunk's; those of "
             "working modules are at most 0.6 above. Its weights do not fit its statistics: do not use this artifact."
         )
-    return Effect(growth, excess, claimed)
+    return Effect(growth, excess, own_excess)
 
 
-def excess_on_claimed(model: Trunk, trunk: Trunk, statistics: Tensors, place: Any) -> float:
-    """Nats per token of a module above the trunk, on text drawn from the product of the trunk's probabilities and those
-    of its counts.
+def excess_on_own_text(model: Trunk, trunk: Trunk, statistics: Tensors, place: Any) -> float:
+    """Nats per token of a module above the trunk on its own text: drawn from the product of the trunk's probabilities
+    and those of the module's counts.
 
-    The context router gives the module such text. Drawn from the counts alone it would be nonsense, on which good
-    modules are worse too.
+    The context router gives the module such text. Text from the counts alone would be nonsense, on which good modules
+    are worse too.
     """
     assert trunk.config.eos_token_id is not None
     router = ContextRouter([statistics], torch.ones(1), trunk.config.eos_token_id, Tuning())
-    every = np.arange(trunk.config.vocab_size)[None]
+    vocabulary = np.arange(trunk.config.vocab_size)[None]
 
     def by_counts(last: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(router.pair_p(last.numpy().repeat(every.shape[1], 1), every.repeat(len(last), 0))[0])
+        previous = last.numpy().repeat(vocabulary.shape[1], axis=1)
+        return torch.from_numpy(router.pair_p(previous, vocabulary.repeat(len(last), axis=0))[0])
 
-    windows = list(_drawn(trunk, CLAIMED, by_counts).numpy())
-    of_trunk = mean_loss(trunk, windows, f"the trunk on text that the counts of {place} call likely")
-    return mean_loss(model, windows, f"{place} on text that its counts call likely") - of_trunk
+    text = _generate(trunk, OWN_TEXT_TOKENS, by_counts)
+    trunk_loss = mean_loss(trunk, text, f"the trunk on text that the counts of {place} call likely")
+    return mean_loss(model, text, f"{place} on text that its counts call likely") - trunk_loss
 
 
-def _drawn(trunk: Trunk, size: tuple[int, int], weight: Callable[[torch.Tensor], Any] = lambda last: 1) -> torch.Tensor:
-    """Ids that the trunk generates, size: windows and tokens after an EOS.
+def _generate(trunk: Trunk, length: int, weight: Callable[[torch.Tensor], Any] = lambda last: 1) -> list[np.ndarray]:
+    """WINDOWS windows of ids: an EOS and `length` tokens that the trunk generates.
 
-    weight: of the probabilities [B, V], by the last ids [B, 1].
+    weight: factors [B, V] of the next token's probabilities, for the last ids [B, 1].
     """
-    windows, length = size
     generator = torch.Generator().manual_seed(0)
     assert trunk.config.eos_token_id is not None
-    tokens = last = torch.full((windows, 1), trunk.config.eos_token_id)
+    tokens = last = torch.full((WINDOWS, 1), trunk.config.eos_token_id)
     cache: Cache = []
     for _ in range(min(length, trunk.config.max_position_embeddings - 1)):
         p = trunk.next_logits(last, cache).float().softmax(-1) * weight(last)
         last = torch.multinomial(p, 1, generator=generator)
         tokens = torch.cat((tokens, last), dim=1)
-    return tokens
+    return list(tokens.numpy())
 
 
-def _sizes(model: Trunk, tokens: torch.Tensor, feeds: list[Any] | None, place: Any) -> list[float]:
+def _hidden_sizes(model: Trunk, tokens: torch.Tensor, feeds: list[Any] | None, place: Any) -> list[float]:
     """The root mean square of the hidden states after each layer; UserError where a value is not finite."""
     outputs: list[torch.Tensor] = []
     layers = model.model.layers

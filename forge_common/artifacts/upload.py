@@ -17,7 +17,11 @@ from .card import HERE
 
 # The file of each kind of artifact that no other kind has; a repository holds one kind.
 MARKERS = ("assembled.json", "module.json", "config.json", "adapter_config.json", "model.gguf")
-EXPORTS = ("model.gguf", "adapter_config.json", "modeling_forge.py")  # of which each export without forge.json has one
+EXPORTS = (
+    "model.gguf",
+    "adapter_config.json",
+    "modeling_forge.py",
+)  # an export that has no forge.json has one of these
 
 
 def upload(
@@ -28,12 +32,11 @@ def upload(
     private: bool = False,
     revision: str | None = None,
 ) -> None:
-    """Verifies the artifact in a folder and uploads it as one commit; the repository and the branch `revision` are
-    created if needed.
+    """Verifies the artifact in a folder and uploads it as one commit.
 
-    Files of an earlier artifact that this one lacks are removed in the same commit. UserError where the folder holds no
-    valid artifact, where the repository has one of another kind, and where the hub cannot be reached or refuses: then
-    nothing changed there.
+    The repository and the branch `revision` are created if needed. Files in the repository that an earlier artifact had
+    and this one has not are removed in the same commit. UserError, with nothing changed there, where the folder holds
+    no valid artifact, the repository holds another kind of artifact, or the hub cannot be reached or refuses.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
@@ -44,12 +47,12 @@ def upload(
         address = api.create_repo(repository, private=private or None, exist_ok=True)
         if revision:
             api.create_branch(repository, branch=revision, exist_ok=True)
-        there = api.list_repo_files(repository, revision=revision)
-        other = next((name for name in MARKERS if name in there), None)
-        if other and other not in files:
-            raise UserError(f"it has {other}, so it holds another kind of artifact. Name another repository.")
+        uploaded = api.list_repo_files(repository, revision=revision)
+        marker = next((name for name in MARKERS if name in uploaded), None)
+        if marker and marker not in files:
+            raise UserError(f"it has {marker}, so it holds another kind of artifact. Name another repository.")
         ours = (*PATTERNS, *EXPORT_FILES)
-        stale = [name for name in there if name not in files and any(fnmatch(name, pattern) for pattern in ours)]
+        stale = [name for name in uploaded if name not in files and any(fnmatch(name, pattern) for pattern in ours)]
         card = read_bounded(folder / "README.md").decode("utf-8").replace(HERE, repository).encode()
         additions = [CommitOperationAdd(name, card if name == "README.md" else folder / name) for name in files]
         commit = api.create_commit(

@@ -1,4 +1,4 @@
 """What `evaluate` scores, prints and draws: columns of documents, texts token by token, progress, tables, the chart.
 
-May import: errors, files, data, artifacts.
+May import: errors, labels, files, model, data, routing, artifacts.
 """

@@ -3,7 +3,7 @@
 T tokens, H tokens of history
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Literal, NamedTuple
@@ -28,7 +28,7 @@ class Piece:
     document: Any
     """The document's key, the same for all its windows."""
     size: int
-    """Number of real labels: the first ones. In a conversation not all of them are scored."""
+    """Number of labels before the padding. In a conversation not all of them are scored."""
     scored: int
     """Number of labels that are scored."""
     tokens: Callable[[], np.ndarray]
@@ -50,9 +50,9 @@ class Choice(NamedTuple):
     share: float
     """Share of the documents, by the hash of their content."""
     text: Literal["held out", "trained on", "other", "chosen"]
-    """held out: no part was trained on these documents. other: no part says that it was trained on the text.
+    """held out: no part was trained on these documents. trained on: a part was, and held out none of the text.
 
-    chosen: --val-fraction.
+    other: no part states that it was trained on the text. chosen: by --val-fraction.
     """
     reason: str
 
@@ -64,24 +64,24 @@ def open_columns(
     tokenizer: Any,
     settings: Any,
 ) -> tuple[dict[str, Column], dict[str, Choice]]:
-    """What is scored of each source, and why: `choose` says it. No corpus is opened twice with the same share.
+    """The columns of `sources` and, for each, which of its documents are scored, as `choose` decides.
 
     parts: the metadata of the trunk and of each module, by name.
     """
-    opened = cache(lambda source, share: divided(source, tokenizer, settings, share))
-    choices = {name: choose(source, parts, opened, settings) for name, source in sources.items()}
+    open_corpus = cache(partial(divide, tokenizer=tokenizer, settings=settings))
+    choices = {name: choose(source, parts, open_corpus, settings) for name, source in sources.items()}
     shares = {name: choice.share for name, choice in choices.items()}
-    return read_columns(sources, tokenizer, model.config, settings, shares, opened), choices
+    return read_columns(sources, tokenizer, model.config, settings, shares, open_corpus), choices
 
 
 def choose(
-    source: str, parts: dict[str, dict[str, Any]], opened: Callable[[str, float], Corpus], settings: Any
+    source: str, parts: dict[str, dict[str, Any]], open_corpus: Callable[[str, float], Corpus], settings: Any
 ) -> Choice:
-    """The documents of a source to score: --val-fraction; else, of a text that parts were trained on, what all of them
-    held out.
+    """Which documents of a source to score: those of --val-fraction; without it, those that no part was trained on.
 
-    A text that parts were trained on has the name of one of their sources, or the digest of its training documents. All
-    of it is scored where one of them held out nothing, as is any other text. opened: a source, divided by a share.
+    A part was trained on a source if its metadata have the source's name, or the digest of its training documents. Then
+    the documents are scored that all such parts held out; if one of them held out nothing, all documents are, as of any
+    other text. open_corpus: `divide` for a source and a share.
     """
     if settings.val_fraction is not None:
         return Choice(
@@ -91,15 +91,16 @@ def choose(
     shares: dict[str, float] = {}
     for name, metadata in parts.items():
         for text in training_texts(metadata):
-            if text.is_called(spec) or (text.digest and text.digest == opened(source, text.val_fraction).train.digest):
+            same_name = text.is_called(spec)
+            if same_name or (text.digest and text.digest == open_corpus(source, text.val_fraction).train.digest):
                 shares[name] = min(text.val_fraction, shares.get(name, 1.0))
     if not shares:
-        silent = [name for name, metadata in parts.items() if not training_texts(metadata)]
-        unknown = f"; what {', '.join(silent)} was trained on is not known" if silent else ""
+        without_texts = [name for name, metadata in parts.items() if not training_texts(metadata)]
+        unknown = f"; what {', '.join(without_texts)} was trained on is not known" if without_texts else ""
         return Choice(1.0, "other", f"all of them: no part states that it was trained on this text{unknown}")
     share = min(shares.values())
     names = ", ".join(name for name in shares if shares[name] == share)
-    if not share or not opened(source, share).validation.documents:
+    if not share or not open_corpus(source, share).validation.documents:
         return Choice(1.0, "trained on", f"all of them: TRAINED ON by {names}, which held out nothing of this text")
     return Choice(share, "held out", f"held out by {', '.join(shares)}: the first {share:.2%} by hash")
 
@@ -110,12 +111,12 @@ def read_columns(
     config: Any,
     settings: Any,
     shares: dict[str, float] | None = None,
-    opened: Callable[[str, float], Corpus] | None = None,
+    open_corpus: Callable[[str, float], Corpus] | None = None,
 ) -> dict[str, Column]:
     """The column of each named source, and `spliced` with --spliced.
 
-    config: of the model. shares: of the documents of a named source that are scored; all of one that is not in it.
-    opened: a source, divided by its share, as `divided` returns it.
+    config: of the model. shares: of the documents of a source that are scored, by its name; 1 where it is not given.
+    open_corpus: `divide` for a source and a share, if it keeps what was opened before.
     """
     share_of = dict.fromkeys(sources, 1.0) | (shares or {})
     length = settings.sequence_length or min(config.max_position_embeddings, 2048)
@@ -123,48 +124,46 @@ def read_columns(
     columns = {}
     stores = {}
     for name, source in sources.items():
-        stores[name] = held_out(source, tokenizer, settings, share_of[name], opened)
-        columns[name] = _documents(source, stores[name], length, config, settings, share_of[name], byte_lengths)
+        stores[name] = scored_stores(source, tokenizer, settings, share_of[name], open_corpus)
+        columns[name] = _cut_documents(source, stores[name], length, config, settings, share_of[name], byte_lengths)
     if settings.spliced:
         columns["spliced"] = spliced(list(stores.values()), length, settings.spliced)[0]
     return columns
 
 
-def held_out(
-    source: str, tokenizer: Any, settings: Any, fraction: float, opened: Callable[[str, float], Corpus] | None = None
+def scored_stores(
+    source: str,
+    tokenizer: Any,
+    settings: Any,
+    share: float,
+    open_corpus: Callable[[str, float], Corpus] | None = None,
 ) -> list[Any]:
-    """The stores whose documents are scored."""
-    corpus = opened(source, fraction) if opened else divided(source, tokenizer, settings, fraction)
-    return [corpus.validation] if fraction < 1 else [corpus.validation, corpus.train]
+    """The stores whose documents are scored: those of the first `share` of a source by hash."""
+    corpus = open_corpus(source, share) if open_corpus else divide(source, share, tokenizer, settings)
+    return [corpus.validation] if share < 1 else [corpus.validation, corpus.train]
 
 
-def divided(source: str, tokenizer: Any, settings: Any, fraction: float) -> Corpus:
-    """A source, of which the share `fraction` is held out."""
+def divide(source: str, share: float, tokenizer: Any, settings: Any) -> Corpus:
+    """Opens a source with the first `share` of its documents by hash as validation, and the rest as train."""
     return prepare(
         parse(source)[0],
         tokenizer,
         reading_of(settings),
         cache_dir=settings.cache_dir.expanduser(),
-        val_fraction=min(fraction, 0.999999),
+        val_fraction=min(share, 0.999999),
     )
 
 
-def _documents(
+def _cut_documents(
     source: str, stores: list[Any], length: int, config: Any, settings: Any, share: float, byte_lengths: ByteLengths
 ) -> Column:
-    """The windows of `length` of each document, sorted by their size, so that a batch of short ones is narrow."""
+    """Cuts each document into windows of `length`, sorted by their size, so that a batch of short ones is narrow."""
     memory = max(settings.router_memory, 1)
-    opened = [Windows(store, length, pack=False, filler=config.ignore_index) for store in stores]
     pieces = []
     total = 0
-    for part, i in ((part, i) for part, windows in enumerate(opened) for i in range(len(windows))):
-        windows = opened[part]
-        before = partial(windows.before, i, memory, config.eos_token_id)
-        document = (part, windows.spans(i)[0][0])
-        if not windows.scored(i):  # of a conversation, without an answer
-            continue
-        pieces.append(Piece(document, windows.size(i), windows.scored(i), partial(windows.__getitem__, i), before))
-        total += pieces[-1].scored
+    for piece in _pieces(stores, length, memory, config):
+        pieces.append(piece)
+        total += piece.scored
         if settings.max_tokens and total >= settings.max_tokens:
             break
     if not pieces:
@@ -178,10 +177,23 @@ def _documents(
     return Column(pieces, sum(known) if len(known) == len(sizes) else None)
 
 
+def _pieces(stores: list[Any], length: int, memory: int, config: Any) -> Iterator[Piece]:
+    """The windows that have a scored label, in the order of the documents. memory: ids before a window."""
+    for part, store in enumerate(stores):
+        windows = Windows(store, length, pack=False, filler=config.ignore_index)
+        for i in range(len(windows)):
+            scored = windows.scored(i)
+            if not scored:  # a part of a conversation without an answer
+                continue
+            document = (part, windows.spans(i)[0][0])
+            before = partial(windows.before, i, memory, config.eos_token_id)
+            yield Piece(document, windows.size(i), scored, partial(windows.__getitem__, i), before)
+
+
 def spliced(domains: list[list[Any]], length: int, every: int) -> tuple[Column, np.ndarray]:
     """A column of windows whose domain changes every `every` tokens, and the domain of each token [windows, length + 1].
 
-    Each domain follows each other one equally often, and continues where its last stretch ended.
+    The next domain is drawn at random among the others; its text continues where its last stretch ended.
     """
     texts = [np.concatenate([store.read(0, len(store.tokens)) for store in stores]) for stores in domains]
     number = max(1, min(SPLICED, min(map(len, texts)) * len(texts) // (length + 1)))

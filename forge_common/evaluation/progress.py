@@ -6,7 +6,7 @@ from typing import Any
 
 
 class Progress:
-    """Counts work, in tokens of the trunk: an assembled model of N candidates takes about N times as long for a token."""
+    """Counts work in tokens of the trunk. A token of an assembled model with N candidates is about N times the work."""
 
     def __init__(self) -> None:
         self._bar: Any = None
@@ -36,7 +36,7 @@ class Progress:
             self._bar.update(tokens * self._work)
 
     def end(self, row: dict[str, Any]) -> None:
-        """The text of `begin` is scored."""
+        """Ends the text that `begin` named. row: its row of the table."""
         if self._bar is None:
             seconds = time.monotonic() - self._began
             print(f"scored      {self._name}: {row['loss']:.3f} nats per token, {seconds:.1f} s", flush=True)

@@ -46,18 +46,18 @@ def blocks(columns: list[str], rows: list[tuple[str, list[str]]]) -> str:
     first = max(len(name) for name, _ in rows)
     widths = [2 + max(len(name), *(len(cells[i]) for _, cells in rows)) for i, name in enumerate(columns)]
     width = shutil.get_terminal_size().columns
-    parts: list[list[int]] = [[]]
+    parts: list[list[int]] = [[]]  # the numbers of the columns in each block
     for i in range(len(columns)):
         if parts[-1] and first + sum(widths[j] for j in parts[-1]) + widths[i] > width:
             parts.append([])
         parts[-1].append(i)
-    grids = [
-        "\n".join(
-            (f"{name:<{first}}" + "".join(f"  {cells[i]:<{widths[i] - 2}}" for i in part)).rstrip()
-            for name, cells in [("", columns), *rows]
-        )
-        for part in parts
-    ]
+    grids = []
+    for part in parts:
+        lines = []
+        for name, cells in [("", columns), *rows]:
+            line = f"{name:<{first}}" + "".join(f"  {cells[i]:<{widths[i] - 2}}" for i in part)
+            lines.append(line.rstrip())
+        grids.append("\n".join(lines))
     return "\n\n".join(grids)
 
 
@@ -71,7 +71,7 @@ def short(perplexity: float) -> str:
 
 
 def removals(rows: list[Row]) -> str:
-    """A line for each module left out: the loss of the domain of its name, and how much the other losses change."""
+    """A line for each module that is left out: the loss on the domain of its name, and the change of the others."""
     losses = {(row["model"], row["domain"]): row["loss"] for row in rows}
     lines = []
     for model in dict.fromkeys(row["model"] for row in rows if row["model"].startswith("without:")):
@@ -82,7 +82,7 @@ def removals(rows: list[Row]) -> str:
             line += f"{name} {losses['assembled', name]:.3f} -> {losses[model, name]:.3f}"
             line += f", trunk {losses['trunk', name]:.3f}; " if ("trunk", name) in losses else "; "
         changes = {domain: losses[model, domain] - losses["assembled", domain] for domain in domains if domain != name}
-        # The space within an item, at which a line must not be broken.
+        # textwrap must not break a line at the space within an item.
         items = [f"{domain}\N{NO-BREAK SPACE}{round(change, 3) + 0.0:+.3f}" for domain, change in changes.items()]
         line = textwrap.fill(
             line + "others " + ", ".join(items), 80, subsequent_indent=" " * 12, break_on_hyphens=False

@@ -1,4 +1,4 @@
-"""A text token by token: its loss, who predicted it, and what else was likely."""
+"""A text token by token: the loss of each, the candidates' weights, and the likeliest tokens in its place."""
 
 from itertools import pairwise
 from typing import Any
@@ -11,11 +11,11 @@ LIKELIEST = 3
 
 @torch.no_grad()
 def read_along(model: Any, tokenizer: Any, column: Any, device: torch.device) -> dict[str, Any]:
-    """Steps of a mixture along the start of a document of a column, where there is one with TOKENS tokens.
+    """Reads the start of a document of a column with a mixture, token by token.
 
-    {"names": of the candidates, "start": text of the first token, which nothing predicts, "tokens": of the others
-    [{"text", "loss": nats, "weights" of the heads and "gates" of the layers by candidate, "likeliest": [(text,
-    probability)]}]}.
+    Returns {"names": of the candidates, "start": text of the first token, which nothing predicts, "tokens": [...]}.
+    Each other token has {"text", "loss": nats, "weights" of the heads and "gates" of the layers by candidate,
+    "likeliest": [(text, probability)]}.
     """
     ids = _document(column, model.config.eos_token_id)
     cache: list = []
@@ -40,10 +40,9 @@ def read_along(model: Any, tokenizer: Any, column: Any, device: torch.device) ->
 
 def _document(column: Any, eos_token_id: int) -> list[int]:
     """The first TOKENS + 1 ids of the shortest document whose first window has as many, else of the longest first window."""
+    # The pieces are sorted by their size.
     long_enough = [piece for piece in column.pieces if piece.scored >= TOKENS]
-    shorter_ones = [
-        piece for piece in reversed(column.pieces) if piece.scored < TOKENS
-    ]  # they are sorted by their size
-    begins = (-1, eos_token_id)  # the id before a window where no text of its document is before it
+    shorter_ones = [piece for piece in reversed(column.pieces) if piece.scored < TOKENS]
+    begins = (-1, eos_token_id)  # the id before the first window of a document
     piece = next(piece for piece in (*long_enough, *shorter_ones) if piece.before()[-1] in begins)
     return piece.tokens()[: min(piece.scored, TOKENS) + 1].tolist()

@@ -1,8 +1,7 @@
 """Writes an assembled model as a Transformers model with a modeling file of its own (trust_remote_code).
 
-Transformers' own mixtures (Mixtral, Qwen3-MoE) choose by the hidden state of a token; the router of an assembled model
-compares the document so far with counts of tokens, and mixes the heads' probabilities. No family of Transformers has
-that.
+No model family of Transformers computes what an assembled model does: it mixes the heads' probabilities, and its router
+compares the document so far with counts of tokens. Mixtral and Qwen3-MoE choose experts by a token's hidden state.
 
 B batch, T time, S states of the filter
 """
@@ -38,7 +37,7 @@ FIELDS = (
 FIELDS += ("head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "qkv_bias", "qk_norm")
 FIELDS += ("cross_document_attention", "pad_token_id", "eos_token_id", "bos_token_id")
 FIELDS += ("hidden_act", "embed_scale", "norm_after", "sliding_window")
-NAMES = (  # of a module's parameters in a candidate -> in modeling_forge.py; {} is the number of the candidate
+NAMES = (  # a module's parameter in a candidate -> its name in modeling_forge.py; {} is the number of the candidate
     (r"(model\.layers\.\d+)\.(?:mlp|addition)\.((?:gate|up|down)_proj\.(?:weight|lora_[AB]))", r"\1.candidates.{}.\2"),
     (
         r"(model\.layers\.\d+)\.self_attn\.([qkvo]_proj\.(?:weight|bias|lora_[AB])|[qk]_norm\.weight)",
@@ -49,10 +48,10 @@ NAMES = (  # of a module's parameters in a candidate -> in modeling_forge.py; {}
 )
 
 
-def write(folder: Path, model: Mixture, tokenizer: Tokenizer, described: dict[str, dict[str, Any]]) -> None:
+def write(folder: Path, model: Mixture, tokenizer: Tokenizer, module_metadata: dict[str, dict[str, Any]]) -> None:
     """Writes the weights, the configuration, the tokenizer and the code. UserError for what the code does not compute.
 
-    described: the metadata of each module by name.
+    module_metadata: by the modules' names.
     """
     if not isinstance(model.router, ContextRouter):
         raise UserError(
@@ -70,7 +69,7 @@ def write(folder: Path, model: Mixture, tokenizer: Tokenizer, described: dict[st
             "Use forge_common.generate, or export the trunk with one module."
         )
     tensors = {name: parameter.detach() for name, parameter in model.candidates[0].named_parameters()}
-    if model.config.family == "gemma":  # whose norms multiply with 1 + weight
+    if model.config.family == "gemma":  # its norms multiply with 1 + weight, those of the exported code with weight
         tensors |= {name: 1 + tensor for name, tensor in tensors.items() if name.endswith("norm.weight")}
     shared = {id(parameter) for parameter in model.candidates[0].parameters()}
     modules = []
@@ -78,8 +77,8 @@ def write(folder: Path, model: Mixture, tokenizer: Tokenizer, described: dict[st
         own = {key: parameter for key, parameter in candidate.named_parameters() if id(parameter) not in shared}
         modules.append(_entry(name, own))
         for key, parameter in own.items():
-            scale = _scale(described[name]) if key.endswith("lora_B") else 1.0
-            tensors[_exported_name(name, key, number)] = parameter.detach().float() * scale  # stored in bf16 perhaps
+            scale = _scale(module_metadata[name]) if key.endswith("lora_B") else 1.0
+            tensors[_exported_name(name, key, number)] = parameter.detach().float() * scale  # it may be in bf16
     tensors["router.unigram_codes"] = torch.from_numpy(model.router.unigram_codes)
     tensors["router.bigram_codes"] = torch.from_numpy(model.router.bigram_codes)
     stored = {
@@ -94,7 +93,10 @@ def write(folder: Path, model: Mixture, tokenizer: Tokenizer, described: dict[st
 
 
 def prove(folder: Path, model: Mixture, tokenizer: Tokenizer) -> float:
-    """Loads what was written and compares it: each window alone, with a cache, and all in one batch, padded on the left."""
+    """Loads what was written, and returns the largest difference of a logit from `model`.
+
+    Windows are computed in three ways: each alone, in pieces with a cache, and all in one batch, padded on the left.
+    """
     expected = proof.expect(model, tokenizer, spliced=True)
     exported = proof.load(folder, trust_remote_code=True)
     inputs = [window.tokens[0, :-1] for window in expected]
@@ -122,9 +124,8 @@ def prove(folder: Path, model: Mixture, tokenizer: Tokenizer) -> float:
             lambda ids: next(batch)[None, longest - ids.shape[1] :],
         )
         largest = proof.largest_of(proof.difference(expected, way) for way in ways)
-    shutil.rmtree(
-        Path(inspect.getfile(type(exported))).parents[1]
-    )  # Transformers' copy of the code, under the temporary name
+    # Transformers has copied the code into its cache, under the folder's temporary name.
+    shutil.rmtree(Path(inspect.getfile(type(exported))).parents[1])
     return largest
 
 
@@ -132,8 +133,11 @@ def _entry(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
     """The entry of a module in the configuration."""
     layers = {int(key.split(".")[2]) for key in parameters if key.startswith("model.layers.")}
     sizes = {key: len(value) for key, value in parameters.items() if key.endswith(("gate_proj.weight", "lora_A"))}
-    low_rank = any(key.endswith("lora_A") for key in parameters)
-    kind = "lora" if low_rank else "narrow" if any(".addition." in key for key in parameters) else "ffn"
+    kind = "ffn"
+    if any(key.endswith("lora_A") for key in parameters):
+        kind = "lora"
+    elif any(".addition." in key for key in parameters):
+        kind = "narrow"
     head = any(not key.startswith("model.layers.") for key in parameters)
     targets = [target for target in TARGETS if any(f".{target}." in key for key in parameters)]
     return {
@@ -147,7 +151,7 @@ def _entry(name: str, parameters: dict[str, Any]) -> dict[str, Any]:
 
 
 def _scale(metadata: dict[str, Any]) -> float:
-    """alpha / rank of a module of kind lora; without an alpha in its metadata it is 1."""
+    """alpha / rank of a module of kind lora; 1 where its metadata have no alpha."""
     rank = metadata.get("rank") or 1
     return (metadata.get("alpha") or rank) / rank
 

@@ -17,7 +17,7 @@ from ..model.trunk import Trunk
 from . import llama_cpp, proof
 
 FILE = "model.gguf"
-NAMES = {  # of a layer's parts in the checkpoint -> in the file
+NAMES = {  # a part of a layer in the checkpoint -> its name in the file
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -34,7 +34,7 @@ ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3"
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
-READ_BY_TRANSFORMERS = ("gpt-2", "llama-bpe", "qwen2")  # how these split text; it does not know smollm's digits
+READ_BY_TRANSFORMERS = ("gpt-2", "llama-bpe", "qwen2")  # rules that Transformers knows; smollm's is missing
 
 
 def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_template: str | None) -> str:
@@ -93,18 +93,18 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
 
 
 def prove(folder: Path, expected: list[proof.Expected], trunk: Trunk, tokenizer: Tokenizer, split: str) -> float:
-    """The largest difference of a logit between `expected` and the file in Transformers, which reads GGUF by code of its own,
-    and in llama.cpp where its package is installed.
+    """Loads the file with Transformers, which has its own code for GGUF, and with llama.cpp if it is installed. Returns
+    the largest difference of a logit from `expected`.
 
-    The tokenizer is compared too, in Transformers where it knows the rule by which text is split. Transformers reads
-    neither Llama 3's scaling of positions nor the width of the heads of a Qwen3, so that the configuration is given then.
+    The tokenizers are compared too, in Transformers if it knows the rule by which text is split. Transformers does not
+    read Llama 3's scaling of positions and the width of a Qwen3's heads from the file: then it gets the configuration.
     """
     transformers = proof.library("transformers", "the proof of an export")
     config = trunk.config
-    how: dict[str, Any] = {"gguf_file": FILE}
+    arguments: dict[str, Any] = {"gguf_file": FILE}
     if config.rope_scaling or config.head_dim * config.num_attention_heads != config.hidden_size or config.qk_norm:
-        how["config"] = transformers.AutoConfig.for_model(**config.to_hf())
-    exported = proof.load(folder, **how)
+        arguments["config"] = transformers.AutoConfig.for_model(**config.to_hf())
+    exported = proof.load(folder, **arguments)
     if split in READ_BY_TRANSFORMERS:
         read = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
         for text in proof.texts().values():

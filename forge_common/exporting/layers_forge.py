@@ -15,7 +15,7 @@ from transformers.activations import ACT2FN
 
 from .configuration_forge import ForgeConfig
 
-SERVES = 1e-6  # with candidates_per_token: a smaller gate is none
+SERVES = 1e-6  # with candidates_per_token: a candidate with a smaller gate does not serve the token
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -70,7 +70,7 @@ class Changes(nn.ModuleDict):
         )
 
     def changed(self, trunk: nn.Module, name: str, x):
-        """What the matrix `name` of the trunk with its change, if it has one, gives for x."""
+        """The product of x and the trunk's matrix `name`, with its change if it has one."""
         y = getattr(trunk, name)(x)
         return y + self[name](x) if name in self else y
 
@@ -86,8 +86,8 @@ class LowRankFeedForward(Changes):
 class ForgeAttention(nn.Module):
     """Causal grouped-query attention with rotary positions, as in Llama.
 
-    Qwen2: biases. Qwen3: norms of each head's queries and keys. OLMo2: of those of all heads together. index: of the
-    layer of the cache with its keys and values.
+    Qwen2 has biases, Qwen3 a norm over each head's queries and keys, OLMo2 over those of all heads together. index: the
+    layer of the cache that has its keys and values.
     """
 
     def __init__(self, config: ForgeConfig, index: int):
@@ -146,13 +146,13 @@ def own_attentions(config: ForgeConfig) -> list[tuple[int, int]]:
 
     In the cache their keys and values come after the trunk's layers and the router's state, in this order.
     """
-    changes = [not set(module["targets"]).isdisjoint(ATTENTION) for module in config.modules]
-    return [
-        (layer, number)
-        for layer in range(config.num_hidden_layers)
-        for number, module in enumerate(config.modules, 1)
-        if changes[number - 1] and layer in module["layers"]
-    ]
+    pairs = []
+    for layer in range(config.num_hidden_layers):
+        for number, module in enumerate(config.modules, 1):
+            changes_attention = not set(module["targets"]).isdisjoint(ATTENTION)
+            if changes_attention and layer in module["layers"]:
+                pairs.append((layer, number))
+    return pairs
 
 
 def rotary(config: ForgeConfig, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -215,7 +215,7 @@ class ForgeLayer(nn.Module):
         return x + self.mixed(self.post_attention_layernorm(x), gates)
 
     def attended(self, normed, rope, mask, cache, gates):
-        """The mean of the attentions [B, T, D] by their gates.
+        """The mean of the attentions [B, T, D], weighted by their gates.
 
         With a cache all of them attend: a later token may need their keys and values.
         """
@@ -227,7 +227,7 @@ class ForgeLayer(nn.Module):
         return y
 
     def mixed(self, normed, gates):
-        """The mean of the feed-forwards [B, T, D] by their gates."""
+        """The mean of the feed-forwards [B, T, D], weighted by their gates."""
         y = torch.zeros_like(normed)
         for feed_forward, gate in self.by_candidate(self.mlp, self.candidates, gates):
             y = y + self.served(feed_forward, normed, gate)
@@ -236,7 +236,7 @@ class ForgeLayer(nn.Module):
     def by_candidate(self, trunk: nn.Module, modules: nn.ModuleDict, gates):
         """(function, its gate [B, T]) of the trunk's part and of the modules that change it.
 
-        The gate of a module that does not change this layer is the trunk's.
+        The gate of a module that does not change this layer goes to the trunk's part.
         """
         own = gates[..., [int(number) for number in modules]]
         changes: list[Any] = list(modules.values())

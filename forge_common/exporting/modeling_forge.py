@@ -14,6 +14,7 @@ B batch, P tokens before, T time, E candidates (the trunk first, then the module
 width, V vocabulary
 """
 
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -44,10 +45,8 @@ class ForgeModel(nn.Module):
     def forward(self, seen, real, positions, cache, gates):
         """seen, real [B, P + T], positions [B, T], gates [B, T, E] -> hidden [B, T, D]."""
         length, total = positions.shape[1], seen.shape[1]
-        mask = (
-            torch.ones(length, total, dtype=torch.bool, device=seen.device).tril(total - length)
-            & real[:, None, None, :]
-        )
+        causal = torch.ones(length, total, dtype=torch.bool, device=seen.device).tril(total - length)
+        mask = causal & real[:, None, None, :]
         if not self.config.cross_document_attention:
             ends = (seen == self.config.eos_token_id).long()
             document = ends.cumsum(-1) - ends  # an EOS belongs to the document that it ends
@@ -128,9 +127,9 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
         evidence = self.router.evidence(counted, past + 1)
         tokens = counted[:, past + 1 :]
         layer_states = self.router.filter(evidence, tokens, layer_state)
-        some = 0 < self.config.candidates_per_token < layer_states.shape[-1] - 1
-        gates = self.router.gates(layer_states, mixed=not some)
-        if some:
+        is_limited = 0 < self.config.candidates_per_token < layer_states.shape[-1] - 1
+        gates = self.router.gates(layer_states, mixed=not is_limited)
+        if is_limited:
             places = (-gates).argsort(dim=-1, stable=True)[..., : self.config.candidates_per_token]
             gates = gates * torch.zeros_like(gates).scatter(-1, places, 1.0)
             gates = gates / gates.sum(-1, keepdim=True)
@@ -140,11 +139,11 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
         if not self.config.candidates_per_token:  # each head also counts by how well it predicted the tokens so far
             previous = torch.cat((last_hidden.to(hidden), hidden[:, :-1]), dim=1)
             log_p = self.log_p(previous, seen[:, past:]).detach().cpu()
-            known = torch.cat((torch.zeros_like(real[:, :1]), real), dim=1)[:, past:-1] & real[:, past:]
-            known = (
-                known & (seen[:, past:] != self.config.pad_token_id) if self.config.pad_token_id is not None else known
-            )
-            evidence = self.router.with_heads(evidence, log_p.masked_fill(~known.cpu()[..., None], 0))
+            # How well a head predicts is counted for real tokens that follow a real token.
+            counts = torch.cat((torch.zeros_like(real[:, :1]), real), dim=1)[:, past:-1] & real[:, past:]
+            if self.config.pad_token_id is not None:
+                counts = counts & (seen[:, past:] != self.config.pad_token_id)
+            evidence = self.router.with_heads(evidence, log_p.masked_fill(~counts.cpu()[..., None], 0))
             head_states = self.router.filter(evidence, tokens, head_state)
             weights = self.router.gates(head_states, mixed=True)
         if cache is not None:
@@ -158,15 +157,13 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def read_state(self, cache, past: int, batch: int):
-        """Of the tokens so far: their ids [B, P], the two states of the filter [B, S], the last hidden state [B, 1, D]."""
+        """Of the tokens so far: their ids [B, P], the states [B, S] of the layers' filter and of the output weights',
+        and the last hidden state [B, 1, D].
+        """
         if not past:
             prior = self.router.prior.expand(batch, -1)
-            return (
-                torch.zeros(batch, 0),
-                prior,
-                prior,
-                torch.zeros(batch, 1, self.config.hidden_size, device=self.device),
-            )
+            hidden = torch.zeros(batch, 1, self.config.hidden_size, device=self.device)
+            return torch.zeros(batch, 0), prior, prior, hidden
         if len(cache.layers) < self.cache_layers:
             raise ValueError("the cache has no state of the router; pass one that this model returned")
         layer = cache.layers[self.config.num_hidden_layers]
@@ -184,17 +181,17 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
     def by_head(self) -> list[tuple[Any, list[int]]]:
         """(hidden -> logits, the candidates with this head) of each distinct head."""
         weight = self.model.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
-        heads = [
-            (
-                lambda x: F.linear(x, weight),
-                [e for e in range(1 + len(self.config.modules)) if str(e) not in self.heads],
-            )
-        ]
+
+        def trunk_head(x):
+            return F.linear(x, weight)
+
+        def changed_head(change, x):
+            return change(x) + trunk_head(x)
+
+        others = [e for e in range(1 + len(self.config.modules)) if str(e) not in self.heads]
+        heads: list[tuple[Any, list[int]]] = [(trunk_head, others)]
         for number, head in self.heads.items():
-            low_rank = isinstance(head, LowRank)
-            heads.append(
-                (lambda x, head=head, low=low_rank: head(x) + F.linear(x, weight) if low else head(x), [int(number)])
-            )
+            heads.append((partial(changed_head, head) if isinstance(head, LowRank) else head, [int(number)]))
         return heads
 
     def log_p(self, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

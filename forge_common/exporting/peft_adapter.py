@@ -32,7 +32,8 @@ PLAIN = {  # fields of adapter_config.json -> the values with which the adapter 
     ),
 }
 COPIES = re.compile(r"base_model\.model\.(?:model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
-TARGET = re.compile(r"base_model\.model\.(model\.layers\.(\d+)\.(?:mlp|self_attn)\.(\w+)|lm_head)\.lora_([AB])\.weight")
+LAYER = r"model\.layers\.(?P<layer>\d+)\.(?:mlp|self_attn)\.(?P<matrix>\w+)"
+TARGET = re.compile(rf"base_model\.model\.(?P<target>{LAYER}|lm_head)\.lora_(?P<factor>[AB])\.weight")
 
 
 def write(folder: Path, base: str, tensors: Tensors, metadata: dict[str, Any]) -> None:
@@ -66,8 +67,8 @@ def write(folder: Path, base: str, tensors: Tensors, metadata: dict[str, Any]) -
 
 
 def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> float:
-    """The largest difference of a logit between PEFT, with the adapter on the trunk in Transformers, and `model`, the
-    trunk with the module.
+    """Loads the adapter with PEFT, on the trunk in Transformers. Returns the largest difference of a logit from
+    `model`, the trunk with the module.
     """
     peft = proof.library("peft", "an adapter")
     expected = proof.expect(model, tokenizer, spliced=False)
@@ -77,10 +78,10 @@ def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> 
 
 
 def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
-    """The tensors of an adapter as those of a module of `trunk`, and the arguments of plug_in for it; puts them into `trunk`.
+    """Reads an adapter as a module of `trunk`: its tensors, and the arguments of plug_in. Puts the module into `trunk`.
 
-    alpha / r is multiplied into B, and a matrix that the adapter changes in other layers only gets a change of 0.
-    UserError for what no kind of module expresses.
+    B is multiplied by alpha / r. A matrix that the adapter changes in some layers only gets a change of 0 in the others.
+    UserError where no kind of module can express the adapter.
     """
     file = folder / "adapter_config.json"
     config = checked(read_json(file), file, FIELDS, FIELDS)
@@ -99,30 +100,34 @@ def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
         if COPIES.fullmatch(name) and _is_copy(name, tensor, trunk):
             continue
         match = TARGET.fullmatch(name)
-        if not match or match[3] not in (None, *TARGETS):
+        if not match or match["matrix"] not in (None, *TARGETS):
             raise UserError(
                 f"{folder}: {quoted(name)} is not in a module of kind lora, which changes {', '.join(TARGETS)} and lm_head. Train the "
                 "adapter with these target_modules."
             )
-        target = match[1].replace("lm_head", "head_change")
-        factors[f"{target}.lora_{match[4]}"] = tensor.float() * (scale if match[4] == "B" else 1)
-        if match[2]:
-            layers.add(int(match[2]))
-            changed.add(match[3])
-    head = "head_change.lora_A" in factors
+        target = match["target"].replace("lm_head", "head_change")
+        factors[f"{target}.lora_{match['factor']}"] = tensor.float() * (scale if match["factor"] == "B" else 1)
+        if match["layer"]:
+            layers.add(int(match["layer"]))
+            changed.add(match["matrix"])
     if not layers:
         raise UserError(f"{folder} changes no layer. Train the adapter with target_modules among {', '.join(TARGETS)}.")
     targets = [name for name in TARGETS if name in changed]
     weights = dict(trunk.named_parameters())
-    for layer in layers:
+    for layer in layers:  # a module changes the same matrices in each of its layers
         for name in targets:
             target = f"model.layers.{layer}.{'mlp' if name in MATRICES else 'self_attn'}.{name}"
             weight = weights.get(f"{target}.weight")
             if weight is not None and f"{target}.lora_A" not in factors:
                 factors[f"{target}.lora_A"] = torch.zeros(rank, weight.shape[1])
                 factors[f"{target}.lora_B"] = torch.zeros(weight.shape[0], rank)
-    arguments = {"kind": "lora+head" if head else "lora", "layers": sorted(layers), "rank": rank}
-    arguments |= {"alpha": rank, "targets": targets}
+    arguments = {
+        "kind": "lora+head" if "head_change.lora_A" in factors else "lora",
+        "layers": sorted(layers),
+        "rank": rank,
+        "alpha": rank,  # the scale is in B
+        "targets": targets,
+    }
     put_in(trunk, factors, **arguments)
     return factors, arguments
 

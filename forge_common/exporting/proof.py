@@ -1,4 +1,4 @@
-"""Compares an exported model with the model that it was made of, on real text, before the export has its name.
+"""Compares an exported model with the model that it was made of, on real text, before its files have their name.
 
 T time, V vocabulary
 """
@@ -19,19 +19,19 @@ from ..model.trunk import Cache
 
 LIMIT = 1e-4  # of a logit, in float32
 WINDOW = 256  # tokens of a window at most
-PIECES = 4  # of a window: after each, all logits are compared; between them those of the text's own tokens
+PIECES = 4  # of a window. All logits are compared after each piece; after the other tokens, only that of the next token
 Logits = Callable[[torch.Tensor], torch.Tensor]  # ids [1, T] -> logits [1, T, V]
 
 
 class Expected(NamedTuple):
-    """A window of text and what the model gives for it.
-
-    tokens [1, T + 1], nats of its labels [T], all logits [V] after some positions.
-    """
+    """A window of text, and what the model computes for it."""
 
     tokens: torch.Tensor
+    """[1, T + 1]"""
     nats: torch.Tensor
+    """[T]: of its labels."""
     logits: dict[int, torch.Tensor]
+    """[V]: all logits after some of its positions."""
 
 
 def texts() -> dict[str, str]:
@@ -54,7 +54,7 @@ def windows(tokenizer: Tokenizer, context: int, *, spliced: bool) -> list[torch.
 
 
 def expect(model: LanguageModel, tokenizer: Tokenizer, *, spliced: bool) -> list[Expected]:
-    """What the model gives for the sample."""
+    """What the model computes for each of `windows`."""
     expected = []
     for tokens in windows(tokenizer, model.config.max_position_embeddings, spliced=spliced):
         cache: Cache = []
@@ -68,7 +68,7 @@ def expect(model: LanguageModel, tokenizer: Tokenizer, *, spliced: bool) -> list
 
 
 def difference(expected: list[Expected], exported: Logits) -> float:
-    """The largest difference of a logit, or of the log probability of a token of the text."""
+    """The largest difference between `expected` and an exported model: of a logit, or of a token's log probability."""
     differences = []
     for window in expected:
         logits = exported(window.tokens[:, :-1])[0].float()
@@ -80,7 +80,7 @@ def difference(expected: list[Expected], exported: Logits) -> float:
 
 
 def largest_of(differences: Iterable[float]) -> float:
-    """NaN if one of them is NaN, which Python's max may skip."""
+    """The largest one; NaN if one of them is NaN, which Python's max may skip."""
     return float(torch.tensor(list(differences)).max())
 
 
@@ -95,7 +95,7 @@ def check(what: str, largest: float) -> None:
 
 
 def library(name: str, purpose: str) -> Any:
-    """An optional package. UserError, which says how to install it, where it is missing."""
+    """An optional package. UserError that says how to install it, where it is missing."""
     try:
         return importlib.import_module(name)
     except ImportError as reason:
@@ -103,7 +103,7 @@ def library(name: str, purpose: str) -> Any:
 
 
 def load(folder: Path, **how: Any) -> Any:
-    """A model of Transformers on the CPU, in float32. UserError where it does not load, or not with exactly its weights."""
+    """Loads a model with Transformers, on the CPU, in float32. UserError where it fails or lacks a weight."""
     transformers = library("transformers", "the proof of an export")
     transformers.utils.logging.disable_progress_bar()
     try:

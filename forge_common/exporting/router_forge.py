@@ -1,9 +1,9 @@
 """The router of Forge's assembled model: how well each candidate's counts predict the document so far.
 
 The likelihood of a token under a candidate is its probability after the token before it, from the candidate's counts of
-tokens and of pairs of tokens. Fewer counts are closer to the mean of all candidates, which says nothing for or against
-any of them. Tokens that the document repeats count less. One more state is the unknown domain, whose probabilities are
-the mean of all candidates'. An EOS resets the filter to the prior.
+tokens and of pairs of tokens. The fewer counts a candidate has, the closer its probabilities are to the mean of all
+candidates, which favours none. Tokens that the document repeats count less. One more state is the unknown domain, whose
+probabilities are the mean of all candidates'. An EOS resets the filter to the prior.
 
 B batch, T time, E candidates (the trunk first, then the modules), S = E + 1 states of the filter, V vocabulary
 """
@@ -17,8 +17,8 @@ from .configuration_forge import ForgeConfig
 BIGRAM_BUCKETS = 1 << 17
 SMOOTHING = 1000.0  # weight, in tokens, of the mean of all candidates' unigrams in a candidate's own
 BACKOFF = 200.0  # weight, in pairs, of the smoothed probabilities in the pair's
-COLLISIONS = 0.3  # more of it for each pair after a token beyond the token's own count, since pairs share buckets
-SHARED = 0.5  # of the back-off: the mean of all candidates' pairs; the rest is the candidate's unigrams
+COLLISIONS = 0.3  # added to it for each pair after a token beyond the token's own count: such pairs only share a bucket
+SHARED = 0.5  # share of the back-off that is the mean of all candidates' pairs; the rest is the candidate's unigrams
 DOCUMENT = 100.0  # weight, in tokens, of the mean of all candidates in the document's own counts
 
 
@@ -33,8 +33,8 @@ def bigram_bucket(previous: np.ndarray, token: np.ndarray) -> np.ndarray:
 
 
 def repeats(seen: np.ndarray, first: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each token of seen [B, first + T] from `first` on was in its document before, and the document's length
-    before it.
+    """For each token of seen [B, first + T] from `first` on: how often its document had it before, and how many tokens
+    the document had before it.
     """
     place = np.arange(seen.shape[1])
     begins = np.zeros_like(seen, dtype=bool)
@@ -66,7 +66,7 @@ class ForgeRouter(nn.Module):
         self.prepared = False
 
     def prepare(self) -> None:
-        """Computes the tables from the counts, once: at the first use, since then the counts are loaded."""
+        """Computes the tables from the counts, once: at the first use, when the counts have been loaded."""
         if self.prepared:
             return
         self.prepared = True
@@ -103,12 +103,12 @@ class ForgeRouter(nn.Module):
         return (pairs + weight * SHARED * shared + (1 - SHARED) * back) / total
 
     def pairs(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """Upper bound of the count of a pair: of its bucket, and of either token: [E, B, T]."""
+        """Upper bound [E, B, T] of the count of a pair: the least of the counts of its bucket and of its two tokens."""
         of_tokens = np.minimum(self.unigrams[:, previous], self.unigrams[:, token])
         return self.count_of[np.minimum(self.bigrams[:, bigram_bucket(previous, token)], of_tokens)]
 
     def sums_of_pairs(self, previous: np.ndarray) -> np.ndarray:
-        """The sum of `pairs` over all tokens after `previous` [B, T]: [E, B, T]. Each distinct one is summed once and kept."""
+        """The sum [E, B, T] of `pairs` over all tokens after `previous` [B, T], computed once for each distinct one."""
         every = np.arange(self.unigrams.shape[1])
         for token in np.unique(previous[self.pairs_after[0, previous] < 0]):
             self.pairs_after[:, token] = self.pairs(np.broadcast_to(token, every.shape), every).sum(-1)

@@ -7,7 +7,7 @@
 | ridge | each layer's normed hidden state of the token | moments of hidden states; solved in closed form |
 | uniform | none | nothing |
 
-A router is solved again when a module is added or left out; that needs no text.
+When a module is added or left out, the router is computed again from the others' statistics; that needs no text.
 
 B batch, T time, P time before it, E candidates, S = E + 1 states of the filter, D width, V vocabulary
 """
@@ -22,10 +22,8 @@ from .tuning import Tuning
 
 SMOOTHING = 1000.0  # weight, in tokens, of the mean of all candidates' unigrams in a candidate's own
 BACKOFF = 200.0  # weight, in pairs, of the smoothed probabilities in the pair's
-COLLISIONS = (
-    0.3  # more of it for each counted pair after a token beyond the token's own count, since pairs share buckets
-)
-SHARED = 0.5  # of the back-off: the mean of all candidates' pairs; the rest is the candidate's unigrams
+COLLISIONS = 0.3  # added to it for each pair after a token beyond the token's own count: such pairs only share a bucket
+SHARED = 0.5  # share of the back-off that is the mean of all candidates' pairs; the rest is the candidate's unigrams
 DOCUMENT = 100.0  # weight, in tokens, of the mean of all candidates in the document's own counts
 NEAR_COPY = 64  # power of the similarity of two modules' unigrams: 0.98 counts as 0.27 of a copy, 0.9 as 0.001
 RIDGE = 1e-2  # added to the diagonal, as a share of its mean
@@ -34,24 +32,26 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass
 class State:
-    """A router's state after the tokens so far, on the CPU. S states of its filter: the candidates, and the unknown domain."""
+    """A router's state after the tokens so far. The S states of its filters: the candidates, and the unknown domain."""
 
-    layers: torch.Tensor  # [B, S]: of the layers' filter
-    outputs: torch.Tensor  # [B, S]: of the filter for the output weights
-    history: torch.Tensor  # [B, P]: the ids so far, -1 (on the left) where unknown
-    next_log_p: torch.Tensor | None = (
-        None  # [B, 1, V, E]: log probabilities of the next token under each head, on the device
-    )
+    layers: torch.Tensor
+    """[B, S] on the CPU: probabilities of the states, from which the layers' gates follow."""
+    outputs: torch.Tensor
+    """[B, S] on the CPU: the same for the output weights."""
+    history: torch.Tensor
+    """[B, P] on the CPU: the ids so far, -1 (on the left) where unknown."""
+    next_log_p: torch.Tensor | None = None
+    """[B, 1, V, E] on the device: log probabilities of the next token under each head."""
 
 
 class ContextRouter:
-    """Bayes' rule over the document so far: the forward filter of a hidden Markov model whose states are the candidates.
+    """Bayes' rule over the document so far: the forward filter of a hidden Markov model. Its states are the candidates.
 
     The likelihood of a token under a candidate is its probability after the token before it, from the candidate's
-    counts. Each candidate's probabilities sum to 1 over the vocabulary. Fewer counts are closer to the mean of all
-    candidates, which says nothing for or against any of them. Tokens that the document repeats count less. One more
-    state is the unknown domain, whose probabilities are the mean of all candidates'. An EOS resets the filter to the
-    prior. The gates at t depend on the tokens up to t alone. All tensors are on the CPU.
+    counts. Each candidate's probabilities sum to 1 over the vocabulary. The fewer counts a candidate has, the closer
+    its probabilities are to the mean of all candidates, which favours none. Tokens that the document repeats count
+    less. One more state is the unknown domain, whose probabilities are the mean of all candidates'. An EOS resets the
+    filter to the prior. The gates at t depend only on the tokens up to t. All tensors are on the CPU.
     """
 
     def __init__(self, statistics: list[Tensors], prior: torch.Tensor, eos_token_id: int, tuning: Tuning):
@@ -68,7 +68,8 @@ class ContextRouter:
         weights = torch.cat((prior[:1].double(), prior[1:].double() * counted / copies))
         self.shares = (weights / weights.sum()).float()  # [E]: in a mean of all candidates
         self.prior = torch.cat((self.shares * (1 - tuning.unknown), self.shares.new_tensor([tuning.unknown])))  # [S]
-        # In NumPy: for one token, a call of torch costs more than all its numbers. `take` costs less than an index.
+        # In NumPy, since for one token the call of a torch function takes longer than the arithmetic. `take` is faster
+        # than indexing.
         self.count_of = decode(torch.arange(256)).numpy()
         self.unigram_codes = torch.stack([tensors["unigrams"] for tensors in statistics]).numpy()
         self.bigram_codes = torch.stack([tensors["bigrams"] for tensors in statistics]).numpy()
@@ -76,7 +77,7 @@ class ContextRouter:
         self.pairs_after = np.full_like(self.unigram_p, -1)  # [E, V]: sums over the next token; -1 until one is needed
 
     def start(self, batch: int, *, at_document: bool) -> State:
-        """The prior. at_document: whether a document begins here; otherwise the token before is unknown."""
+        """The state with the prior. at_document: a document begins here; otherwise the token before is unknown."""
         history = torch.full((batch, 1), self.eos if at_document else -1)
         prior = self.prior.expand(batch, -1)
         return State(prior, prior, history)
@@ -111,18 +112,18 @@ class ContextRouter:
         return np.where(previous >= 0, bigram, unigram)
 
     def pairs(self, previous: np.ndarray, token: np.ndarray) -> np.ndarray:
-        """Upper bound of the count of a pair: of its bucket, and of either token: [E, B, T]."""
+        """Upper bound [E, B, T] of the count of a pair: the least of the counts of its bucket and of its two tokens."""
         of_bucket = self.bigram_codes.take(bigram_bucket(previous, token), axis=1)
         of_tokens = np.minimum(self.unigram_codes.take(previous, axis=1), self.unigram_codes.take(token, axis=1))
         return self.count_of.take(np.minimum(of_bucket, of_tokens))  # codes have the order of their counts
 
     def _pairs_after(self, previous: np.ndarray) -> np.ndarray:
-        """The sum of `pairs` over all tokens after `previous` [B, T]: [E, B, T]. Each distinct one is summed once and kept."""
-        found = self.pairs_after.take(previous, axis=1)
-        if (found[0] >= 0).all():
-            return found
+        """The sum [E, B, T] of `pairs` over all tokens after `previous` [B, T], computed once for each distinct one."""
+        sums = self.pairs_after.take(previous, axis=1)
+        if (sums[0] >= 0).all():
+            return sums
         every = np.arange(self.unigram_codes.shape[1])
-        for token in np.unique(previous[found[0] < 0]):
+        for token in np.unique(previous[sums[0] < 0]):
             bucket = bigram_bucket(token, every)
             self.pairs_after[:, token] = 0  # where a candidate has not counted the token
             for e in np.flatnonzero(self.unigram_codes[:, token]):  # one candidate's codes fit into a core's cache
@@ -138,7 +139,7 @@ class ContextRouter:
     def filter(self, evidence: torch.Tensor, tokens: torch.Tensor, start: torch.Tensor) -> torch.Tensor:
         """The filter [B, T, S] after evidence [B, T, S] (weighted log likelihoods), from `start` [B, S].
 
-        In NumPy: each step has a few operations on B x S numbers, which cost less there than a call of torch.
+        In NumPy, since each step has few operations on few numbers (B x S), and calls of NumPy are faster than torch's.
         """
         scores = evidence.double().numpy().transpose(1, 0, 2)
         likelihood = np.exp(scores - scores.max(-1, keepdims=True))
@@ -173,28 +174,30 @@ class ContextRouter:
         return self.filter(evidence, tokens, state.layers), evidence
 
     def weigh(self, tokens, evidence, log_p, start) -> torch.Tensor:
-        """The output weights' filter [B, T, S]: with the heads' log p [B, T, E] of the tokens so far added to the evidence."""
+        """The output weights' filter [B, T, S]. Its evidence has also each head's log p [B, T, E] of the tokens."""
         unknown = torch.logsumexp(log_p + self.shares.log(), dim=-1, keepdim=True)
         heads = torch.cat((log_p, unknown), dim=-1)
         return self.filter(evidence + self.tuning.own * heads, tokens, start)
 
 
 def repeats(seen: np.ndarray, first: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """How often each token of seen [B, first + T] from `first` on was in its document before, and the document's length
-    before it.
+    """For each token of seen [B, first + T] from `first` on: how often its document had it before, and how many tokens
+    the document had before it.
 
-    Both [B, T]. -1 (on the left) where a token is unknown. An EOS ends a document, to which it belongs.
+    Both [B, T]. In `seen`, -1 (on the left) is an unknown token. An EOS belongs to the document that it ends.
     """
     place = np.arange(seen.shape[1])
     ends = seen == eos
     begins = np.zeros_like(ends)
     begins[:, 1:] = ends[:, :-1]
-    begin = np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+    begin = np.maximum.accumulate(np.where(begins, place, 0), axis=1)  # place of the first token of each one's document
     begin = np.maximum(begin, (seen[:, :first] < 0).sum(1, keepdims=True))
     length = (place - begin)[:, first:]
-    if first + 1 == seen.shape[1]:  # a generated token: one comparison
+    if first + 1 == seen.shape[1]:  # one generated token: it is compared with those before it
         times = ((seen[:, :-1] == seen[:, -1:]) & (place[:-1] >= begin[:, -1:])).sum(1, keepdims=True)
         return times, np.maximum(length, 0)
+    # Sorted by document and id, equal tokens of a document are side by side in their order: how many of them are before
+    # a token is its distance from the first of them.
     key = np.cumsum(begins, axis=1) * (seen.max() + 2) + seen
     order = key.argsort(axis=1, kind="stable")
     ordered = np.take_along_axis(key, order, axis=1)

@@ -1,8 +1,8 @@
 """Statistics of a module's text for the router: counts of tokens and of pairs of tokens, moments of hidden states.
 
-Pairs are counted in buckets of a hash, and counts are stored on a logarithmic scale of 8 bits. A token or pair in fewer
-than `min_documents` documents counts as 0, where each PIECE tokens of a long document are a document. docs/PRIVACY.md
-says what can be recovered from the counts.
+Pairs are counted in the buckets of a hash, and counts are stored on a logarithmic scale of 8 bits. A token or pair that
+fewer than `min_documents` documents have counts as 0; each PIECE tokens of a long document are a document for this.
+docs/PRIVACY.md says what can be recovered from the counts.
 
 V vocabulary, D width, L layers, d width of the projection
 """
@@ -21,7 +21,7 @@ from ..model.config import ModelConfig
 from ..model.trunk import Decoder, even_load
 
 BIGRAM_BUCKETS = 1 << 17  # in a million tokens, about 50,000 pairs are in two documents or more
-PIECE = 1024  # tokens; without it nothing of a few long documents would be counted
+PIECE = 1024  # tokens; without it a text of a few long documents would count as 0
 MOMENT_TOKENS = 16_384  # of the sample, for the moments: enough for matrices of 128 x 128
 MOMENT_WIDTH = 128  # wider hidden states are projected to it
 STEPS_PER_DOUBLING = 12  # of the 8-bit scale: counts up to 2.5 million, in steps of 6%
@@ -46,17 +46,16 @@ def decode(codes: torch.Tensor) -> torch.Tensor:
 
 
 def sample(sources: Sequence[tuple[Any, float]], tokens: int) -> Iterable[np.ndarray]:
-    """Documents [n] (ids with an EOS at the end), evenly spaced over each source: `tokens` in total, divided by the shares.
+    """Documents [n] (ids with an EOS at the end), evenly spaced over each source, of `tokens` tokens in total.
 
-    A token t of a conversation that is not scored is CONTEXT - t.
-
-    sources: (store.Tokens, share) pairs.
+    sources: (store.Tokens, share of the tokens) pairs. In a conversation, a token t that is not scored is CONTEXT - t.
     """
     for store, share in sources:
         wanted = min(int(tokens * share), len(store.tokens))
         number = max(1, round(store.documents * wanted / max(len(store.tokens), 1)))
         for index in np.linspace(0, store.documents - 1, min(number, store.documents)).astype(np.int64):
-            start, end = (int(place) for place in store.offsets[index : index + 2])
+            start = int(store.offsets[index])
+            end = int(store.offsets[index + 1])
             document = store.read(start, min(end, start + wanted))
             wanted -= len(document)
             if len(document):
@@ -70,9 +69,8 @@ def count(
 ) -> tuple[Tensors, dict[str, int]]:
     """Counts of tokens [V] and of hashed pairs [BIGRAM_BUCKETS] as 8-bit codes, and the sample's size.
 
-    The first token of a document forms a pair with an EOS. A count is 0 where fewer than `min_documents` documents have
-    it; each PIECE tokens of a document, and the rest of it, are a document here. What is not scored is not counted,
-    except as the first of a pair.
+    The first token of a document forms a pair with an EOS. Tokens that are not scored are not counted, except as the
+    first of a pair.
     """
     sizes = {"unigrams": vocab_size, "bigrams": BIGRAM_BUCKETS}
     totals = {name: np.zeros(size, np.int64) for name, size in sizes.items()}
@@ -96,7 +94,8 @@ def count(
     return {name: torch.from_numpy(encode(total)) for name, total in totals.items()}, sample_size
 
 
-def _keep(inputs: list[torch.Tensor], module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+def _record_input(inputs: list[torch.Tensor], module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    """A hook of a module, which runs before its `forward`."""
     inputs.append(args[0])
 
 
@@ -127,7 +126,7 @@ def moments(
         names = [name for name, _ in layer.named_parameters()]
         weights = {name: tensors[f"model.layers.{index}.{name}"].to(device, torch.float32) for name in names}
         normed: list[torch.Tensor] = []
-        layer.feed_forward.register_forward_pre_hook(partial(_keep, normed))
+        layer.feed_forward.register_forward_pre_hook(partial(_record_input, normed))
         second.append(project.new_zeros(project.shape[1], project.shape[1]))
         first.append(project.new_zeros(project.shape[1]))
         for place, ids in enumerate(windows):
@@ -144,12 +143,12 @@ def moments(
 
 
 def plain(document: np.ndarray) -> np.ndarray:
-    """The ids of a document of `sample`, whether they are scored or not."""
+    """The ids of a document of `sample`, with those that are not scored."""
     return np.where(document <= CONTEXT, CONTEXT - document, document)
 
 
 def _windows(documents: Iterable[np.ndarray], sequence_length: int) -> list[torch.Tensor]:
-    """Windows [1, up to T] of the first MOMENT_TOKENS tokens or so: at most four of each document."""
+    """Windows [1, up to T] of about MOMENT_TOKENS tokens: the first ones, at most four of each document."""
     windows: list[torch.Tensor] = []
     seen = 0
     for document in documents:

@@ -18,7 +18,7 @@ from ..errors import UserError
 from ..files.atomic import is_full, lack_of_room, sync_folder
 from ..files.tensors import Tensors
 from .checkpoint_folder import checkpoints_of, commit, rotate
-from .engines import bare, engine_of, in_host_memory, prepared, trained
+from .engines import engine_of, in_host_memory, model_and_optimizer, trained_tensors, unwrap
 from .folder import check_still_there
 from .progress import Progress
 
@@ -56,7 +56,8 @@ class Save:
 
 def size(model: torch.nn.Module) -> int:
     """Approximate bytes of a checkpoint of `model`: the trained parameters and AdamW's two moments of them."""
-    return (1 << 16) + 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained(model).values())
+    trained = trained_tensors(model).values()
+    return (1 << 16) + 3 * sum(parameter.numel() * parameter.element_size() for parameter in trained)
 
 
 class Writer:
@@ -117,8 +118,8 @@ class Writer:
     def _take_state(self, save: Save) -> None:
         """Takes the trained state, copied if the loop goes on, and writes what is small: random states, and fp16's scale."""
         accelerator = self.accelerator
-        wrapped, optimizer = prepared(accelerator)
-        model = bare(accelerator, wrapped)
+        wrapped, optimizer = model_and_optimizer(accelerator)
+        model = unwrap(accelerator, wrapped)
         engine = engine_of(accelerator)
         if engine is not None:
             save.state = State(*engine.gather(model, optimizer, accelerator.is_main_process))
@@ -127,7 +128,8 @@ class Writer:
             return
         _save_state(accelerator, save.partial, NO_TENSORS)  # the tensors follow
         if accelerator.is_main_process:
-            present = State({name: tensor.detach() for name, tensor in trained(model).items()}, optimizer.state_dict())
+            weights = {name: tensor.detach() for name, tensor in trained_tensors(model).items()}
+            present = State(weights, optimizer.state_dict())
             if self._copy is None and save.num_bytes >= psutil.virtual_memory().available / 2:
                 save.in_background = False
             if save.in_background:
@@ -215,7 +217,7 @@ def _save_state(accelerator: Any, folder: Path, state: State) -> None:
             content.clear()
             content.update(state.weights)
 
-    _, optimizer = prepared(accelerator)
+    _, optimizer = model_and_optimizer(accelerator)
     hooks = (
         accelerator.register_save_state_pre_hook(replace),
         optimizer.optimizer.register_state_dict_post_hook(lambda optimizer, present: state.optimizer),

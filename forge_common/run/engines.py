@@ -1,15 +1,16 @@
-"""The trained state of a model that an engine has divided over the processes: gathered into whole tensors, and divided again.
+"""Engines that divide the trained state over the processes: it is gathered into whole tensors, and divided again.
 
 A checkpoint has one format, that of accelerate's save_state for one process: model.safetensors has the trained tensors
-by name, optimizer.bin torch's `optimizer.state_dict()`, whole tensors, indexed in the order of `parameter_groups`. So a
-run resumes under another engine and with another number of processes.
+by name; optimizer.bin is torch's `optimizer.state_dict()`, with whole tensors, numbered in the order of
+`parameter_groups`. So a run can resume under another engine and with another number of processes.
 
 To add an engine, write two functions and return them from `engine_of`. All ranks call both:
-- gather(model, optimizer, keep) -> (weights, optimizer_state). The two files' contents on the CPU where `keep` (the
-  main process), in float32 or the dtype that the optimizer updates; no tensor that a later update changes. What the
-  others return is not read.
-- scatter(model, optimizer, weights, optimizer_state). Every rank is handed both files, memory-mapped: take the own part
-  only. `model` is without the wrappers of DDP and torch.compile, the `optimizer` that which `prepare` returned.
+- gather(model, optimizer, keep) -> (weights, optimizer_state): the contents of the two files. Where `keep` (on the main
+  process) they are on the CPU, in float32 or the dtype that the optimizer updates, and no later update changes them.
+  What the other processes return is not read.
+- scatter(model, optimizer, weights, optimizer_state). Every rank gets the contents of both files, memory-mapped, and
+  takes its own part only.
+`model` is without the wrappers of DDP and torch.compile; `optimizer` is what `prepare` returned.
 """
 
 import sys
@@ -21,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..files.tensors import Tensors
-from . import zero
+from . import zero, zero_state
 
 
 class Engine(NamedTuple):
@@ -32,15 +33,15 @@ class Engine(NamedTuple):
 def engine_of(accelerator: Any) -> Engine | None:
     """The engine that divides the trained state; None where every process has all of it, and save_state writes the format."""
     if accelerator.state.deepspeed_plugin:
-        return Engine(zero.gather, zero.scatter)
+        return Engine(zero_state.gather, zero_state.scatter)
     return Engine(_gather_fsdp2, _scatter_fsdp2) if accelerator.is_fsdp2 else None
 
 
 def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[Any, Any]:
-    """`accelerator.prepare`, with which the loop's `optimizer.step` applies an update also under DeepSpeed.
+    """`accelerator.prepare`, after which the loop's `optimizer.step` applies an update also under DeepSpeed.
 
-    Frozen weights that are mapped from a file stay mapped: DDP does not broadcast them (all ranks have read the same,
-    `new_progress` compares), and on CPUs they are not moved from "cpu" to "cpu:0", which copies.
+    Frozen weights that are mapped from a file stay mapped. DDP does not broadcast them: all ranks have read the same
+    file, which `new_progress` checks. On CPUs they are not moved from "cpu" to "cpu:0", which would copy them.
     """
     if accelerator.state.deepspeed_plugin:
         return zero.prepare(accelerator, model, optimizer)
@@ -48,7 +49,7 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
     prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
-    if accelerator.is_fsdp2:  # gathers the parameters for it as it does for `forward`
+    if accelerator.is_fsdp2:  # it then gathers the parameters for next_logits as it does for `forward`
         from torch.distributed.fsdp import register_fsdp_forward_method
 
         register_fsdp_forward_method(model, "next_logits")
@@ -56,39 +57,41 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
 
 
 def rounded(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
-    """A frozen tensor with the values that the engine gives it: DeepSpeed rounds it to the 16 bits that it computes with."""
+    """A frozen tensor with the values that it has under the engine: DeepSpeed in bf16 holds it rounded."""
     is_rounded = accelerator.state.deepspeed_plugin and accelerator.mixed_precision == "bf16"
     return tensor.bfloat16() if is_rounded else tensor
 
 
-def prepared(accelerator: Any) -> tuple[torch.nn.Module, Any]:
-    """The model and the optimizer that accelerate prepared, from where its save_state and load_state take them too."""
+def model_and_optimizer(accelerator: Any) -> tuple[torch.nn.Module, Any]:
+    """The model and the optimizer that accelerate prepared, from where its save_state and load_state also take them."""
     return accelerator._models[0], accelerator._optimizers[0]
 
 
-def bare(accelerator: Any, model: torch.nn.Module) -> torch.nn.Module:
+def unwrap(accelerator: Any, model: torch.nn.Module) -> torch.nn.Module:
     """`model` without the wrappers of DDP and torch.compile."""
     wrapped = isinstance(model, DistributedDataParallel) or accelerator.state.deepspeed_plugin
-    if not wrapped and "torch._dynamo" not in sys.modules:  # accelerate would import it to see that nothing is compiled
+    if (
+        not wrapped and "torch._dynamo" not in sys.modules
+    ):  # nothing is compiled; accelerate would import it to find out
         return model
     return accelerator.unwrap_model(model, keep_torch_compile=False)
 
 
-def trained(model: torch.nn.Module) -> Tensors:
-    """The parameters that require a gradient, by name: under FSDP2 those that the optimizer updates, never the gathered ones.
+def trained_tensors(model: torch.nn.Module) -> Tensors:
+    """The parameters that require a gradient, by name. Under FSDP2: the optimizer's own, not the gathered copies.
 
-    Under DeepSpeed, which updates flat tensors of its own: their shapes and dtype, without storage.
+    Under DeepSpeed, which updates flat tensors of its own: tensors of the same shapes and dtype, without storage.
     """
-    if zero.is_used(model):
-        return zero.shapes(model)
-    model.state_dict()  # FSDP2 leaves the last forward pass's gathered copies in place of the parameters; this puts them back
+    if zero_state.is_used(model):
+        return zero_state.shapes(model)
+    model.state_dict()  # puts FSDP2's parameters back, in whose place the last forward pass left the gathered copies
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def in_host_memory(state: Any, memory: Any = None) -> Any:
     """A copy of nested dicts, lists and tuples, with a copy of each tensor on the CPU.
 
-    memory: an earlier copy, which is overwritten where its tensors fit. New memory takes up to five times as long.
+    memory: an earlier copy, which is overwritten where its tensors fit: new memory takes up to five times as long.
     """
 
     def copied(value: Any, kept: Any) -> Any:
@@ -106,23 +109,27 @@ def in_host_memory(state: Any, memory: Any = None) -> Any:
 
 
 # ---- FSDP2: a DTensor for each parameter and for each of the optimizer's tensors of its shape ----
-# torch.distributed.tensor is imported where it is used: it takes a second, which other runs need not wait.
+# torch.distributed.tensor is imported where it is used: importing it takes a second, which other runs do not need.
 
 
 def _gather_fsdp2(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[Tensors, dict[str, Any]]:
     from torch.distributed.tensor import DTensor
 
     def whole(value: Any) -> Any:
-        if isinstance(value, DTensor):  # offloaded ones have to be on the mesh's device for its collective
+        if isinstance(value, DTensor):  # an offloaded one has to be on the mesh's device for the collective
             value = cast(DTensor, value.detach().to(value.device_mesh.device_type)).full_tensor()
         if not keep:
             return None  # freed before the next one is gathered
-        return in_host_memory(value)  # the loop changes a tensor that was whole, such as the count of steps
+        return in_host_memory(
+            value
+        )  # a copy: the loop changes tensors that were whole before, such as the count of steps
 
-    weights = {name: whole(parameter) for name, parameter in trained(model).items()}
+    weights = {name: whole(parameter) for name, parameter in trained_tensors(model).items()}
     state = optimizer.state_dict()
-    entries = state["state"].items()
-    return weights, state | {"state": {index: {k: whole(v) for k, v in entry.items()} for index, entry in entries}}
+    gathered = {}
+    for index, entry in state["state"].items():
+        gathered[index] = {key: whole(value) for key, value in entry.items()}
+    return weights, state | {"state": gathered}
 
 
 def _scatter_fsdp2(model: torch.nn.Module, optimizer: Any, weights: Tensors, optimizer_state: dict[str, Any]) -> None:
@@ -132,7 +139,7 @@ def _scatter_fsdp2(model: torch.nn.Module, optimizer: Any, weights: Tensors, opt
         return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
     with torch.no_grad():
-        for name, parameter in trained(model).items():
+        for name, parameter in trained_tensors(model).items():
             parameter.copy_(own_part(weights[name], parameter))
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for index, entry in optimizer_state["state"].items():

@@ -1,10 +1,9 @@
-"""The log of a run: metrics.jsonl, the console and the tracker.
+"""The log of a run: rows of metrics.jsonl, lines on the console, and the tracker.
 
-metrics.jsonl is always written and complete. A tracker gets a copy of its rows; an error of the tracker never ends a run.
+metrics.jsonl has every row. A tracker gets a copy of them; an error of the tracker never ends a run.
 """
 
 import errno
-import json
 import math
 import os
 import sys
@@ -17,11 +16,9 @@ from typing import Any
 
 import torch
 
-from ..errors import UserError
-from ..files.atomic import is_full, write_text
 from ..reporting.runs import LiveReport
-from .folder import check_still_there
 from .hardware import compute_dtype, peak_flops, peak_memory_mb, process_peak_mb
+from .metrics_file import MetricsFile
 from .pace import Pace, duration
 from .samples import continuations
 from .trackers import Tracker
@@ -32,10 +29,10 @@ PARTS = ("nats", "tokens", "balance", "z")  # the fields of loss.Sums that an in
 
 
 class Interval:
-    """Sums since the last row of the log, kept on the device and read once a row."""
+    """Sums since the last row of the log. They are kept on the device, and read once for each row."""
 
     def __init__(self, accelerator: Any, restored: list[float]):
-        """`restored`: the result of `sum_over_ranks` in the checkpoint, or []."""
+        """restored: the result of `sum_over_ranks` in the checkpoint that the run resumed from, or []."""
         self.accelerator = accelerator
         dtype = torch.float32 if accelerator.device.type == "mps" else torch.float64
         self.sums = torch.zeros(len(PARTS), dtype=dtype, device=accelerator.device)
@@ -53,7 +50,7 @@ class Interval:
         return total
 
     def _start_from(self, total: list[float]) -> None:
-        """Keeps the dtype of the sums: torch's default, float32, would round them at every checkpoint."""
+        """Sets the sums, in their dtype: torch's default, float32, would round them at every checkpoint."""
         self.sums = self.sums.new_tensor(total if self.accelerator.is_main_process else [0.0] * len(PARTS))
 
     def take(self) -> list[float]:
@@ -76,10 +73,10 @@ class RunLog:
         trunk: Any = None,
         tokenizer: Any = None,
     ):
-        """last: the update that the run ends with. tracker: as accelerate names it. trunk: the model, for MFU and samples."""
+        """last: the update that the run ends with. tracker: accelerate's name for it. trunk: for MFU and samples."""
         self.accelerator = accelerator
         self.folder: Path = settings.output_dir
-        self.file = self.folder / "metrics.jsonl"
+        self.file = MetricsFile(self.folder, self.print_line)
         self.steps = last
         self.patience = settings.patience
         self.main = accelerator.is_main_process
@@ -91,13 +88,12 @@ class RunLog:
         self.flops_per_token = trunk.flops_per_token(settings.sequence_length) if trunk else 0
         self.dtype = compute_dtype(accelerator.mixed_precision, settings.dtype) if trunk else torch.float32
         self.peak_flops = peak_flops(accelerator.device, self.dtype) if trunk else math.inf
-        self._unwritten: list[str] = []
         self._row_start = self._start = time.perf_counter()
         self._row_start_step = progress.global_step
         self._row_start_tokens = progress.tokens
         self._report = LiveReport(self.folder, last, self.print_line)
         if self.writes:
-            _drop_rows_after(self.file, progress.global_step, progress.validation_due)
+            self.file.drop_rows_after(progress.global_step, progress.validation_due)
         self.pace = Pace(accelerator, settings, last, progress.global_step, self.print_line)
         if self.writes and tracker:
             self.tracker = Tracker(
@@ -121,13 +117,12 @@ class RunLog:
     def clock_paused(self) -> Iterator[None]:
         """Excludes the time of validation and saving from the speed."""
         start = time.perf_counter()
-        if self._unwritten:
-            self._write()
+        self.file.write_pending()
         yield
         self._row_start += time.perf_counter() - start
 
     def restart_clock(self, step: int) -> float:
-        """Seconds per update since the last call, without the time in clock_paused."""
+        """Returns the seconds per update since the last call, without those in clock_paused."""
         now = time.perf_counter()
         seconds = (now - self._row_start) / max(step - self._row_start_step, 1)
         self._row_start = now
@@ -138,50 +133,26 @@ class RunLog:
         """Writes a row to metrics.jsonl and passes it to the tracker. NaN and Inf become null."""
         if not self.writes:
             return
-        flat = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-        self._unwritten.append(json.dumps({"step": step, **flat}) + "\n")
-        self._write()
+        written = self.file.append(step, values)
         self._report.refresh()
         if self.tracker:
-            self.tracker.log({k: v for k, v in flat.items() if v is not None}, step=step)
-
-    def _write(self) -> None:
-        """Appends the rows that are not written yet and syncs the file, so that the log is never older than a checkpoint.
-
-        On a full disk they are kept for the next call, and a partial row is removed.
-        """
-        size = self.file.stat().st_size if self.file.exists() else 0
-        try:
-            with open(self.file, "a", encoding="utf-8") as file:
-                file.write("".join(self._unwritten))
-                file.flush()
-                os.fsync(file.fileno())
-        except OSError as reason:
-            check_still_there(self.folder)
-            if not is_full(self.folder, reason):
-                raise
-            if self.file.exists():
-                os.truncate(self.file, size)
-            self.print_line(
-                f"metrics.jsonl: the disk is full; {len(self._unwritten)} row(s) are kept in memory until there is space"
-            )
-        else:
-            self._unwritten.clear()
+            self.tracker.log({k: v for k, v in written.items() if v is not None}, step=step)
 
     def training(self, interval: Interval, progress: Any, *, rate: float, grad_norm: float) -> None:
         """Writes a row and a console line for the updates since the last one. A collective.
 
-        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak; as in tokens per second,
-        only scored tokens count, not padding.
+        rate: the learning rate. MFU is the model's own FLOP/s as a share of the device's peak. It counts scored tokens
+        only, not padding, as tokens per second do.
         """
         step = progress.global_step
         nats, tokens, balance, z = interval.take()
         updates = step - self._row_start_step
         seconds = self.restart_clock(step)
-        count = tokens or math.nan  # where no update counts, because of NaN or padding, there is no mean
+        count = tokens or math.nan  # without an applied update there is no mean
         loss = nats / count
         shown = f"{loss:.4f}" if tokens else "- (no update applied)"
-        speed = (progress.tokens - self._row_start_tokens) / (seconds * max(updates, 1))  # not those before a resume
+        trained = progress.tokens - self._row_start_tokens  # in this process: `tokens` also has those before a resume
+        speed = trained / (seconds * max(updates, 1))
         self._row_start_tokens = progress.tokens
         values = {
             "train/loss": loss,
@@ -208,10 +179,10 @@ class RunLog:
         )
 
     def _mfu(self, speed: float) -> float:
-        """The share of the peak that `speed`, tokens per second of all processes, takes.
+        """The MFU at `speed` tokens per second of all processes.
 
-        A share above 1 shows that the peak was measured on a busy machine: it is measured again, and is at least what
-        was reached.
+        An MFU above 1 shows that the peak was measured while the machine was busy: it is measured again, and set to at
+        least the speed that was reached.
         """
         reached = speed * self.flops_per_token / self.accelerator.num_processes
         if reached > self.peak_flops:
@@ -258,8 +229,8 @@ class RunLog:
         self.pace.advance(step, done, micro_batches, outcome, self._row_start)
 
     def end_warm_up(self, progress: Any) -> int:
-        """Starts the clock of a dry run again after the updates that are not timed; returns the update that it ends
-        with. A collective.
+        """Restarts the clock of a dry run after the updates that are not timed. Returns the update that the dry run
+        ends with. A collective.
         """
         step = progress.global_step
         if step == 1 and self.accelerator.state.dynamo_plugin.backend.value != "NO":
@@ -295,24 +266,4 @@ class RunLog:
         if self.tracker:
             published = [self.folder / kind for kind in ("trunk", "module") if (self.folder / kind).is_dir()]
             self.tracker.finish(exit_code, published[0] if published and not exit_code else None)
-        self.accelerator.trackers = []  # finished or disabled
-
-
-def _drop_rows_after(file: Path, step: int, validation_due: bool) -> None:
-    """Removes the rows after `step`, its validation where that is due, and a partial last row: they are written again.
-
-    UserError, with the line, for what the log never writes.
-    """
-    if not file.exists():
-        return
-    kept = []
-    for number, line in enumerate(file.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise UserError(f"{file}:{number} is no row with an integer `step`. Remove this line.")
-        if row["step"] < step or (row["step"] == step and not (validation_due and "val/loss" in row)):
-            kept.append(line)
-    write_text(file, "".join(f"{line}\n" for line in kept))
+        self.accelerator.trackers = []  # accelerate need not end them: they are finished or disabled

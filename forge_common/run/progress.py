@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..files.atomic import read_json
-from ..settings import MODEL_SETTINGS, defaults, differences, to_json
+from ..settings import defaults, differences, to_json
 from .agreement import check_agreement
 
-# Settings that a resumed run may change: they affect neither the updates nor the order of the data.
+# Settings that a resumed run may change. They affect neither the updates nor the order of the data.
 FREE = {
     "output_dir",
     "resume",
@@ -37,7 +37,8 @@ FREE = {
     "sample_prompt",
     "push_to_hub",
 }
-# Settings that it may change with --accept-change: they affect neither the order of the data nor the model's shape.
+# Settings that a resumed run may change with --accept-change. They affect the updates, but neither the order of the
+# data nor the model's shape.
 ACCEPTABLE = {
     "steps",
     "lr",
@@ -54,10 +55,6 @@ ACCEPTABLE = {
     "module_dtype",
     "mixed_precision",  # of the launcher
 }
-# Settings that earlier versions did not have -> the values that give what those versions did.
-ADDED = {"val_tokens": 0, "val_documents": False}
-# Fields of progress.json that earlier versions wrote and nothing read.
-REMOVED = {"seconds"}
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -66,13 +63,14 @@ def due(step: int, every: int, last: int) -> bool:
 
 
 class UpdateOutcome(NamedTuple):
-    """loss: sum of nats of the update. num_scored: tokens. overflow: fp16's loss scale was too large."""
-
     loss: float
+    """Sum over the scored tokens, in nats."""
     grad_norm: float
     num_scored: int
     finite: bool
+    """Whether loss and gradient are."""
     overflow: bool
+    """fp16: the loss scale was too large."""
     applied: bool
 
 
@@ -82,9 +80,9 @@ PENDING = UpdateOutcome(math.nan, math.nan, 0, finite=False, overflow=False, app
 def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) -> UpdateOutcome:
     """Decides whether an update is applied: only with a finite loss, a finite gradient and at least one scored token.
 
-    With fp16's `scaler` the optimizer is also called after an overflow: the scaler then skips the update and lowers its
-    scale. An update for which the optimizer is not called ends here for the scaler, which would refuse the next one;
-    its scale does not change.
+    scaler: of fp16, else None. After an overflow the optimizer is called too: the scaler then skips the update and
+    lowers its scale. For an update without a call of the optimizer, `scaler.update` is called here, with the same
+    scale: otherwise the scaler would refuse the next update.
     """
     finite = math.isfinite(grad_norm) and math.isfinite(loss)
     overflow = scaler is not None and not finite and math.isfinite(loss)
@@ -96,7 +94,7 @@ def update_outcome(loss: float, grad_norm: float, num_scored: int, scaler: Any) 
 
 @dataclasses.dataclass
 class Progress:
-    """Everything that a resume needs and `save_state` does not write."""
+    """The part of a run's state that is not in the files of `save_state`."""
 
     run_id: str
     settings: dict[str, Any]
@@ -158,7 +156,7 @@ class Progress:
         )
 
     def record_validation(self, result: Any) -> bool:
-        """Records a `Validation`; None, an interrupted one, stays due. Returns whether it is the best so far."""
+        """Records a `Validation`; None was interrupted and stays due. Returns whether it is the best so far."""
         self.validation_due = result is None
         if result is None:
             return False
@@ -171,7 +169,7 @@ class Progress:
         return improved
 
     def patience_is_over(self, patience: int) -> bool:
-        """Whether the last `patience` validations (0: never) brought no better one."""
+        """Whether none of the last `patience` validations was the best so far; never with 0."""
         return 0 < patience <= self.validations_without_gain
 
     def published(self) -> dict[str, int]:
@@ -199,14 +197,9 @@ def new_progress(
 
 
 def read_progress(file: Path) -> Progress:
-    """Reads a checkpoint's progress.json, also one of an earlier version."""
-    content = {name: value for name, value in read_json(file).items() if name not in REMOVED}
-    if "notes" in content:
-        notes = content.pop("notes")
-        content["losses_before"] = {name: {"tokens": n["tokens"], "loss": n["before"]} for name, n in notes.items()}
-    content["settings"] = ADDED | content.get("settings", {})
+    """The content of a checkpoint's progress.json."""
     try:
-        return Progress(**content)
+        return Progress(**read_json(file))
     except TypeError as reason:
         raise UserError(
             f"{file} was written by another version of forge ({reason}). Resume with that version."
@@ -214,23 +207,18 @@ def read_progress(file: Path) -> Progress:
 
 
 def check_same(before: Progress, fresh: Progress, settings: Any, where: Path) -> None:
-    """UserError where the settings or data differ from the checkpoint's; the message lists the differences.
+    """UserError that lists the differences, where the settings or the data are not the checkpoint's.
 
-    A setting that the checkpoint's version did not have counts as its default; such a checkpoint does not tell its precision.
+    A setting that was added to the script since the checkpoint counts as having had its default.
     """
-    precision = {"mixed_precision": fresh.settings["mixed_precision"]}
-    changed = differences(defaults(settings) | precision | before.settings, fresh.settings)
+    changed = differences(defaults(settings) | before.settings, fresh.settings)
     for name, (old, new) in differences(before.data, fresh.data).items():
         changed[f"digest of {name}"] = (str(old)[:12], str(new)[:12])
-    if not any(name.startswith("digest of held out") for name in changed):
-        changed.pop("val_tokens", None)  # both score everything that is held out
     acceptable = set(ACCEPTABLE)
     if fresh.settings["mixed_precision"] == "fp16":  # the checkpoint has no loss scale
         acceptable.remove("mixed_precision")
     accepted = {name.replace("-", "_") for name in settings.accept_change}
     allowed = FREE | (accepted & acceptable)
-    if before.settings.get("trunk_from"):
-        allowed |= set(MODEL_SETTINGS)  # earlier versions ignored them then; now they are refused
     refused = {name: pair for name, pair in changed.items() if name not in allowed}
     if refused:
         lines = "\n".join(f"  {name}: {old!r} -> {new!r}" for name, (old, new) in refused.items())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from small_artifacts import CONFIG, TOKENS, assembling, counts, edit, load, refused
 
 from forge_common import assemble
-from forge_common.artifacts import artifact, assembled
+from forge_common.artifacts import artifact, assembled, assembled_folder
 from forge_common.files import atomic
 
 PARTS = ("trunk/model.safetensors", "modules/two/module.safetensors", "modules/two/statistics.safetensors")
@@ -162,13 +162,13 @@ def test_a_part_that_is_not_what_was_assembled_is_refused(root):
 
 
 def test_a_change_by_another_process_is_not_lost(root, monkeypatch):
-    write = assemble._write
+    write = assembled_folder.write_assembled
 
     def meanwhile(*arguments):
         write(*arguments)
         edit(root / "assembled" / "assembled.json", version=9)
 
-    monkeypatch.setattr(assemble, "_write", meanwhile)
+    monkeypatch.setattr(assembled_folder, "write_assembled", meanwhile)
     assert "was changed by another process" in refused(assemble.main, change(root, add=(root / "third",)))
     assert read(root / "assembled")["version"] == 9
 

@@ -97,7 +97,7 @@ def test_weights_that_spoil_the_trunks_own_text_are_refused():
     trunk = Trunk(dataclasses.replace(CONFIG, tie_word_embeddings=False))
     with torch.no_grad():
         trunk.lm_head.weight.mul_(100)
-    own = trial.reference(trunk, "trunk")
+    own = trial.make_reference(trunk, "trunk")
     assert own.loss < 0.7 * math.log(CONFIG.vocab_size)
     assert trial.check_module(trunk, own, "same") == trial.Effect(1.0, 0.0)
     other = Trunk(trunk.config)
@@ -119,15 +119,15 @@ def test_weights_that_spoil_the_text_of_the_modules_counts_are_refused():
     other.load_state_dict(trunk.state_dict())
     with torch.no_grad():
         other.lm_head.weight[100:140] = trunk.lm_head.weight[100:140].flip(0)
-    own = trial.reference(trunk, "trunk")
+    own = trial.make_reference(trunk, "trunk")
 
     def counted(first: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(first, first + 40, (40, 500), generator=torch.Generator().manual_seed(0))
         return statistics.count(list(ids.numpy()), CONFIG.vocab_size, 1, 2)[0]
 
-    assert trial.check_module(trunk, own, "same", counted(100)).claimed == 0
-    assert trial.check_module(other, own, "place").excess < trial.MOST_EXCESS
-    assert abs(trial.check_module(other, own, "place", counted(180)).claimed) < checks.LARGE_CLAIMED
+    assert trial.check_module(trunk, own, "same", counted(100)).excess_on_own_text == 0
+    assert trial.check_module(other, own, "place").excess_on_trunk_text < trial.MOST_ON_TRUNK_TEXT
+    assert abs(trial.check_module(other, own, "place", counted(180)).excess_on_own_text) < checks.LARGE_ON_OWN_TEXT
     message = refused(trial.check_module, other, own, "place", counted(100))
     assert message.startswith("place: on text that its own counts call likely, its loss is ")
 
@@ -148,12 +148,12 @@ def test_a_loss_far_above_the_trunks_needs_a_flag(root, capsys):
 
 
 def test_a_loss_above_the_trunks_on_the_text_of_the_counts_is_refused():
-    module = checks.Examined({"name": "a"}, 9, None, trial.Effect(1.0, 0.0, checks.LARGE_CLAIMED))
+    module = checks.CheckedModule({"name": "a"}, 9, None, trial.Effect(1.0, 0.0, checks.LARGE_ON_OWN_TEXT))
     assert checks.weight_warnings(module) == []
-    checks.check_weights([module])
-    larger = module._replace(effect=trial.Effect(1.0, 0.0, checks.LARGE_CLAIMED + 0.1))
+    checks.check_worse([module])
+    larger = module._replace(effect=trial.Effect(1.0, 0.0, checks.LARGE_ON_OWN_TEXT + 0.1))
     assert [warned.keyword for warned in checks.weight_warnings(larger)] == ["text"]
-    assert refused(checks.check_weights, [module, larger]).startswith("module a: its loss on text that its own counts ")
+    assert refused(checks.check_worse, [module, larger]).startswith("module a: its loss on text that its own counts ")
 
 
 def test_hidden_states_far_larger_than_the_trunks_are_refused(root, capsys):
@@ -302,7 +302,7 @@ def test_copies_are_found_and_named(root, capsys):
 
 def test_the_trunks_statistics_are_refused():
     values = text_like(0, 100_000)
-    modules = [checks.Examined({"name": name}, 9, text_like(seed, 100_000)) for seed, name in enumerate("ab")]
+    modules = [checks.CheckedModule({"name": name}, 9, text_like(seed, 100_000)) for seed, name in enumerate("ab")]
     checks.check_copies(modules, None)
     checks.check_copies(modules[1:], values)
     message = refused(checks.check_copies, modules, values)
@@ -311,7 +311,7 @@ def test_the_trunks_statistics_are_refused():
 
 def test_sixteen_copies_are_sixteen_lines_at_most():
     values = text_like(0, 100_000)
-    modules = [checks.Examined({"name": f"m{number}"}, 9, values) for number in range(16)]
+    modules = [checks.CheckedModule({"name": f"m{number}"}, 9, values) for number in range(16)]
     warnings = checks.copy_warnings(modules, None)
     assert [len(found) for found in warnings] == [0] + [1] * 15
     assert all("m0 " in found[0].sentence for found in warnings[1:])
@@ -343,7 +343,7 @@ def test_no_line_is_wider_than_100_columns():
     metadata = {"name": "x" * 64, "kind": "narrow+head", "layers": [0, 7], "tokens_seen": 10**18}
     metadata |= {"losses": {"own": {"before": 1e17, "after": 1e17}}, "licence": "l" * 200}
     modules = [
-        checks.Examined(metadata, 10**12, text_like(0, 900), trial.Effect(1e5, 9.0), (3.0, 4.0)) for _ in range(3)
+        checks.CheckedModule(metadata, 10**12, text_like(0, 900), trial.Effect(1e5, 9.0), (3.0, 4.0)) for _ in range(3)
     ]
     printed = module_table.table(modules, text_like(0, 900), {"x" * 64: "l" * 80})
     assert max(map(len, printed.splitlines())) <= 100
@@ -377,9 +377,11 @@ def test_claimed_losses_are_measured_again(root, text, cache, capsys, tmp_path):
     assert any(
         f"one: its loss on --check-data is {own:.4f}, not below the trunk's {trunk:.4f}" in line for line in lines
     )
-    better = checks.Examined({"name": "a", "losses": {"own": {"after": 3.0}}}, 9, None, trial.Effect(), (5.0, 3.05))
+    better = checks.CheckedModule(
+        {"name": "a", "losses": {"own": {"after": 3.0}}}, 9, None, trial.Effect(), (5.0, 3.05)
+    )
     assert checks.loss_warnings(better) == []
-    assert [found.keyword for found in checks.loss_warnings(better._replace(rescored=(5.0, 3.2)))] == ["loss"]
+    assert [found.keyword for found in checks.loss_warnings(better._replace(measured=(5.0, 3.2)))] == ["loss"]
     for wrong in ("one", "three=x", "one="):
         settings = dataclasses.replace(assembling(root, check_data=(wrong,)), output_dir=root / "never")
         assert "is not NAME=SOURCE. The modules are one, two" in refused(assemble.main, settings)
