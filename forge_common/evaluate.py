@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 from .errors import UserError
 from .evaluation.table import removals, table
 from .files.atomic import write_json, write_text
-from .files.places import check_artifacts, check_output, missing_source, unused_weight
+from .files.places import check_artifacts, check_output, missing_source
 from .files.untrusted import naming
 from .settings import ReadingSettings, read_settings, run_main
 
@@ -177,7 +177,7 @@ def named_sources(settings: Settings) -> dict[str, str]:
         name, _, source = text.partition("=")
         if not (name and source):
             raise UserError(f"--data {text} is not NAME=SOURCE. Give a name and a source, such as law=law/*.txt.")
-        problem = missing_source(source) or unused_weight(source)
+        problem = missing_source(source)
         if problem:
             raise UserError(f"--data {problem}")
         if name in sources or (name == "spliced" and settings.spliced):

@@ -164,11 +164,6 @@ def test_no_text_is_refused(root):
     assert "--data names no source" in refused(evaluate.main, evaluate.Settings(str(root / "trunk"), ()))
 
 
-def test_a_weight_of_a_text_is_refused(root, tmp_path):
-    settings = evaluate.Settings(str(root / "trunk"), (f"a={tmp_path}@0.5",))
-    assert f"--data {tmp_path}@0.5: a weight has no effect here; leave out @0.5" in refused(evaluate.main, settings)
-
-
 @pytest.mark.parametrize(
     ("name", "value"),
     [("batch_size", 0), ("sequence_length", 0), ("max_tokens", -5), ("spliced", -1), ("val_fraction", 2.0)],

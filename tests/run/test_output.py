@@ -93,9 +93,9 @@ def test_the_lock_of_a_dead_owner_is_taken_over(file_system, tmp_path, capsys):
 
 
 ENDS = {
-    "an error of the user": "run_main(lambda _: (_ for _ in ()).throw(UserError('wrong')), None)",
-    "a traceback": "raise RuntimeError",
-    "by force": "os._exit(1)",
+    "error: wrong": "run_main(lambda _: (_ for _ in ()).throw(UserError('wrong')), types.SimpleNamespace())",
+    "Traceback": "raise RuntimeError",
+    "": "os._exit(1)",  # by force
 }
 
 
@@ -111,9 +111,10 @@ def test_only_a_run_that_ended_by_force_is_called_unfinished(end, tmp_path, caps
         "assert Path(sys.argv[1], '.lock').read_text()\n"
     )
     line = [sys.executable, "-c", code + ENDS[end], tmp_path]
-    assert subprocess.run(line, cwd=launch.ROOT, capture_output=True).returncode == 1
+    done = subprocess.run(line, cwd=launch.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and end in done.stderr
     output.release(output.claim(MAIN, tmp_path))
-    assert ("did not end normally" in capsys.readouterr().out) == (end == "by force")
+    assert ("did not end normally" in capsys.readouterr().out) == (not end)
 
 
 def test_a_reused_pid_is_not_the_owner(tmp_path, monkeypatch):
