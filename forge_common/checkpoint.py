@@ -193,7 +193,8 @@ def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: C
 
 
 def _free_optimizer_state(accelerator: Any) -> None:
-    """Drops AdamW's two moments of each trained parameter. DeepSpeed keeps them in its own partitions, where they stay."""
+    """Drops the gradients and AdamW's two moments. DeepSpeed keeps them in its own partitions, where they stay."""
     if not accelerator.state.deepspeed_plugin:
-        _, optimizer = model_and_optimizer(accelerator)
+        model, optimizer = model_and_optimizer(accelerator)
         optimizer.state.clear()
+        model.zero_grad()

@@ -63,6 +63,7 @@ class _HeadCrossEntropy(torch.autograd.Function):
             rows, target = hidden[start : start + chunk], labels[start : start + chunk]
             scored = (target != ignore_index).unsqueeze(1)
             target = target.unsqueeze(1).masked_fill(~scored, 0)
+            rows = rows.masked_fill(~scored, 0)  # so that these add 0 to the gradient of the weight
             logits = torch.mm(rows, weight.T, out=buffer[: len(rows)]).to(wide)
             log_p = torch.log_softmax(logits, dim=-1, out=logits)
             nats = nats - log_p.gather(1, target).masked_fill(~scored, 0).sum()
@@ -70,9 +71,9 @@ class _HeadCrossEntropy(torch.autograd.Function):
                 continue
             grad = log_p.exp_()
             grad.scatter_(1, target, grad.gather(1, target) - 1)
-            grad = grad.masked_fill_(~scored, 0).to(hidden.dtype)
+            grad = grad.to(hidden.dtype)
             if hidden_grad is not None:
-                torch.mm(grad, weight, out=hidden_grad[start : start + chunk])
+                torch.mm(grad, weight, out=hidden_grad[start : start + chunk]).masked_fill_(~scored, 0)
             if weight_grad is not None and wide == hidden.dtype:
                 weight_grad.addmm_(grad.T, rows)
             elif weight_grad is not None:

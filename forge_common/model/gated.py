@@ -21,11 +21,12 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def gated_product_backward(grad, gate, up, hidden_act: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of gate and up for that of act(gate) * up."""
+    """The gradients of gate and up for that of act(gate) * up. The first is made in place of the gradient of act(gate)."""
+    gate_grad = grad * up
     if hidden_act == "silu":
-        gate_grad = torch.ops.aten.silu_backward(grad * up, gate)
+        torch.ops.aten.silu_backward.grad_input(gate_grad, gate, grad_input=gate_grad)
     else:
-        gate_grad = torch.ops.aten.gelu_backward(grad * up, gate, approximate="tanh")
+        torch.ops.aten.gelu_backward.grad_input(gate_grad, gate, approximate="tanh", grad_input=gate_grad)
     return gate_grad, _act(gate, hidden_act).mul_(grad)
 
 

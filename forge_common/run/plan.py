@@ -13,8 +13,8 @@ from .length import MANY_PASSES
 
 FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
 # Of a process on a CPU, in bytes; measured (docs/PERFORMANCE.md, "The plan's memory").
-PROCESS = 310 << 20  # Python, torch and the other libraries, a small tokenizer
-COMPILER = 30 << 20  # torch._dynamo, which --optimizer muon and --activation-checkpointing import
+PROCESS = 260 << 20  # Python, torch and the other libraries, a small tokenizer
+COMPILER = 80 << 20  # torch._dynamo, which --optimizer muon and --activation-checkpointing import
 PER_TOKEN_OF_VOCABULARY = 600  # of the tokenizer
 MAPPED_AT_ONCE = 64 << 10  # of a mapped file, where Linux finds a page of it missing
 OF_THE_HEAP = 32 << 20  # a larger tensor is memory of its own, which glibc gives back when it is freed

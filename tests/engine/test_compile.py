@@ -149,7 +149,9 @@ def test_inductor_trains_the_same(straight, shared, module, tmp_path):
 
 @pytest.mark.parametrize("script", ["train_shared.py", "train_module.py"])
 def test_a_run_that_compiles_nothing_does_not_import_the_compiler(script, request, text, cache, tmp_path):
-    """From the first import to the published artifact, with validation and checkpoints. It takes seconds."""
+    """From the first import to the published artifact, with validation and checkpoints. It takes seconds; DTensor, which
+    accelerate looks for where gradients are clipped, takes 0.4 s and 40 MiB.
+    """
     code = f"""
 import runpy, sys
 sys.argv = [{script!r}, *sys.argv[1:]]
@@ -157,7 +159,7 @@ try:
     runpy.run_path({script!r}, run_name="__main__")
 except SystemExit as ended:
     assert not ended.code
-print("COMPILER", "torch._dynamo" in sys.modules)
+print("IMPORTED", {{"torch._dynamo", "torch.distributed.tensor"}} & sys.modules.keys())
 """
     flags = [*launch.SHAPE, "--data", text]
     if script == "train_module.py":
@@ -166,4 +168,4 @@ print("COMPILER", "torch._dynamo" in sys.modules)
     line = [sys.executable, "-c", code, *map(str, flags)]
     environment = launch.environment(ACCELERATE_USE_CPU="true")
     done = subprocess.run(line, cwd=launch.ROOT, env=environment, text=True, capture_output=True, check=False)
-    assert done.stdout.rstrip().endswith("COMPILER False"), done.stdout[-300:] + done.stderr[-300:]
+    assert done.stdout.rstrip().endswith("IMPORTED set()"), done.stdout[-300:] + done.stderr[-300:]

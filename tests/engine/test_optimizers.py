@@ -12,6 +12,7 @@ from forge_common.errors import UserError
 from forge_common.model.config import ModelConfig
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
+from forge_common.run import engines
 from forge_common.settings import UpdateSettings
 
 ONE_PROCESS = types.SimpleNamespace(
@@ -73,6 +74,29 @@ def test_adamw_is_torchs_to_the_bit():
     assert calls == ["before", "after"]
     again.zero_grad()
     assert all(parameter.grad is None for parameter in ours.parameters())
+
+
+@pytest.mark.parametrize("keep_gradients", [True, False])
+def test_memory_that_is_reserved_changes_no_bit(keep_gradients):
+    """The moments, and gradients that are kept, have their place before the first forward pass, and stay there."""
+    ours, theirs = trunk_of(), trunk_of()
+    reserved, plain = (optimizers.make(model, settings_of(weight_decay=0.2), ONE_PROCESS) for model in (ours, theirs))
+    engines.reserve_before_forward(ours, reserved, keep_gradients=keep_gradients)
+    assert not reserved.state
+    missing, places = [], []
+    ours.register_forward_pre_hook(lambda *_: missing.append([p.grad is None for p in ours.parameters()]))
+    for step in range(3):
+        windows = torch.randint(40, (2, 2, 9), generator=torch.Generator().manual_seed(step))
+        for model, optimizer in ((ours, reserved), (theirs, plain)):
+            for micro_batch in windows:
+                model(micro_batch).objective.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        moments = [state["exp_avg"].data_ptr() for state in reserved.state.values()]
+        places.append(moments + [p.grad.data_ptr() for p in ours.parameters() if p.grad is not None])
+    assert launch.same_bits(ours.state_dict(), theirs.state_dict())
+    assert all(set(of_update) == {not keep_gradients} for of_update in missing[::2])
+    assert places[0] == places[1] == places[2]
 
 
 def test_deepspeed_gets_the_optimizer_that_it_knows():
