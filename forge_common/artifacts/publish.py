@@ -120,8 +120,8 @@ def publish_module(
 ) -> tuple[Path, str]:
     """Writes OUTPUT/module with its statistics, verified; returns its folder and digest.
 
-    config: of the trunk without the module. device: where the moments are computed, with --statistics-moments. UserError where the
-    trunk has changed since the run read it.
+    config: of the trunk without the module. device: where the moments are computed, with --statistics-moments.
+    UserError where the trunk has changed since the run read it.
     """
     give_back_memory()
     assert config.eos_token_id is not None  # read_trunk takes it from the tokenizer

@@ -145,9 +145,8 @@ def _gather_fsdp2(model: torch.nn.Module, optimizer: Any, keep: bool) -> tuple[T
             value = cast(DTensor, value.detach().to(value.device_mesh.device_type)).full_tensor()
         if not keep:
             return None  # freed before the next one is gathered
-        return in_host_memory(
-            value
-        )  # a copy: the loop changes tensors that were whole before, such as the count of steps
+        # A copy: the loop changes tensors that were whole before, such as the count of steps.
+        return in_host_memory(value)
 
     weights = {name: whole(parameter) for name, parameter in trained_tensors(model).items()}
     state = optimizer.state_dict()
