@@ -155,6 +155,8 @@ class Seed:
             name = "modules with attention, assembled" + (f", top-{top_k}" if top_k else "")
             make = lambda top_k=top_k: baselines.with_router(mixture, mixture.router, top_k)  # noqa: E731
             self.scores.add("home", name, make)
+        ensemble = lambda: baselines.Ensemble(list(mixture.candidates), mixture.router, counts=True)  # noqa: E731
+        self.scores.add("home", "output ensemble of modules with attention, equal hearing", ensemble)
 
     def _branches(self) -> None:
         router = self._mixture(self._modules("home")).router
