@@ -14,15 +14,24 @@ import torch
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.hub import local_folder
-from ..files.tensors import drop_pages
+from ..files.tensors import Tensors, drop_pages
 from ..files.untrusted import naming, without_links
 from ..model.modules import RoutedExpert
 from ..model.trunk import Trunk
 from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ContextRouter, LearnedRouter, RidgeRouter, UniformRouter
 from ..routing.tuning import ROUTERS, Tuning
-from .artifact import Tensors, module_arguments, read_metadata, read_module, read_statistics, read_trunk
-from .metadata import FORMAT_VERSION, changes_attention, leave_out, smallest_held_out_share
+from .metadata import (
+    FORMAT_VERSION,
+    changes_attention,
+    leave_out,
+    module_arguments,
+    read_metadata,
+    smallest_held_out_share,
+)
+from .module_folder import read_module
+from .statistics_file import read_statistics
+from .trunk_folder import read_trunk
 
 
 class Part(NamedTuple):

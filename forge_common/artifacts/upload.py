@@ -11,17 +11,16 @@ from ..files.hub import PATTERNS, in_a_line
 from ..files.places import ASSEMBLED_FILES, EXPORT_FILES, MODULE_FILES, TRUNK_FILES, hub_id, published
 from ..files.tensors import read_tensors, trunk_files, verify
 from ..files.untrusted import read_bounded, without_links
-from .artifact import STATISTICS, read_module, read_module_metadata, read_statistics, read_trunk
 from .assembled import read_assembled
 from .card import HERE
+from .module_folder import read_module, read_module_metadata
+from .statistics_file import STATISTICS, read_statistics
+from .trunk_folder import read_trunk
 
 # The file of each kind of artifact that no other kind has; a repository holds one kind.
 MARKERS = ("assembled.json", "module.json", "config.json", "adapter_config.json", "model.gguf")
-EXPORTS = (
-    "model.gguf",
-    "adapter_config.json",
-    "modeling_forge.py",
-)  # an export that has no forge.json has one of these
+# An export that has no forge.json has one of these.
+EXPORTS = ("model.gguf", "adapter_config.json", "modeling_forge.py")
 
 
 def upload(

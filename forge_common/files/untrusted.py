@@ -122,7 +122,7 @@ def dict_of(field: Field) -> Field:
     )
 
 
-FLAG: Field = ("true or false", lambda value: isinstance(value, bool))
+BOOLEAN: Field = ("true or false", lambda value: isinstance(value, bool))
 LINE: Field = (
     "a line of at most 200 printable characters",
     lambda value: isinstance(value, str) and len(value) <= 200 and value.isprintable(),

@@ -11,6 +11,7 @@ import torch
 
 from ..errors import UserError
 from ..files.atomic import read_json
+from ..flags import flag_of
 from ..schedule import default_warmup
 from ..settings import seconds_of
 from .checkpoint_folder import checkpoints_of, complete
@@ -149,8 +150,9 @@ def _earlier_settings(settings: Any, accelerator: Any) -> dict[str, Any]:
         except UserError as reason:
             problem = str(reason).split(". ")[0]
         if not all(isinstance(found.get(name), kind) for name, kind in followed.items()):
+            flags = " and ".join(map(flag_of, followed))
             raise UserError(
-                f"{problem}, from which a run that continues has its length and size. Give the --{' and --'.join(followed)} that "
+                f"{problem}, from which a run that continues has its length and size. Give the {flags} that "
                 f"{checkpoints[-1]}/progress.json has, in place of --budget."
             )
     return from_main_process(accelerator, found)
