@@ -19,9 +19,9 @@ from forge_common.settings_checks import problems
 class Settings(ModuleSettings, UpdateSettings, RunSettings):
     # -- data --
     trunk: str
-    """Folder that train_shared.py published, or another Transformers checkpoint: folder or hub id (org/name@revision)."""
+    """Trunk of train_shared.py or another Transformers checkpoint: folder or hub id (org/name@revision)."""
     trunk_dtype: Literal["bf16"] | None = None
-    """Type of the frozen matrices in memory; None: that of --dtype. bf16 needs the launcher's --mixed_precision bf16."""
+    """Type of the frozen matrices in memory. None: --dtype. bf16 needs the launcher's --mixed_precision bf16."""
     name: str
     """Name of the module."""
     data: tuple[str, ...]
@@ -35,7 +35,7 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
 
     # -- module: forge_common/model/module_settings.py has its sizes --
     kind: str = "auto"
-    """ffn, attention+ffn, narrow, lora or expert, with or without +head. auto: ffn+head; lora on a dense trunk made elsewhere."""
+    """ffn, attention+ffn, narrow, lora, expert; any with +head. auto: ffn+head; lora on dense trunks by others."""
     module_dtype: Literal["bf16"] | None = None
     """Type that the published tensors are rounded to; None: that of --dtype, in which they are trained."""
     licence: str | None = None
@@ -155,7 +155,7 @@ def main(settings: Settings) -> int:
             group["lr"] = rate
 
         # -- forward and backward --
-        # accelerate divides the gradient by the N micro-batches, and DDP by the P processes. The factor P * N / n undoes
+        # accelerate divides the gradient by the N micro-batches, DDP by the P processes. The factor P * N / n undoes
         # both and divides by the n scored tokens: the gradient is the mean over the update, however it is divided.
         scale = processes * accumulation / max(num_scored, 1)
         sums = []

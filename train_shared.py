@@ -25,9 +25,9 @@ class Settings(UpdateSettings, RunSettings):
 
     # -- model --
     trunk_from: str | None = None
-    """Transformers checkpoint to continue from (folder or hub id, org/name@revision), with its sizes and tokenizer: no other flag of them."""
+    """Transformers checkpoint to continue from, with its sizes and tokenizer: folder or hub id (org/name@revision)."""
     preset: str = "auto"
-    """Sizes: tiny, small, base or large, about 1 M, 25 M, 110 M or 350 M parameters. auto: what the run's tokens and --budget teach."""
+    """Sizes: tiny, small, base, large (1, 25, 110, 350 M parameters). auto: as the run's tokens and --budget allow."""
     hidden_size: int | None = None
     """Width of the residual stream; None: the preset's."""
     intermediate_size: int | None = None
@@ -106,7 +106,8 @@ def main(settings: Settings) -> int:
     # ---- Data, model, optimizer ----
     set_seed(settings.seed)
     with accelerator.local_main_process_first():
-        trunk, trunk_metadata = None, {}
+        trunk = None
+        trunk_metadata = {}
         if settings.trunk_from:
             trunk, tokenizer, trunk_metadata = read_trunk(settings.trunk_from, settings.eos_token)
             config = trunk.config
@@ -163,7 +164,7 @@ def main(settings: Settings) -> int:
             group["lr"] = rate
 
         # -- forward and backward --
-        # accelerate divides the gradient by the N micro-batches, and DDP by the P processes. The factor P * N / n undoes
+        # accelerate divides the gradient by the N micro-batches, DDP by the P processes. The factor P * N / n undoes
         # both and divides by the n scored tokens: the gradient is the mean over the update, however it is divided.
         scale = processes * accumulation / max(num_scored, 1)
         sums = []
