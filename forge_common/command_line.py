@@ -92,8 +92,8 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
         exit_code = 1
     except PermissionError as error:
         print(
-            f"{Path(sys.argv[0]).name}: error: {error.filename or error}: permission denied. Check who may read and write it, or name "
-            "another path.",
+            f"{Path(sys.argv[0]).name}: error: {error.filename or error}: permission denied. Check who may read and "
+            "write it, or name another path.",
             file=sys.stderr,
             flush=True,
         )

@@ -20,7 +20,8 @@ EPILOG = """--config FILE.yaml reads settings from a file, such as the settings.
 run: flags go before the file, the file before the defaults. --print-config
 prints all settings as such a file, --print-completion a program for bash and
 zsh that completes flags."""
-# What is sourced of each program adds to one table; the same function serves all. bash 4 or newer, or zsh with bashcompinit.
+# What is sourced of each program adds to one table; the same function serves all. bash 4 or newer, or zsh with
+# bashcompinit.
 COMPLETION = """declare -gA _forge_flags
 _forge_flags[{program}]="{flags}"
 _forge() {{
@@ -51,7 +52,9 @@ def completion(program: str, kind: type[Any]) -> str:
 
 @contextlib.contextmanager
 def grouped_help(words: list[str], kind: type[Any]) -> Iterator[None]:
-    """Prints tyro's --help, which is one list, in the groups of the headings `# -- name --` in the source of the settings."""
+    """Prints tyro's --help, which is one list, in the groups of the headings `# -- name --` in the source of the
+    settings.
+    """
     if not {"-h", "--help"} & set(words):
         yield
         return

@@ -124,8 +124,8 @@ def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str
     for name, digest in digests.items():
         if expected.get(name) != digest:
             raise UserError(
-                f"{folder}: {name} has the digest {digest}, assembled.json says {expected.get(name)}. It is not what was "
-                "assembled: assemble the modules again."
+                f"{folder}: {name} has the digest {digest}, assembled.json says {expected.get(name)}. It is not what "
+                "was assembled: assemble the modules again."
             )
 
 
@@ -196,8 +196,8 @@ def check_router(router: str, part: Part, place: Any) -> None:
         )
     if router == "ridge" and changes_attention(part.metadata):
         raise UserError(
-            f"{place} changes the attention, and --router ridge finds a layer's gates after its attention. Assemble with --router "
-            "context, or merge the module into its trunk (forge_common.merge)."
+            f"{place} changes the attention, and --router ridge finds a layer's gates after its attention. Assemble "
+            "with --router context, or merge the module into its trunk (forge_common.merge)."
         )
     if router == "ridge" and part.statistics and not {"first", "second"} <= part.statistics.keys():
         raise UserError(

@@ -95,8 +95,8 @@ def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, 
     for name, trunk_key in (("trunk_digest", "digest"), ("tokenizer_digest", "tokenizer_digest")):
         if metadata.get(name) != trunk_metadata[trunk_key]:
             raise UserError(
-                f"{folder}: the module was made for another {name.split('_')[0]}: its {name} is {metadata.get(name)}, the "
-                f"trunk has {trunk_metadata[trunk_key]}. Use the trunk that the module was trained on."
+                f"{folder}: the module was made for another {name.split('_')[0]}: its {name} is {metadata.get(name)}, "
+                f"the trunk has {trunk_metadata[trunk_key]}. Use the trunk that the module was trained on."
             )
     path = folder / "module.safetensors"
     tensors = read_tensors(path)

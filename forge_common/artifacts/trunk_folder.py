@@ -107,8 +107,8 @@ def read_trunk(
     for name, value in actual.items():
         if metadata.get(name, value) != value:
             raise UserError(
-                f"{folder}: the {name} is {value}, but forge.json says {metadata[name]}. The files were changed or damaged "
-                "since they were published. Fetch or export the trunk again."
+                f"{folder}: the {name} is {value}, but forge.json says {metadata[name]}. The files were changed or "
+                "damaged since they were published. Fetch or export the trunk again."
             )
     if metadata:
         verify(folder, tensors, metadata, "digest", "forge.json")
@@ -195,7 +195,7 @@ def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], m
         actual = metadata["digest"]
     if actual != metadata["digest"]:
         raise UserError(
-            f"{folder}: the trunk has changed since the start of the run: its digest is {actual}, it was {metadata['digest']}. "
-            "Nothing was published. Restore the trunk, and run the same command again to publish from the last checkpoint."
+            f"{folder}: the trunk has changed since the start of the run: its digest is {actual}, it was "
+            f"{metadata['digest']}. Nothing was published. Restore the trunk, and run the same command again to publish from the last checkpoint."
         )
     return {name: tensors[name] for name in replaced}

@@ -1,4 +1,6 @@
-"""Uploads an artifact to a repository of the Hugging Face hub: the files that it consists of and no others, in one commit."""
+"""Uploads an artifact to a repository of the Hugging Face hub: the files that it consists of and no others, in one
+commit.
+"""
 
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -65,14 +67,16 @@ def upload(
     except Exception as reason:
         at = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"{folder} was not uploaded to {repository} ({in_a_line(reason)}). The folder is as it was. Upload it again: python -m "
-            f"forge_common.push --folder {folder} --to {repository}{' --private' if private else ''}{at}"
+            f"{folder} was not uploaded to {repository} ({in_a_line(reason)}). The folder is as it was. Upload it "
+            f"again: python -m forge_common.push --folder {folder} --to {repository}{' --private' if private else ''}{at}"
         ) from reason
     print_line(f"uploaded    {len(files)} files to {address}; others name it {repository}@{commit.oid}")
 
 
 def verified_files(folder: Path) -> list[str]:
-    """The files, relative to the folder, of the artifact in it, which is read and verified. UserError where there is none."""
+    """The files, relative to the folder, of the artifact in it, which is read and verified. UserError where there is
+    none.
+    """
     without_links(folder)
     if (folder / "assembled.json").exists():
         _, _, metadata = read_assembled(str(folder))
@@ -102,10 +106,12 @@ def verified_files(folder: Path) -> list[str]:
 
 
 def _check_base(adapter: dict[str, Any], folder: Path) -> None:
-    """Refuses an adapter that names a folder of this machine as its model: nobody else has it, and its path may be private."""
+    """Refuses an adapter that names a folder of this machine as its model: nobody else has it, and its path may be
+    private.
+    """
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not hub_id(base):
         raise UserError(
-            f"{folder}/adapter_config.json names {base!r} as the trunk, which is not on the hub. Upload the trunk, and export the "
-            "adapter again with --model org/name."
+            f"{folder}/adapter_config.json names {base!r} as the trunk, which is not on the hub. Upload the trunk, and "
+            "export the adapter again with --model org/name."
         )

@@ -80,14 +80,17 @@ class Tokenizer:
 
     @property
     def ends(self) -> list[int]:
-        """The ids that end what a model writes, EOS first: also those that are declared, and what ends a turn of a chat."""
+        """The ids that end what a model writes, EOS first: also those that are declared, and what ends a turn of a
+        chat.
+        """
         ends = [self.eos_token_id, *self.declared_ends]
         if self.chat and self.chat.end_of_turn is not None:
             ends.append(self.chat.end_of_turn)
         return list(dict.fromkeys(ends))
 
     def save(self, folder: Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them, with the chat template.
+        """Writes tokenizer.json and tokenizer_config.json, as transformers' AutoTokenizer reads them, with the chat
+        template.
 
         Where EOS is not all that ends a text, also generation_config.json, as transformers' generate reads it.
         """

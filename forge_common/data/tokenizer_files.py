@@ -61,7 +61,9 @@ def load_tokenizer(path: str | os.PathLike, eos_token: str | None = None) -> Tok
         parts = bounded_parts(content, file)
         backend = Backend.from_str(content.decode())
         check_encoding(parts, backend, file)
-        declared, ends, chat = {}, [], None
+        declared: dict[str, Any] = {}
+        ends: list[int] = []
+        chat = None
         if file.name == "tokenizer.json":  # the files beside one of another name need not belong to it
             declared, ends = _declared(file.parent)
             chat = _chat_template(file.parent, backend)
@@ -98,7 +100,9 @@ def _declared(folder: Path) -> tuple[dict[str, Any], list[int]]:
 
 
 def _chat_template(folder: Path, backend: Backend) -> ChatTemplate | None:
-    """The chat template beside a tokenizer: chat_template.jinja, else that of tokenizer_config.json; None where there is none."""
+    """The chat template beside a tokenizer: chat_template.jinja, else that of tokenizer_config.json; None where there
+    is none.
+    """
     path = folder / "tokenizer_config.json"
     config = read_json(path) if path.exists() else {}
     source = config.get("chat_template")

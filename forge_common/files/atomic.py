@@ -130,8 +130,8 @@ def _as_not_written(folder: Path, temp_dir: Path) -> Iterator[None]:
     except UserError as reason:
         first_sentence = str(reason).replace(str(temp_dir), folder.name).split(". ")[0]
         raise UserError(
-            f"{folder} was not written, since what was read back is wrong ({first_sentence}). Check the disk, and run the "
-            "same command again."
+            f"{folder} was not written, since what was read back is wrong ({first_sentence}). Check the disk, and run "
+            "the same command again."
         ) from reason
 
 

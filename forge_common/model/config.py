@@ -54,7 +54,8 @@ REASONS = {  # why some others are not among them
     "olmo3": "some of its layers have a sliding window",
     "phi3": "it has one matrix for queries, keys and values",
 }
-# Fields of a config.json that change the computation, here or in another model's code -> the values with which they do not.
+# Fields of a config.json that change the computation, here or in another model's code -> the values with which they do
+# not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"), (None, False)),
     **dict.fromkeys(("partial_rotary_factor", "logit_scale", "logits_scaling"), (None, 1)),

@@ -126,7 +126,8 @@ def plug_in(
     dropout: float = 0,
     targets: Sequence[str] = MATRICES,
 ) -> list[str]:
-    """Adds a new module of `kind` to `layers` and freezes the rest, in place; returns the names of the module's tensors.
+    """Adds a new module of `kind` to `layers` and freezes the rest, in place; returns the names of the module's
+    tensors.
 
     width: of the feed-forward of kind narrow (0: a quarter of the trunk's). rank, alpha, dropout, targets: of kind lora
     (rank 0: 16, alpha 0: the rank). Copied tensors start as the trunk's, added ones so that the output does not change.
@@ -144,12 +145,13 @@ def plug_in(
     head = kind != body
     if config.num_local_experts and (body == "expert" or (body == "lora" and not set(targets).isdisjoint(MATRICES))):
         raise UserError(
-            f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow, or lora with --targets of "
-            "the attention alone."
+            f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow, or lora with "
+            "--targets of the attention alone."
         )
     rank = rank or 16
     trunk.requires_grad_(False)
-    device, dtype = trunk.head.device, trained_dtype(trunk.head)
+    device = trunk.head.device
+    dtype = trained_dtype(trunk.head)
     for layer in (trunk.model.layers[index] for index in layers):
         if body == "attention+ffn":
             layer.self_attn.to(device, dtype).requires_grad_(True)

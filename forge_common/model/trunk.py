@@ -44,7 +44,9 @@ def rms_norm(config: ModelConfig) -> nn.RMSNorm:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward, each added to x: `mlp` in a dense model, `block_sparse_moe` in a mixture of experts."""
+    """Attention and a feed-forward, each added to x: `mlp` in a dense model, `block_sparse_moe` in a mixture of
+    experts.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -142,7 +144,8 @@ class Decoder(nn.Module):
         return self.norm(x), [router for router in routers if router is not None]
 
     def rope_and_mask(self, seen, past: int = 0):
-        """cos and sin [T, d] and the mask of `document_mask`, for the tokens of seen [B, past + T] after the first `past`.
+        """cos and sin [T, d] and the mask of `document_mask`, for the tokens of seen [B, past + T] after the first
+        `past`.
 
         The mask is None where plain causal attention needs none.
         """
@@ -242,7 +245,9 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, inputs: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Logits [B, V] of the token after inputs [B, T]. With `cache` (a list, empty at first) pass only the new tokens."""
+        """Logits [B, V] of the token after inputs [B, T]. With `cache` (a list, empty at first) pass only the new
+        tokens.
+        """
         hidden, _ = self.model(inputs, cache=cache)
         return hidden[:, -1] @ self.head.T
 

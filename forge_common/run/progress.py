@@ -58,7 +58,9 @@ ACCEPTABLE = {
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every `every` updates (0: never) happens after update `step`; always after the last."""
+    """Whether something that happens every `every` updates (0: never) happens after update `step`; always after the
+    last.
+    """
     return step == last or (every > 0 and step % every == 0)
 
 
@@ -130,8 +132,8 @@ class Progress:
             if outcome.loss > 0 and outcome.grad_norm == 0 and outcome.num_scored > 0:
                 raise UserError(
                     f"the gradient of update {self.global_step} is 0, and its loss is not: nothing would be learned. "
-                    "Versions of torch before the one in requirements.txt can lose gradients with torch.compile: install "
-                    "that one, or launch without --dynamo_backend."
+                    "Versions of torch before the one in requirements.txt can lose gradients with torch.compile: "
+                    "install that one, or launch without --dynamo_backend."
                 )
         elif outcome.overflow:
             self.scaler_skips += 1
