@@ -109,7 +109,7 @@ def _words_of(content: dict[str, Any], file: Path, kind: type[Any], given: set[s
             shown = value if isinstance(value, str) else json.dumps(value, default=str)
             faults.append(f"--config {file} has {name}: {shown[:80]}; it must be {description}")
         elif flag is None:
-            positional = [*map(str, value if isinstance(value, list) else [value])]
+            positional = [str(part) for part in (value if isinstance(value, list) else [value])]
         elif isinstance(value, bool):
             words.append(switch_of(flag, value))
         elif isinstance(value, list):
@@ -125,7 +125,8 @@ def _field_of(kind: Any) -> Field:
     """What the value of a setting of this type must be, as YAML has it."""
     options = get_args(kind)
     if get_origin(kind) is Literal:
-        return f"{', '.join(options[:-1])} or {options[-1]}", lambda value: value in options
+        *others, last = options
+        return f"{', '.join(others)} or {last}" if others else last, lambda value: value in options
     if get_origin(kind) is tuple:
         return "text, or a list of it", lambda value: all(map(_is_text, value if isinstance(value, list) else [value]))
     if options:  # KIND | None

@@ -178,6 +178,14 @@ def test_a_wrong_file_of_settings_is_refused(content, expected, read, tmp_path, 
     assert ended.value.code == 2 and f"--config mine.yaml {expected}" in capsys.readouterr().err
 
 
+def test_the_only_choice_of_a_setting_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("module_dtype: fp16\n")
+    monkeypatch.setattr(sys, "argv", ["train_module.py", "--config", str(tmp_path / "mine.yaml")])
+    with pytest.raises(SystemExit):
+        read_settings(train_module.Settings, "")
+    assert "has module_dtype: fp16; it must be bf16\n" in capsys.readouterr().err
+
+
 def test_a_setting_of_the_file_is_given_where_it_is_not_the_default(read, tmp_path, capsys):
     """A settings.json holds all settings: at their defaults they do not contradict --trunk-from."""
     (tmp_path / "trunk").mkdir()
