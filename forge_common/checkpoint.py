@@ -129,7 +129,8 @@ def _check_resume_flag(settings: Any, folder: Path, path: Path | None) -> None:
             )
     if settings.resume == "never" and not settings.dry_run and complete(folder):
         raise UserError(
-            f"--resume never, but {folder} holds checkpoints of an earlier run. Name another --output-dir, or delete it."
+            f"--resume never, but {folder} holds checkpoints of an earlier run. Name another --output-dir, or delete "
+            "it."
         )
 
 
@@ -142,7 +143,8 @@ def load(accelerator: Any, path: Path) -> None:
     if foreign:  # accelerate and DeepSpeed would open them with weights_only=False
         raise UserError(
             f"{path / foreign[0]} is not part of a checkpoint of this version, and is not opened. If an earlier "
-            "version wrote it under FSDP or DeepSpeed, finish the run with that version; otherwise do not use this checkpoint."
+            "version wrote it under FSDP or DeepSpeed, finish the run with that version; otherwise do not use this "
+            "checkpoint."
         )
     for file in sorted([*path.glob("*.bin"), *path.glob("*.pt")]):
         _tensors_only(file, map_location="meta")
@@ -174,7 +176,7 @@ def _tensors_only(file: Path, map_location: str) -> Any:
 def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: Callable[[str], None]) -> bool:
     """Loads the best weights by validation, unless they are the present ones or are damaged. A collective.
 
-    Nothing is trained after it: the optimizer's state is freed, so that publishing needs no more memory than training did.
+    Nothing is trained after it: the optimizer's state is freed, so that publishing needs no more memory than training.
     """
     if progress.best_step in (0, progress.global_step):
         _free_optimizer_state(accelerator)

@@ -81,7 +81,7 @@ def _refuse(faults: list[str]) -> NoReturn:
 
 
 def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
-    """Ends the process with main's code; a UserError, or what may not be read, is printed without a traceback (code 1)."""
+    """Ends the process with main's code. A UserError or a denied permission is printed without a traceback (code 1)."""
     if _trains_lora(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
         os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
     try:

@@ -43,7 +43,7 @@ def program_name(path: Path) -> str:
 
 
 def completion(program: str, kind: type[Any]) -> str:
-    """Shell code to source in bash or zsh, which completes the flags of `program`; other words are completed as files."""
+    """Shell code to source in bash or zsh, which completes the flags of `program`, and other words as files."""
     flags = ["--help", "--config", "--print-config"]
     on = {field.name for field in dataclasses.fields(kind) if field.default is True}
     flags += [switch_of(name, name not in on) for name in flag_types(kind)]
@@ -69,7 +69,7 @@ def grouped_help(words: list[str], kind: type[Any]) -> Iterator[None]:
 
 
 def groups(kind: type[Any]) -> dict[str, str]:
-    """Setting -> heading above it in the source, the settings of the class itself first, then those that it inherits."""
+    """Setting -> heading above it in the source: the settings of the class itself, then those that it inherits."""
     found: dict[str, str] = {}
     for part in kind.__mro__:
         if not dataclasses.is_dataclass(part):

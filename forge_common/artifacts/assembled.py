@@ -109,8 +109,8 @@ def check_top_k(top_k: int | None, modules: int) -> None:
         raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
     if top_k is not None and top_k > modules + 1:
         raise UserError(
-            f"--top-k {top_k} exceeds the {modules + 1} candidates (the trunk and {modules} modules). Give {modules + 1} or fewer, "
-            "or 0 for all."
+            f"--top-k {top_k} exceeds the {modules + 1} candidates (the trunk and {modules} modules). Give "
+            f"{modules + 1} or fewer, or 0 for all."
         )
 
 

@@ -105,7 +105,8 @@ def check_module(model: Trunk, reference: Reference, place: Any, statistics: Ten
     if own_excess > MOST_ON_OWN_TEXT:
         raise UserError(
             f"{place}: on text that its own counts call likely, its loss is {own_excess:.1f} nats per token above the "
-            "trunk's; those of working modules are at most 0.6 above. Its weights do not fit its statistics: do not use this artifact."
+            "trunk's; those of working modules are at most 0.6 above. Its weights do not fit its statistics: do not "
+            "use this artifact."
         )
     return Effect(growth, excess, own_excess)
 
@@ -164,7 +165,8 @@ def _hidden_sizes(model: Trunk, tokens: torch.Tensor, feeds: list[Any] | None, p
     for what, value in values.items():
         if not torch.isfinite(value).all():
             raise UserError(
-                f"{place}: {what} are not finite for random tokens, since some weights are too large. Do not use this artifact."
+                f"{place}: {what} are not finite for random tokens, since some weights are too large. Do not use this "
+                "artifact."
             )
     return [math.sqrt(square) for square in squares]
 

@@ -196,6 +196,7 @@ def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], m
     if actual != metadata["digest"]:
         raise UserError(
             f"{folder}: the trunk has changed since the start of the run: its digest is {actual}, it was "
-            f"{metadata['digest']}. Nothing was published. Restore the trunk, and run the same command again to publish from the last checkpoint."
+            f"{metadata['digest']}. Nothing was published. Restore the trunk, and run the same command again to "
+            "publish from the last checkpoint."
         )
     return {name: tensors[name] for name in replaced}

@@ -100,7 +100,8 @@ def verified_files(folder: Path) -> list[str]:
         names = [*EXPORT_FILES, *TRUNK_FILES]
     else:
         raise UserError(
-            f"{folder} is not what train_shared.py, train_module.py, assemble, merge or export publish. Name such a folder."
+            f"{folder} is not what train_shared.py, train_module.py, assemble, merge or export publish. Name such a "
+            "folder."
         )
     return [name for name in dict.fromkeys(names) if (folder / name).is_file()]
 

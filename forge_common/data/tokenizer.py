@@ -152,7 +152,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """
     if vocab_size < SMALLEST_VOCABULARY:
         raise UserError(
-            f"--tokenizer train:{vocab_size}: the smallest vocabulary is {SMALLEST_VOCABULARY}. Use train:{SMALLEST_VOCABULARY}, or bytes."
+            f"--tokenizer train:{vocab_size}: the smallest vocabulary is {SMALLEST_VOCABULARY}. Use "
+            f"train:{SMALLEST_VOCABULARY}, or bytes."
         )
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -197,7 +197,7 @@ def amount(size: int) -> str:
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...], *, link: bool) -> None:
-    """Copies those of the files that exist, or makes hard links; refuses links, and files for which there is no room."""
+    """Copies the files that exist, or makes hard links. Refuses symbolic links, and files without room for them."""
     without_links(source)
     files = [source / name for name in names if (source / name).is_file()]
     target.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """The Hugging Face hub: fetches the artifacts that a command line names as ORG/NAME or ORG/NAME@REVISION, and checks
 who may upload.
 
-Only the files that an artifact has are fetched: no pickles and no code. They are untrusted, and verified when they are read.
+Only the files that an artifact has are fetched: no pickles and no code. They are verified when they are read.
 """
 
 import os
@@ -102,7 +102,8 @@ def upload_problem(repository: str) -> str | None:
     try:
         account = api.whoami()
     except Exception as reason:  # noqa: BLE001 (as above)
-        return f"{repository}: the hub does not say whose token this is ({in_a_line(reason)}); check HF_TOKEN and the network"
+        problem = f"the hub does not say whose token this is ({in_a_line(reason)})"
+        return f"{repository}: {problem}; check HF_TOKEN and the network"
     try:
         api.auth_check(repository, write=True)
         return None

@@ -37,8 +37,8 @@ def split_weight(source: str) -> tuple[str, str | None]:
 
 
 def missing_source(source: str) -> str | None:
-    """What is wrong with a source of text that names a file, folder or local: corpus which does not exist; None for globs,
-    URLs and hf:.
+    """What is wrong with a source of text that names a file, a folder or a local: corpus which does not exist; None for
+    globs, URLs and hf:.
     """
     spec = split_weight(source)[0]
     if spec.startswith("local:"):
@@ -87,8 +87,8 @@ def missing_artifact(place: str) -> str | None:
 
 
 def check_artifacts(named: Iterable[tuple[str, str | Path | None]]) -> None:
-    """UserError for the first (flag, trunk or module) that is not there, before torch is imported; not for what may be a
-    hub id.
+    """UserError for the first (flag, trunk or module) that is not there and cannot be a hub id. Called before torch is
+    imported.
     """
     for flag, place in named:
         problem = missing_artifact(str(place)) if place else None
@@ -143,8 +143,8 @@ def nearest(place: str) -> str:
 
 
 def published(place: Path, kind: str) -> Path:
-    """The folder of a trunk or a module (`kind`): PLACE/trunk or PLACE/module where `place` is the output directory of a
-    run, else `place`.
+    """The folder of a trunk or a module (`kind`): PLACE/trunk or PLACE/module where `place` is the output directory of
+    a run, else `place`.
 
     Also `place` for an assembled model: the trunk in it is only a part of it.
     """

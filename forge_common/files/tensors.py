@@ -108,7 +108,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _check_header(path: Path) -> None:
-    """Refuses a file that is not regular, and a header of an impossible size, before the file is opened as safetensors."""
+    """Refuses a file that is not regular, or has a header of an impossible size, before safetensors opens it."""
     if not path.is_file():
         raise UserError(f"{path} is missing or not a regular file. Fetch or export it again.")
     try:

@@ -19,7 +19,7 @@ Field = tuple[str, Callable[[Any], bool]]  # what the value must be: a descripti
 
 
 def is_plain(name: Any) -> bool:
-    """Whether a module may have this name: a valid folder name on every system; no option, path or pattern in a shell."""
+    """Whether a module may have this name: a valid folder name everywhere; no option, path or pattern in a shell."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return False
     return name[-1] != "." and not DEVICE.fullmatch(name) and name.lower() != "trunk"  # the name of the other candidate

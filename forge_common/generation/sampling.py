@@ -52,7 +52,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise UserError(f"--temperature is {sampling.temperature}. Give 0 (always the likeliest token) or more.")
     if 0 < sampling.temperature < LOWEST_TEMPERATURE:
         raise UserError(
-            f"--temperature is {sampling.temperature}. Give 0 (always the likeliest token) or at least {LOWEST_TEMPERATURE}."
+            f"--temperature is {sampling.temperature}. Give 0 (always the likeliest token) or at least "
+            f"{LOWEST_TEMPERATURE}."
         )
     if not 0 < sampling.top_p <= 1:
         raise UserError(f"--top-p is {sampling.top_p}. Give a share of the probability above 0, at most 1.")

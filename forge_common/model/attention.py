@@ -21,7 +21,7 @@ Cache = list[Any]
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    """flex_attention as one kernel, without scores [T, T] in memory. Only on a GPU: on a CPU it has no backward pass."""
+    """flex_attention as one kernel, without scores [T, T] in memory. For a GPU: on a CPU it has no backward pass."""
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -26,7 +26,7 @@ KINDS = (
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a feed-forward
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MATRICES)  # that kind lora can change
 
-AUTO = "auto"  # a preset (forge_common/run/length.py) or a kind of module (modules.kind_and_layers) that follows from the rest
+AUTO = "auto"  # a preset (run/length.py) or a kind of module (modules.kind_and_layers) that follows from the rest
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": dict(zip(_SIZES, (128, 384, 4, 4, 2), strict=True)),  # about 1 M parameters with a vocabulary of 4k

@@ -56,7 +56,8 @@ class ParallelFeedForward(nn.Module):
 class RoutedExpert(nn.Module):
     """A copy of the frozen feed-forward and the row of a router: y = (1 - p) F_0(x) + p F(x), p = sigmoid(row(x)).
 
-    This is FlexOlmo's softmax over two rows, of which the frozen one is 0; both experts are active. Source: arXiv 2507.07024.
+    This is FlexOlmo's softmax over two rows, of which the frozen one is 0; both experts are active. Source: arXiv
+    2507.07024.
     """
 
     def __init__(self, feed_forward: nn.Module, hidden_size: int):
@@ -110,7 +111,8 @@ def chosen_layers(spec: str, num_hidden_layers: int) -> list[int]:
     chosen = sorted(layers)
     if not chosen or chosen[0] < 0 or chosen[-1] >= num_hidden_layers:
         raise UserError(
-            f"--layers {spec} selects no layer, or unknown ones. Choose among the trunk's layers, 0 to {num_hidden_layers - 1}."
+            f"--layers {spec} selects no layer, or unknown ones. Choose among the trunk's layers, 0 to "
+            f"{num_hidden_layers - 1}."
         )
     return chosen
 

@@ -289,7 +289,7 @@ def even_load(config: ModelConfig, device: torch.device) -> torch.Tensor | None:
 
 
 def starting_load(config: ModelConfig, counts: list[list[int]], device: torch.device) -> torch.Tensor | None:
-    """f [L, E] for the first update after the start or a resume. counts: of the update before it; [] if there was none."""
+    """f [L, E] for the first update after the start or a resume. counts: of the update before it; [] without one."""
     return load_of(torch.tensor(counts, device=device)) if counts else even_load(config, device)
 
 

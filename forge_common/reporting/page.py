@@ -26,7 +26,7 @@ def page(
 ) -> str:
     """The document. charts: those of charts.py, drawn where a section has `curves()`. running: it loads itself again.
 
-    program: NAME of NAME.js and NAME.css in this folder, for a page that a server has; it may send requests to that server.
+    program: NAME of NAME.js and NAME.css in this folder, for a page of a server, to which it may send requests.
     """
     library = ""
     missing = ""

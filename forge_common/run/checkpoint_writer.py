@@ -193,7 +193,7 @@ class Writer:
         save.print_line(f"{message}, and the run continues (--on-full-disk).")
 
     def _run_on_all_ranks(self, step: Callable[[Save], None], save: Save) -> bool:
-        """Calls `step` on every rank; False where a disk is full. Another error is raised on all ranks. A collective."""
+        """Calls `step` on every rank; False if a disk is full. Another error is raised on all ranks. A collective."""
         error: Exception | None = None
         try:
             step(save)

@@ -143,7 +143,7 @@ def _text(path: Path) -> str | None:
 
 
 def _started(pid: int) -> float:
-    """Start time of a process in seconds since the epoch; 0 where there is none. It tells two users of one pid apart."""
+    """Start time of a process, in seconds since the epoch, which tells two users of one pid apart; 0 without one."""
     try:
         return psutil.Process(pid).create_time()
     except psutil.Error:

@@ -49,7 +49,8 @@ def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
         raise UserError("fp16 on a CPU would train in float32. Launch with --mixed_precision bf16 or no.")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not accelerator.is_fsdp2:
         raise UserError(
-            "FSDP was requested, but accelerate did not create FSDP2 (on a CPU it uses DDP instead). Use an fsdp2 configuration on GPUs."
+            "FSDP was requested, but accelerate did not create FSDP2 (on a CPU it uses DDP instead). Use an fsdp2 "
+            "configuration on GPUs."
         )
 
 

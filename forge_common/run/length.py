@@ -57,8 +57,8 @@ def with_preset(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]]
             preset = name
     parameters = presets[preset][0]
     accelerator.print(
-        f"size        preset {preset}: the run has {tokens[preset] / 1e6:,.3g} M tokens, {tokens[preset] / parameters:,.2g} for each of its "
-        f"{parameters / 1e6:,.3g} M parameters. --preset changes it"
+        f"size        preset {preset}: the run has {tokens[preset] / 1e6:,.3g} M tokens, "
+        f"{tokens[preset] / parameters:,.2g} for each of its {parameters / 1e6:,.3g} M parameters. --preset changes it"
     )
     return dataclasses.replace(settings, preset=preset)
 

@@ -254,7 +254,8 @@ class RunLog:
             f"time        {seconds:.3f} s an update ({timed} timed), {speed:,.0f} tok/s, mfu {self._mfu(speed):.0%}, "
             f"about {duration(seconds * steps)} for {steps:,} without validation; peak memory "
             f"{peak_memory_mb(self.accelerator.device):,.0f} MiB\n"
-            f"budget      in 10 minutes: --steps {max(1, int(600 / seconds)):,d}; in an hour: --steps {max(1, int(3600 / seconds)):,d}\n"
+            f"budget      in 10 minutes: --steps {max(1, int(600 / seconds)):,d}; in an hour: --steps "
+            f"{max(1, int(3600 / seconds)):,d}\n"
             "only the token cache was written"
         )
 

@@ -60,5 +60,6 @@ class Pace:
         if step == 0 and done == micro_batches and outcome.num_scored and not is_logged:
             self.print_line(
                 f"update 1    loss {outcome.loss / outcome.num_scored:.4f} after {seconds:.1f} s; {steps:,} updates at "
-                f"this speed: {duration(seconds * steps)}. The next line comes after update {min(self.settings.log_every, steps)}"
+                f"this speed: {duration(seconds * steps)}. The next line comes after update "
+                f"{min(self.settings.log_every, steps)}"
             )

@@ -119,8 +119,9 @@ class Progress:
     losses_before: dict[str, Any] = dataclasses.field(default_factory=dict)  # held-out losses before training
 
     def record(self, outcome: UpdateOutcome, settings: Any, training: Any, print_line: Callable[[str], None]) -> None:
-        """Counts one update by its outcome. UserError without any gradient, and, naming the documents, after too many bad
-        updates in a row.
+        """Counts one update by its outcome.
+
+        UserError where the gradient is 0, and, naming the documents, after too many bad updates in a row.
         """
         self.global_step += 1
         self.epoch = training.epoch(self.global_step * settings.batch_size)

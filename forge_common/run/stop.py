@@ -219,7 +219,8 @@ class StopRequest:
         _print_unbuffered(f"{rank}: no progress for {seconds}. It hangs, or waits for a rank that does:")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         _print_unbuffered(
-            f"{rank}: aborted. Run the same command to resume from the last checkpoint; raise --hang-timeout if it was only slow."
+            f"{rank}: aborted. Run the same command to resume from the last checkpoint; raise --hang-timeout if it was "
+            "only slow."
         )
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(GRACE)  # the end of one rank ends the others: each is to print its own stack first

@@ -30,7 +30,7 @@ STUCK = 60.0  # seconds after which a call that does not return disables the tra
 
 
 def choose_tracker(tracker: str) -> tuple[str | None, str]:
-    """--tracker -> (accelerate's name of the tracker, or None; a line for the plan). Sets W&B to offline without a key."""
+    """--tracker -> (accelerate's name of the tracker or None, a line for the plan). W&B is offline without a key."""
     if tracker == "auto":
         if not wandb_account():
             return None, "metrics.jsonl only (no W&B account is configured; --tracker wandb records offline)"
