@@ -8,9 +8,10 @@
 from dataclasses import dataclass
 from typing import Literal
 
+from forge_common.command_line import read_settings, run_main
 from forge_common.model.module_settings import ModuleSettings
 from forge_common.run.stop import StopRequest
-from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, read_settings, run_main
+from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps
 from forge_common.settings_checks import problems
 
 
@@ -18,9 +19,9 @@ from forge_common.settings_checks import problems
 class Settings(ModuleSettings, UpdateSettings, RunSettings):
     # -- data --
     trunk: str
-    """Folder that train_shared.py published, or another Transformers checkpoint: folder or hub id (org/name@revision)."""
+    """Trunk of train_shared.py or another Transformers checkpoint: folder or hub id (org/name@revision)."""
     trunk_dtype: Literal["bf16"] | None = None
-    """Type of the frozen matrices in memory; None: that of --dtype. bf16 needs the launcher's --mixed_precision bf16."""
+    """Type of the frozen matrices in memory. None: --dtype. bf16 needs the launcher's --mixed_precision bf16."""
     name: str
     """Name of the module."""
     data: tuple[str, ...]
@@ -34,7 +35,7 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
 
     # -- module: forge_common/model/module_settings.py has its sizes --
     kind: str = "auto"
-    """ffn, attention+ffn, narrow, lora or expert, with or without +head. auto: ffn+head; lora on a dense trunk made elsewhere."""
+    """ffn, attention+ffn, narrow, lora, expert; any with +head. auto: ffn+head; lora on dense trunks by others."""
     module_dtype: Literal["bf16"] | None = None
     """Type that the published tensors are rounded to; None: that of --dtype, in which they are trained."""
     licence: str | None = None
@@ -54,19 +55,19 @@ def main(settings: Settings) -> int:
     # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
     from datetime import timedelta
 
-    import torch
     from accelerate import Accelerator
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
     from forge_common import checkpoint, optimizers, schedule
-    from forge_common.artifacts import artifact
     from forge_common.artifacts.publish import TrainedModule, losses_line, publish_module, round_tensors
+    from forge_common.artifacts.trunk_folder import read_trunk
     from forge_common.artifacts.upload import upload
     from forge_common.data.corpora import general_sample, open_corpora
     from forge_common.data.order import updates
+    from forge_common.files.tensors import digest
     from forge_common.model.config import check_context
     from forge_common.model.modules import kind_and_layers, plug_in
-    from forge_common.model.trunk import even_load, load_of
+    from forge_common.model.trunk import load_of, starting_load
     from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare_output, release
     from forge_common.run.kernels import choose_kernels
@@ -98,7 +99,7 @@ def main(settings: Settings) -> int:
     set_seed(settings.seed)
     with accelerator.local_main_process_first():
         dtype = settings.trunk_dtype or settings.dtype
-        trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk, settings.eos_token, dtype)
+        trunk, tokenizer, trunk_metadata = read_trunk(settings.trunk, settings.eos_token, dtype)
         check_context(settings, trunk.config)
         settings, layers = kind_and_layers(settings, trunk.config, trunk_metadata, accelerator.print)
         corpora = open_corpora(settings, tokenizer, trunk.config, accelerator.print)
@@ -107,7 +108,7 @@ def main(settings: Settings) -> int:
     config = trunk.config  # of the trunk without the module
     module_names = plug_in(trunk, settings.kind, layers, **settings.sizes)
     frozen = [name for name, parameter in trunk.named_parameters() if not parameter.requires_grad]
-    frozen_before = artifact.digest({name: engines.rounded(accelerator, trunk.get_parameter(name)) for name in frozen})
+    frozen_before = digest({name: engines.rounded(accelerator, trunk.get_parameter(name)) for name in frozen})
     trunk.activation_checkpointing = settings.activation_checkpointing
     choose_kernels(trunk, settings, accelerator)
     settings = with_length(settings, corpora, trunk, accelerator)
@@ -128,9 +129,7 @@ def main(settings: Settings) -> int:
     last = min(settings.steps, 6) if settings.dry_run else settings.steps
     log = RunLog(accelerator, settings, progress, last, tracker, trunk, tokenizer)
     interval = Interval(accelerator, progress.interval)
-    expert_load = even_load(trunk.config, device)  # f of the balance loss; later that of the previous update
-    if progress.expert_counts:
-        expert_load = load_of(torch.tensor(progress.expert_counts, device=device))
+    expert_load = starting_load(trunk.config, progress.expert_counts, device)  # f of the balance loss
     update_batches = updates(
         corpora.training, progress.global_step, settings.batch_size, settings.micro_batch_size, rank, processes, device
     )
@@ -156,7 +155,7 @@ def main(settings: Settings) -> int:
             group["lr"] = rate
 
         # -- forward and backward --
-        # accelerate divides the gradient by the N micro-batches, and DDP by the P processes. The factor P * N / n undoes
+        # accelerate divides the gradient by the N micro-batches, DDP by the P processes. The factor P * N / n undoes
         # both and divides by the n scored tokens: the gradient is the mean over the update, however it is divided.
         scale = processes * accumulation / max(num_scored, 1)
         sums = []
@@ -219,13 +218,13 @@ def main(settings: Settings) -> int:
         losses_after = domain_losses(accelerator, model, domains, settings.micro_batch_size)
         tensors = checkpoint.full_tensors(accelerator, model)
         if accelerator.is_main_process:
-            if artifact.digest({name: tensors[name] for name in frozen}) != frozen_before:
+            if digest({name: tensors[name] for name in frozen}) != frozen_before:
                 raise AssertionError("a frozen tensor of the trunk has changed; the module was not published")
             log.print_line(f"frozen      {len(frozen)} tensors, digest {frozen_before[:12]} before and after")
             module = TrainedModule(tensors, module_names, layers, losses_after)
-            path, digest = publish_module(settings, progress, corpora, config, module, trunk_metadata, device)
+            path, module_digest = publish_module(settings, progress, corpora, config, module, trunk_metadata, device)
             log.print_line(losses_line(progress.losses_before, losses_after))
-            log.print_line(f"published   {path} (digest {digest[:12]}, read back and verified)")
+            log.print_line(f"published   {path} (digest {module_digest[:12]}, read back and verified)")
             if settings.push_to_hub:
                 upload(path, settings.push_to_hub, log.print_line)
         accelerator.wait_for_everyone()

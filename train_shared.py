@@ -7,8 +7,9 @@
 
 from dataclasses import dataclass
 
+from forge_common.command_line import read_settings, run_main
 from forge_common.run.stop import StopRequest
-from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps, read_settings, run_main
+from forge_common.settings import RunSettings, UpdateSettings, accumulation_steps
 from forge_common.settings_checks import problems
 
 
@@ -24,9 +25,9 @@ class Settings(UpdateSettings, RunSettings):
 
     # -- model --
     trunk_from: str | None = None
-    """Transformers checkpoint to continue from (folder or hub id, org/name@revision), with its sizes and tokenizer: no other flag of them."""
+    """Transformers checkpoint to continue from, with its sizes and tokenizer: folder or hub id (org/name@revision)."""
     preset: str = "auto"
-    """Sizes: tiny, small, base or large, about 1 M, 25 M, 110 M or 350 M parameters. auto: what the run's tokens and --budget teach."""
+    """Sizes: tiny, small, base, large (1, 25, 110, 350 M parameters). auto: as the run's tokens and --budget allow."""
     hidden_size: int | None = None
     """Width of the residual stream; None: the preset's."""
     intermediate_size: int | None = None
@@ -67,14 +68,14 @@ def main(settings: Settings) -> int:
     from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, set_seed
 
     from forge_common import checkpoint, optimizers, schedule
-    from forge_common.artifacts import artifact
     from forge_common.artifacts.publish import publish_trunk
+    from forge_common.artifacts.trunk_folder import read_trunk
     from forge_common.artifacts.upload import upload
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.model.config import check_context
     from forge_common.model.presets import model_config, preset_sizes
-    from forge_common.model.trunk import Trunk, even_load, load_of
+    from forge_common.model.trunk import Trunk, load_of, starting_load
     from forge_common.run import checkpoint_writer, engines
     from forge_common.run.folder import claim, prepare_output, release
     from forge_common.run.kernels import choose_kernels
@@ -105,9 +106,10 @@ def main(settings: Settings) -> int:
     # ---- Data, model, optimizer ----
     set_seed(settings.seed)
     with accelerator.local_main_process_first():
-        trunk, trunk_metadata = None, {}
+        trunk = None
+        trunk_metadata = {}
         if settings.trunk_from:
-            trunk, tokenizer, trunk_metadata = artifact.read_trunk(settings.trunk_from, settings.eos_token)
+            trunk, tokenizer, trunk_metadata = read_trunk(settings.trunk_from, settings.eos_token)
             config = trunk.config
             check_context(settings, config)
         else:
@@ -136,9 +138,7 @@ def main(settings: Settings) -> int:
     last = min(settings.steps, 6) if settings.dry_run else settings.steps
     log = RunLog(accelerator, settings, progress, last, tracker, trunk, tokenizer)
     interval = Interval(accelerator, progress.interval)
-    expert_load = even_load(trunk.config, device)  # f of the balance loss; later that of the previous update
-    if progress.expert_counts:
-        expert_load = load_of(torch.tensor(progress.expert_counts, device=device))
+    expert_load = starting_load(trunk.config, progress.expert_counts, device)  # f of the balance loss
     update_batches = updates(
         corpora.training, progress.global_step, settings.batch_size, settings.micro_batch_size, rank, processes, device
     )
@@ -164,7 +164,7 @@ def main(settings: Settings) -> int:
             group["lr"] = rate
 
         # -- forward and backward --
-        # accelerate divides the gradient by the N micro-batches, and DDP by the P processes. The factor P * N / n undoes
+        # accelerate divides the gradient by the N micro-batches, DDP by the P processes. The factor P * N / n undoes
         # both and divides by the n scored tokens: the gradient is the mean over the update, however it is divided.
         scale = processes * accumulation / max(num_scored, 1)
         sums = []

@@ -22,7 +22,10 @@ from script_process import ROOT
 sys.path.insert(0, str(ROOT))
 
 from forge_common import evaluate
-from forge_common.artifacts import artifact, assembled, trial
+from forge_common.artifacts import assembled, trial
+from forge_common.artifacts.metadata import module_arguments
+from forge_common.artifacts.statistics_file import read_statistics
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.evaluation.columns import open_columns
 from forge_common.evaluation.score import score
 from forge_common.files.tensors import Tensors, read_tensors
@@ -85,8 +88,8 @@ WAYS: dict[str, Callable[[Tensors], Tensors]] = {
 
 def main(settings: Settings) -> None:
     torch.set_num_threads(1)
-    trunk, tokenizer, metadata = artifact.read_trunk(str(settings.trunk))
-    background = artifact.read_statistics(settings.trunk, metadata, trunk.eval().config)
+    trunk, tokenizer, metadata = read_trunk(str(settings.trunk))
+    background = read_statistics(settings.trunk, metadata, trunk.eval().config)
     parts = {part.name: part for part in assembled.read_parts(trunk, metadata, list(settings.modules))}
     scoring = evaluate.Settings("", (), cache_dir=settings.cache_dir, max_tokens=settings.max_tokens)
     described = {"trunk": metadata, **{name: part.metadata for name, part in parts.items()}}
@@ -110,7 +113,7 @@ def main(settings: Settings) -> None:
         for way, change in ways.items():
             torch.manual_seed(0)
             tensors = change(read_tensors(place / "module.safetensors"))
-            model = with_module(trunk, tensors, **artifact.module_arguments(part.metadata)).eval()
+            model = with_module(trunk, tensors, **module_arguments(part.metadata)).eval()
             broken = part._replace(model=model)
             moved = {}
             for top_k in (0, 1):

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-from forge_common.artifacts import artifact
+from forge_common.artifacts.trunk_folder import read_trunk
 
 SEQUENCES = 256
 
@@ -33,7 +33,7 @@ class Settings:
 def main(settings: Settings) -> None:
     print(f"{'first':>7} {'again':>7} {'gain':>7}")
     for folder in settings.trunks:
-        trunk, _, _ = artifact.read_trunk(str(folder))
+        trunk, _, _ = read_trunk(str(folder))
         draw = torch.Generator().manual_seed(0)
         special = max(trunk.config.ignore_index, trunk.config.eos_token_id or 0) + 1
         half = trunk.config.max_position_embeddings // 2

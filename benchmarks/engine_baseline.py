@@ -17,7 +17,8 @@ import os
 import sys
 import time
 
-from forge_common.settings import read_settings, run_main, to_json
+from forge_common.command_line import read_settings, run_main
+from forge_common.settings import to_json
 from train_shared import Settings
 
 SETTLE_SECONDS = 0.2  # before the first update: engine.py reads the memory of this process in that time
@@ -27,7 +28,7 @@ def main(settings: Settings) -> int:
     import torch
     import torch.nn.functional as F
 
-    from forge_common.artifacts.artifact import read_trunk
+    from forge_common.artifacts.trunk_folder import read_trunk
     from forge_common.data.corpora import open_corpora, tokenizer_for
     from forge_common.data.order import updates
     from forge_common.files.atomic import write_json

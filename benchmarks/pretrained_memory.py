@@ -77,9 +77,9 @@ def flags(settings: Settings, folder: Path) -> list[str]:
 def prepare(settings: Settings) -> None:
     """Writes the windows of each update, int64 [updates * batch_size, T + 1], and the held-out windows [N, T + 1]."""
     import train_module
-    from forge_common.artifacts.artifact import read_trunk
+    from forge_common.artifacts.trunk_folder import read_trunk
+    from forge_common.command_line import read_settings
     from forge_common.data.corpora import open_corpora
-    from forge_common.settings import read_settings
 
     sys.argv[1:] = flags(settings, settings.output_dir / "ours")
     chosen: Any = read_settings(train_module.Settings, None)

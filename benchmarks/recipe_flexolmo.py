@@ -27,8 +27,8 @@ def main() -> None:
     import torch
 
     import train_module
+    from forge_common.command_line import read_settings, run_main
     from forge_common.model import modules
-    from forge_common.settings import read_settings, run_main
     from forge_common.settings_checks import problems
 
     plain = modules.plug_in

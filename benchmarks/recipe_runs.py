@@ -20,7 +20,9 @@ from recipe_texts import GROUPS, HOME, MIX, SPLITS
 from script_process import launched, run
 
 from forge_common import evaluate
-from forge_common.artifacts import artifact
+from forge_common.artifacts.module_folder import read_module
+from forge_common.artifacts.statistics_file import read_statistics
+from forge_common.artifacts.trunk_folder import read_trunk, write_trunk
 from forge_common.data.readers.document import reading_of
 from forge_common.data.store import prepare
 from forge_common.data.tokenizer import Tokenizer
@@ -159,10 +161,10 @@ class Runs:
         place = self.folder / f"{name}-trunk"
         with self.lock:
             if not place.is_dir():
-                model, tokenizer, _ = artifact.read_trunk(str(self.trunk))
+                model, tokenizer, _ = read_trunk(str(self.trunk))
                 torch.manual_seed(self.seed)
                 model = change(model)
-                artifact.write_trunk(place, model.state_dict(), model.config, tokenizer, {"kind": "trunk"})
+                write_trunk(place, model.state_dict(), model.config, tokenizer, {"kind": "trunk"})
         return place
 
     def untied(self) -> Path:
@@ -239,9 +241,9 @@ class Runs:
         path = self.folder / f"rows-{domain}.npy"
         with self.lock:
             if not path.exists():
-                trunk, tokenizer, metadata = artifact.read_trunk(str(self.trunk))
+                trunk, tokenizer, metadata = read_trunk(str(self.trunk))
                 module = self.published(f"head-{domain}")
-                own = artifact.read_statistics(module, artifact.read_module(module, metadata)[1], trunk.config)
+                own = read_statistics(module, read_module(module, metadata)[1], trunk.config)
                 assert own is not None
                 stores = [(self._store(home, tokenizer), MIX[home]) for home in self.settings.group("home")]
                 sample = statistics.sample(stores, statistics.MOMENT_TOKENS)

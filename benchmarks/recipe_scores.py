@@ -12,7 +12,9 @@ from recipe_runs import Runs
 from recipe_table import SPLICED, Row
 
 from forge_common import evaluate
-from forge_common.artifacts import artifact
+from forge_common.artifacts.module_folder import read_model
+from forge_common.artifacts.statistics_file import read_statistics
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.evaluation import columns as texts
 from forge_common.files.atomic import write_json
 
@@ -47,9 +49,9 @@ class Scores:
         self.runs, self.file = runs, runs.folder / "rows.json"
         self.rows = read_rows(self.file)
         self.settings = evaluate.Settings("", (), cache_dir=runs.settings.output_dir / "cache", spliced=SPLICE)
-        self.trunk, self.tokenizer, self.metadata = artifact.read_trunk(str(runs.trunk))
+        self.trunk, self.tokenizer, self.metadata = read_trunk(str(runs.trunk))
         self.trunk.eval()
-        background = artifact.read_statistics(runs.trunk, self.metadata, self.trunk.config)
+        background = read_statistics(runs.trunk, self.metadata, self.trunk.config)
         assert background is not None
         self.background = background
         self._columns: dict[tuple[str, str], dict[str, texts.Column]] = {}
@@ -87,8 +89,8 @@ class Scores:
     def model(self, published: Path) -> Any:
         """A module in the trunk, or a whole model."""
         if published.name == "module":
-            return artifact.read_model(str(self.runs.trunk), published)[0].eval()
-        return artifact.read_trunk(str(published))[0].eval()
+            return read_model(str(self.runs.trunk), published)[0].eval()
+        return read_trunk(str(published))[0].eval()
 
     def sample(self, group: str, domain: str, tokens: int) -> list[texts.Piece]:
         """Pieces of a domain's tune text, of `tokens` tokens or a little more: long ones first."""

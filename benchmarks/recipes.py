@@ -31,7 +31,8 @@ from recipe_scores import SPLICE, Scores, by_document, read_rows
 from recipe_table import SPLICED, Row, report
 from recipe_texts import GROUPS, documents, export_texts, export_training
 
-from forge_common.artifacts import artifact, assembled
+from forge_common.artifacts import assembled
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.evaluation import columns as texts
 from forge_common.evaluation.chart import draw
 from forge_common.files.atomic import write_text
@@ -89,7 +90,7 @@ class Seed:
         """Modules assembled as forge_common.assemble does, with all gates."""
         base, metadata, background = self.scores.trunk, self.scores.metadata, self.scores.background
         if trunk:
-            base, _, metadata = artifact.read_trunk(str(trunk))
+            base, _, metadata = read_trunk(str(trunk))
         parts = [assembled.read_part(base, metadata, folder) for folder in folders]
         parts.sort(key=lambda part: part.name)
         solved = assembled.make_router(base, background, parts, {"router": router, "tuning": asdict(Tuning())})

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 sys.path.insert(0, str(ROOT))
 
 from forge_common.data import local
-from forge_common.data.tokenizer import load_tokenizer
+from forge_common.data.tokenizer_files import load_tokenizer
 from forge_common.routing import statistics
 from forge_common.routing.routers import ContextRouter
 from forge_common.routing.tuning import Tuning

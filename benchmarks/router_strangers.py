@@ -23,7 +23,9 @@ from recipe_rates import Rates
 from recipe_texts import HOME as DOMAINS
 
 from forge_common import evaluate
-from forge_common.artifacts import artifact, assembled
+from forge_common.artifacts import assembled
+from forge_common.artifacts.statistics_file import read_statistics
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.data.readers.document import reading_of
 from forge_common.data.sources import parse
 from forge_common.data.store import prepare
@@ -45,10 +47,8 @@ class Settings:
 class Models:
     def __init__(self, settings: Settings):
         data = settings.folder.parent
-        self.trunk, self.tokenizer, metadata = artifact.read_trunk(str(settings.folder / "trunk" / "trunk"))
-        self.background = artifact.read_statistics(
-            settings.folder / "trunk" / "trunk", metadata, self.trunk.eval().config
-        )
+        self.trunk, self.tokenizer, metadata = read_trunk(str(settings.folder / "trunk" / "trunk"))
+        self.background = read_statistics(settings.folder / "trunk" / "trunk", metadata, self.trunk.eval().config)
         self.settings = evaluate.Settings("", (), cache_dir=data / "cache", max_tokens=settings.max_tokens, spliced=64)
         rates = Rates(data / "rates.json", (), 0)
         self.parts = {

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .command_line import read_settings, run_main
 from .errors import UserError
 from .files.hub import local_folder
 from .files.places import ASSEMBLED_FILES, check_mixture, check_outside, unused_weight
 from .files.untrusted import without_links
 from .routing.tuning import ROUTERS
-from .settings import ReadingSettings, read_settings, run_main
+from .settings import ReadingSettings
 
 FILES = (*ASSEMBLED_FILES, "trunk", "modules")  # of an assembled model
 
@@ -141,7 +142,7 @@ def _check(settings: Settings) -> None:
 
 def _folders_by_name(folders: Iterable[Path]) -> dict[str, Path]:
     """The folders of modules by the modules' names. UserError where two have the same name."""
-    from .artifacts.artifact import read_module_metadata
+    from .artifacts.module_folder import read_module_metadata
 
     modules: dict[str, Path] = {}
     for folder in (local_folder(place, "module") for place in folders):

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .command_line import read_settings, run_main
 from .errors import UserError
 from .files.places import check_artifacts
-from .settings import read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .model.protocol import LanguageModel
@@ -39,8 +39,8 @@ def main(settings: Settings) -> int:
     check_artifacts([("--model", settings.model), ("--module", settings.module)])
     import torch
 
-    from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembly
+    from .artifacts.module_folder import read_model
     from .generation.sampling import Sampling
     from .generation.server import LOCAL, Server
     from .generation.session import Session

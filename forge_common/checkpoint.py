@@ -3,9 +3,11 @@
 OUTPUT/checkpoints/step-00000100/  model.safetensors (the trained tensors only), optimizer.bin, scaler.pt (fp16),
                                    random_states_*.pkl, progress.json, manifest.json (size and SHA-256 of every file)
 The format is the same under every engine and for any number of processes: what an engine divides is gathered first
-(run/engines.py). A folder gets its name only when it is complete and synced. No other files are opened, and those that
-torch pickles only after the manifest was verified, and with weights_only=True, so that a manipulated pickle is refused.
-Checkpoints are private to the run; artifacts are what is published.
+(run/engines.py). A folder gets its name only when it is complete and synced.
+
+A folder with any other file is refused. The pickles among the files are opened only after the manifest was verified,
+and with weights_only=True, so that a manipulated one is refused. Checkpoints are private to the run; artifacts are what
+is published.
 """
 
 import dataclasses
@@ -44,10 +46,11 @@ def full_tensors(accelerator: Any, model: torch.nn.Module) -> Tensors:
 
 
 def _load_weights(accelerator: Any, models: list, folder: str) -> None:
-    """A hook of load_state, which loads what is left in `models` by itself: it would look for all of the parameters,
-    and a checkpoint holds only those that require a gradient.
+    """A hook of load_state: loads the trained tensors, and empties `models`.
 
-    The names are those of the unwrapped model, so a checkpoint of one process loads into many and back.
+    load_state itself would look for all parameters of each model that is left in `models`, and a checkpoint holds only
+    those that require a gradient. The names are those of the unwrapped model, so a checkpoint of one process loads into
+    many and back.
     """
     while models:
         parameters = trained_tensors(unwrap(accelerator, models.pop()))
@@ -85,9 +88,9 @@ def newest(accelerator: Any, folder: Path) -> Path | None:
 def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
     """Loads the newest checkpoint that verifies, if there is one, and returns its progress.
 
-    fresh: the progress of this run before its first update, returned where there is nothing to resume. UserError, with
-    the differences, where the checkpoint has other settings or data; nothing in memory has changed then. A dry run
-    loads nothing. A collective.
+    fresh: the progress of a new run, before its first update; it is returned where there is nothing to resume. A dry
+    run loads nothing. UserError, with the differences, where the checkpoint has other settings or data; nothing in
+    memory has changed then. A collective.
     """
     folder = checkpoints_of(settings)
     path = None if settings.resume == "never" or settings.dry_run else newest(accelerator, folder)
@@ -98,8 +101,8 @@ def resume(accelerator: Any, settings: Any, fresh: Progress) -> Progress:
     check_same(before, fresh, settings, path)
     if settings.steps < before.global_step:
         raise UserError(
-            f"{path} has {before.global_step} updates, more than the {settings.steps} of this run. Raise --steps (or --epochs), "
-            "or start another run with another --output-dir."
+            f"{path} has {before.global_step} updates, more than the {settings.steps} of this run. Raise --steps (or "
+            "--epochs), or start another run with another --output-dir."
         )
     constants = [{name: group[name] for name in CONSTANTS & group.keys()} for group in _groups(accelerator)]
     load(accelerator, path)
@@ -126,7 +129,8 @@ def _check_resume_flag(settings: Any, folder: Path, path: Path | None) -> None:
             )
     if settings.resume == "never" and not settings.dry_run and complete(folder):
         raise UserError(
-            f"--resume never, but {folder} holds checkpoints of an earlier run. Name another --output-dir, or delete it."
+            f"--resume never, but {folder} holds checkpoints of an earlier run. Name another --output-dir, or delete "
+            "it."
         )
 
 
@@ -138,8 +142,9 @@ def load(accelerator: Any, path: Path) -> None:
     foreign = sorted(file.name for file in path.iterdir() if not FILES.fullmatch(file.name))
     if foreign:  # accelerate and DeepSpeed would open them with weights_only=False
         raise UserError(
-            f"{path / foreign[0]} is not part of a checkpoint of this version, and is not opened. If an earlier version wrote it under "
-            "FSDP or DeepSpeed, finish the run with that version; otherwise do not use this checkpoint."
+            f"{path / foreign[0]} is not part of a checkpoint of this version, and is not opened. If an earlier "
+            "version wrote it under FSDP or DeepSpeed, finish the run with that version; otherwise do not use this "
+            "checkpoint."
         )
     for file in sorted([*path.glob("*.bin"), *path.glob("*.pt")]):
         _tensors_only(file, map_location="meta")
@@ -171,7 +176,7 @@ def _tensors_only(file: Path, map_location: str) -> Any:
 def load_best(accelerator: Any, settings: Any, progress: Progress, print_line: Callable[[str], None]) -> bool:
     """Loads the best weights by validation, unless they are the present ones or are damaged. A collective.
 
-    Nothing is trained after it: the optimizer's state is freed, so that publishing needs no more memory than training did.
+    Nothing is trained after it: the optimizer's state is freed, so that publishing needs no more memory than training.
     """
     if progress.best_step in (0, progress.global_step):
         _free_optimizer_state(accelerator)

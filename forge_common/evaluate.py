@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from .command_line import read_settings, run_main
 from .errors import UserError
 from .evaluation.table import removals, table
 from .files.atomic import write_json, write_text
 from .files.places import check_artifacts, check_output, missing_source
 from .files.untrusted import naming
-from .settings import ReadingSettings, read_settings, run_main
+from .settings import ReadingSettings
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .data.tokenizer import Tokenizer
@@ -214,9 +215,9 @@ def seconds_per_token(model: "LanguageModel", columns: "dict[str, Column]", sett
 
 def models(settings: Settings) -> "Iterator[tuple[str, Trunk | Mixture, Tokenizer]]":
     """(name of the row, model, tokenizer) of the models that are compared, one after the other."""
-    from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembled
     from .artifacts.metadata import leave_out
+    from .artifacts.module_folder import read_model
 
     if not is_assembled(settings.model):
         if settings.without or settings.top_k is not None:
@@ -259,7 +260,7 @@ def metadata_of_parts(settings: Settings) -> dict[str, dict[str, Any]]:
 
 def metadata_of_modules(folders: Sequence[Path]) -> dict[str, dict[str, Any]]:
     """The modules' metadata by name, or by folder where two have the same name (as modules of two runs may)."""
-    from .artifacts.artifact import read_module_metadata
+    from .artifacts.module_folder import read_module_metadata
 
     metadata = [read_module_metadata(folder) for folder in folders]
     names = [module["name"] for module in metadata]

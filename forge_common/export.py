@@ -17,10 +17,11 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from .command_line import read_settings, run_main
 from .errors import UserError
 from .files.places import check_artifacts, check_outside, hub_id, published
 from .files.untrusted import PLAIN, is_plain
-from .settings import ReadingSettings, read_settings, run_main
+from .settings import ReadingSettings
 
 
 @dataclass(frozen=True)
@@ -139,8 +140,8 @@ def _publish(settings: Settings, title: str, metadata: dict[str, Any], write: Ca
 
 
 def _export_assembled(settings: Settings) -> None:
-    from .artifacts.artifact import read_module_metadata
     from .artifacts.assembled import read_assembled
+    from .artifacts.module_folder import read_module_metadata
     from .exporting import assembled_model
     from .files.hub import local_folder, origins
 
@@ -173,9 +174,11 @@ def _export_checkpoint(settings: Settings) -> None:
     """A trunk, or a trunk with one module, as an ordinary checkpoint or as GGUF."""
     import torch
 
-    from .artifacts.artifact import read_model, read_statistics, write_trunk
     from .artifacts.metadata import merged_metadata
+    from .artifacts.module_folder import read_model
+    from .artifacts.statistics_file import read_statistics
     from .artifacts.trial import check_trial
+    from .artifacts.trunk_folder import write_trunk
     from .exporting import gguf_file, proof
     from .files.hub import local_folder, origins
     from .model.modules import fold
@@ -209,7 +212,7 @@ def _export_checkpoint(settings: Settings) -> None:
 
 
 def _export_adapter(settings: Settings) -> None:
-    from .artifacts.artifact import read_model, read_module
+    from .artifacts.module_folder import read_model, read_module
     from .exporting import peft_adapter
     from .files.hub import local_folder, origins
 
@@ -231,8 +234,9 @@ def _make_module(settings: Settings) -> None:
     """A module of a PEFT adapter. Its loss is not known, and its tokens are counted only with --data."""
     import torch
 
-    from .artifacts.artifact import read_trunk, write_module
+    from .artifacts.module_folder import write_module
     from .artifacts.texts import count_statistics
+    from .artifacts.trunk_folder import read_trunk
     from .exporting import peft_adapter, proof
     from .files.hub import local_folder, origins
     from .routing.statistics import BIGRAM_BUCKETS

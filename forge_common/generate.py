@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .command_line import read_settings, run_main
 from .errors import UserError
 from .files.places import check_artifacts
 from .generation import sampling
-from .settings import read_settings, run_main
 
 if TYPE_CHECKING:  # torch is imported after the settings are checked
     from .data.tokenizer import Tokenizer
@@ -53,8 +53,8 @@ def main(settings: Settings) -> int:
     # Heavy imports come after the settings were checked, so that a wrong flag is reported at once.
     import torch
 
-    from .artifacts.artifact import read_model
     from .artifacts.assembled import is_assembled, read_assembled
+    from .artifacts.module_folder import read_model
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if is_assembled(settings.model):

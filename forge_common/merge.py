@@ -6,9 +6,9 @@ python -m forge_common.merge --trunk DIR --module DIR --output-dir DIR
 from dataclasses import dataclass
 from pathlib import Path
 
+from .command_line import read_settings, run_main
 from .errors import UserError
 from .files.places import check_artifacts, check_outside, published
-from .settings import read_settings, run_main
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,10 @@ def main(settings: Settings) -> int:
         raise UserError(f"--output-dir {settings.output_dir} exists. Name a new folder.")
     parts = (published(Path(settings.trunk), "trunk"), published(settings.module, "module"))
     check_outside(settings.output_dir, parts)
-    from .artifacts.artifact import read_model, write_trunk
     from .artifacts.metadata import merged_metadata
+    from .artifacts.module_folder import read_model
     from .artifacts.trial import check_trial
+    from .artifacts.trunk_folder import write_trunk
     from .files.hub import local_folder, origins
     from .model.modules import fold
 

@@ -13,11 +13,12 @@ import types
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from .command_line import flag_of
+from .command_line import read_settings, run_main
 from .errors import UserError
+from .flags import flag_of
 from .model.config import PRESETS, ModelConfig
 from .model.module_settings import ModuleSettings, module_problems
-from .settings import UpdateSettings, read_settings, run_main
+from .settings import UpdateSettings
 
 if TYPE_CHECKING:
     from .model.trunk import Trunk

@@ -9,8 +9,8 @@ docs/guides/SHARING.md.
 from dataclasses import dataclass
 from pathlib import Path
 
+from .command_line import read_settings, run_main
 from .errors import UserError
-from .settings import read_settings, run_main
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import tyro
 
+from .command_line import read_settings, run_main
 from .errors import UserError
 from .files.atomic import read_json, write_text
 from .files.places import check_output
-from .settings import read_settings, run_main
 
 
 @dataclass(frozen=True)

@@ -12,17 +12,22 @@ WARMUP_STEPS = 100
 
 
 def default_warmup(steps: int) -> int:
-    """The updates of warm-up where none are given, of a run of `steps` updates."""
+    """The warm-up updates of a run of `steps` updates whose settings give none."""
     return min(WARMUP_STEPS, steps // 10)
 
 
 def _warmup(step: float, warmup_steps: int) -> float:
-    return min(step / warmup_steps, 1.0) if warmup_steps else 1.0
+    """Position of `step` in the warm-up, from 0 to 1; 1 without a warm-up."""
+    if warmup_steps == 0:
+        return 1.0
+    return min(step / warmup_steps, 1.0)
 
 
 def _progress(step: float, start: float, end: float) -> float:
     """Position of `step` between `start` (0) and `end` (1), clamped to [0, 1]."""
-    return min(max((step - start) / (end - start), 0.0), 1.0) if end > start else float(step >= end)
+    if end <= start:
+        return float(step >= end)
+    return min(max((step - start) / (end - start), 0.0), 1.0)
 
 
 def cosine(step: float, *, warmup_steps: int, total_steps: float, floor: float = 0.0) -> float:
@@ -74,6 +79,6 @@ def factor(name: str, update: int, steps: int, *, warmup_steps: int, floor: floa
     """The factor of the peak rate at `update`, counted from 1, of `steps` updates.
 
     No update has the rate 0: the first has 1 / warmup_steps, and the curve ends at steps + 1, after the last one.
-    shape: what only this curve has.
+    shape: the arguments that only this curve has.
     """
     return SCHEDULES[name](update, warmup_steps=warmup_steps, total_steps=steps + 1, floor=floor, **shape)

@@ -1,4 +1,4 @@
-"""Settings: read from the command line, checked, written as JSON.
+"""The settings that both scripts share, what follows from them and from the launcher, and settings as JSON.
 
 Imports nothing heavy: a wrong flag is reported before torch is loaded.
 """
@@ -6,16 +6,8 @@ Imports nothing heavy: a wrong flag is reported before torch is loaded.
 import dataclasses
 import os
 import re
-import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar
-
-from .command_line import BadConfig, completion, expanded, given_settings, grouped_help, program_name, unknown_flags
-from .errors import UserError
-from .files.places import published
-
-Settings = TypeVar("Settings")
+from typing import Any, Literal
 
 # The settings of train_shared.py that only shape a new model: a trunk of --trunk-from has its own.
 MODEL_SETTINGS = ("tokenizer", "preset", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -118,8 +110,7 @@ class RunSettings(ReadingSettings):
     max_bad_updates: int = 10
     """Updates in a row with NaN or Inf after which the run ends."""
     hang_timeout: float = 60.0
-    """Seconds without progress after which the run ends, more where updates are slow or the CPU is busy; 0: no limit.
-    """
+    """Seconds without progress after which the run ends, more where updates are slow or the CPU is busy; 0: no limit."""
     dry_run: bool = False
     """Print the plan, time a few updates, and write nothing."""
 
@@ -164,113 +155,6 @@ class UpdateSettings:
     """Share of the updates, at the end, in which the schedule wsd lowers the rate."""
 
 
-def read_settings(
-    kind: type[Settings], description: str | None, check: Callable[[Any], list[str]] = lambda settings: []
-) -> Settings:
-    """The command line as `kind`, a frozen dataclass. Flags override the settings of --config FILE, which override
-    defaults.
-
-    Ends the process (code 2) with every problem that `check` returns.
-    """
-    import tyro
-
-    if "--print-completion" in sys.argv[1:]:
-        print(completion(Path(sys.argv[0]), kind), end="")
-        raise SystemExit(0)
-    try:
-        words, file, notes = expanded([word for word in sys.argv[1:] if word != "--print-config"], kind)
-    except BadConfig as error:
-        _end([str(error)])
-    unknown = unknown_flags(words, kind)
-    if unknown:
-        _end(unknown)
-    with grouped_help(words, kind):
-        program = program_name(Path(sys.argv[0]))
-        settings = tyro.cli(
-            kind,
-            prog=program if program.endswith(".py") else f"python -m {program}",
-            args=words,
-            description=description,
-            config=(tyro.conf.AvoidSubcommands,),
-        )
-    try:
-        faults = check(settings)
-    except PermissionError as error:
-        faults = [f"{error.filename}: permission denied; check who may read it, or name another path"]
-    if faults:
-        _end(faults)
-    if "--print-config" in sys.argv[1:]:
-        import yaml
-
-        print(yaml.safe_dump(to_json(settings), sort_keys=False, allow_unicode=True), end="")
-        raise SystemExit(0)
-    if is_first_process() and file:
-        given = sorted(given_settings([word for word in sys.argv[1:] if not word.startswith("--config")]))
-        flags = f", but the flags --{', --'.join(given).replace('_', '-')}" if given else ""
-        noted = "".join(f"; {note}" for note in notes)
-        print(f"settings    of {file}{flags}{noted}; the rest are defaults", file=sys.stderr, flush=True)
-    if is_first_process() and issubclass(kind, RunSettings):
-        print(
-            "loading     PyTorch and Accelerate, which takes some seconds; then the data, the plan, training",
-            flush=True,
-        )
-    return settings
-
-
-def _end(faults: list[str]) -> NoReturn:
-    lines = "\n".join(f"  - {fault}" for fault in faults)
-    print(f"{Path(sys.argv[0]).name}: these settings are not valid:\n{lines}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
-    """Ends the process with main's code; a UserError, or what may not be read, is printed without a traceback (code 1)."""
-    if _trains_lora(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
-        os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
-    try:
-        exit_code = main(settings)
-        _leave_process_group()
-    except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-        exit_code = 1
-    except PermissionError as error:
-        print(
-            f"{Path(sys.argv[0]).name}: error: {error.filename or error}: permission denied. Check who may read and write it, or name "
-            "another path.",
-            file=sys.stderr,
-            flush=True,
-        )
-        exit_code = 1
-    except KeyboardInterrupt:  # Python still ends by the signal, so that a script around it ends too
-        sys.excepthook = lambda *_: print(f"{Path(sys.argv[0]).name}: ended by Ctrl-C", file=sys.stderr, flush=True)
-        raise
-    raise SystemExit(exit_code)
-
-
-def _trains_lora(settings: Any) -> bool:
-    """Whether a module of kind lora is trained.
-
-    --kind auto is lora on a trunk that train_shared.py did not make, so without forge.json, and not on a mixture of
-    experts. Neither a mixture of experts nor a trunk on the hub is recognized before the trunk is read: a wrong answer
-    changes only how much memory is needed.
-    """
-    kind = str(vars(settings).get("kind"))
-    if kind == "auto":
-        return not (published(Path(settings.trunk), "trunk") / "forge.json").exists()
-    return "lora" in kind
-
-
-def _leave_process_group() -> None:
-    """Destroys the process group, after main's model is freed.
-
-    Otherwise DDP's reducer may be the last owner of gloo's group. It destroys the group while it holds the GIL, for
-    which gloo's thread may wait to free the tensors of the last collective: the process would never end.
-    """
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
-
-
 def seconds_of(time: str) -> float:
     """30m -> 1800.0: a number with s, m, h or d. 0 for anything else."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", time)
@@ -304,12 +188,14 @@ def defaults(settings: Any) -> dict[str, Any]:
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(part) for part in value]
-        return str(value) if isinstance(value, Path) else value
+    return {name: json_value(value) for name, value in values.items()}
 
-    return {name: plain(value) for name, value in values.items()}
+
+def json_value(value: Any) -> Any:
+    """The value of a setting as JSON's types: a tuple as a list, a path as text."""
+    if isinstance(value, tuple):
+        return [json_value(part) for part in value]
+    return str(value) if isinstance(value, Path) else value
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

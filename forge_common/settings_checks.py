@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .command_line import expanded, flag_of, given_settings
+from .config_file import expanded
 from .files.hub import upload_problem
 from .files.places import missing_artifact, missing_file, missing_source, published, split_weight, unused_weight
 from .files.untrusted import LINE, PLAIN
+from .flags import flag_of, given_settings
 from .model.config import AUTO, KINDS, PRESETS
 from .model.module_settings import ModuleSettings, module_problems
 from .schedule import SCHEDULES

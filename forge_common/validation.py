@@ -15,12 +15,16 @@ from .run.engines import unwrap
 
 
 class Validation(NamedTuple):
-    """loss: nats per token. tokens: scored labels. bits_per_byte: of their text (NaN: unknown). losses: of each source."""
+    """The result of a validation."""
 
     loss: float
+    """Nats per token, over all sources."""
     tokens: int
+    """Scored labels."""
     bits_per_byte: float
+    """Of the text of these labels; NaN where its bytes are not known."""
     losses: dict[str, float]
+    """Nats per token of each source."""
 
     @property
     def perplexity(self) -> float:
@@ -34,9 +38,10 @@ def validate(
     """The mean loss over all windows [T + 1] of `stores` (data.held_out), without gradients. A collective.
 
     Rank r scores the windows r, r + P, r + 2P, ... of each store; no window is repeated. The sums of nats and tokens
-    are reduced once, at the end. Padding, which adds 0, fills the last batches up: under FSDP every forward pass is a
-    collective, so all ranks run the same number, and torch.compile would compile another shape again. None where
-    `stop`, the run's StopRequest, interrupts it.
+    are reduced once, at the end. None where `stop`, the run's StopRequest, interrupts it.
+
+    The last batches are filled up with windows of padding, which add 0: under FSDP every forward pass is a collective,
+    so all ranks must run the same number, and torch.compile would compile another shape again.
     """
     training = model.training
     model.eval()
@@ -52,8 +57,9 @@ def validate(
             return None
         store = stores[i]
         batch = range(start + rank, min(start + processes * batch_size, len(store)), processes)
-        padding = np.full(store.windows.sequence_length + 1, config.ignore_index)
-        windows = np.stack([*(store[index] for index in batch), *[padding] * (batch_size - len(batch))])
+        windows = np.full((batch_size, store.windows.sequence_length + 1), config.ignore_index)
+        for row, index in enumerate(batch):
+            windows[row] = store[index]
         sums = model(torch.from_numpy(windows).to(accelerator.device))
         totals[i] += torch.stack((sums.nats, sums.tokens)).to(dtype)
         if stop:
@@ -63,11 +69,13 @@ def validate(
     nats = math.fsum(part[0] for part in totals)
     tokens = sum(part[1] for part in totals)
     sizes = [store.bytes for store in stores]
-    known = None not in sizes and sum(sizes) > 0
+    bits_per_byte = math.nan
+    if None not in sizes and sum(sizes) > 0:
+        bits_per_byte = nats / math.log(2) / sum(sizes)
     return Validation(
         loss=nats / max(tokens, 1),
         tokens=int(tokens),
-        bits_per_byte=nats / math.log(2) / sum(sizes) if known else math.nan,
+        bits_per_byte=bits_per_byte,
         losses={store.source: n / max(t, 1) for store, (n, t) in zip(stores, totals, strict=True)},
     )
 
@@ -83,8 +91,8 @@ def domain_losses(
     for domain, result in results.items():
         if result is not None and result.tokens and not math.isfinite(result.loss):
             raise UserError(
-                f"the loss on the held-out text ({domain}) is {result.loss}, not a finite number: some weights are too large. "
-                "Use another trunk, or a lower --lr."
+                f"the loss on the held-out text ({domain}) is {result.loss}, not a finite number: some weights are too "
+                "large. Use another trunk, or a lower --lr."
             )
     return {
         domain: {"tokens": result.tokens, "loss": result.loss if result.tokens else None}

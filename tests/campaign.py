@@ -249,7 +249,7 @@ def final(folder: Path, steps: int) -> str:
         path for path in (folder / "trunk" / "forge.json", folder / "module" / "module.json") if path.exists()
     )
     metadata = json.loads(published.read_text())
-    from forge_common.artifacts.artifact import digest
+    from forge_common.files.tensors import digest
 
     parts = [digest(launch.load_file(step / "model.safetensors")), digest(tensors), metadata["digest"]]
     return " ".join([*parts, metadata["statistics_digest"]])

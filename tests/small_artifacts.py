@@ -11,7 +11,11 @@ import pytest
 import torch
 
 from forge_common import assemble
-from forge_common.artifacts import artifact, assembled
+from forge_common.artifacts import assembled
+from forge_common.artifacts.metadata import module_arguments
+from forge_common.artifacts.module_folder import read_model, write_module
+from forge_common.artifacts.statistics_file import read_statistics
+from forge_common.artifacts.trunk_folder import read_trunk, write_trunk
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 from forge_common.model.config import ModelConfig
@@ -56,19 +60,17 @@ def build(folder: Path, router: str = "context") -> Path:
     """folder/trunk, folder/one, folder/two, folder/assembled."""
     torch.manual_seed(0)
     trunk, tokenizer = Trunk(CONFIG), byte_tokenizer()
-    artifact.write_trunk(
+    write_trunk(
         folder / "trunk", trunk.state_dict(), CONFIG, tokenizer, {"val_fraction": 0.1}, counts(0, moments=False)
     )
-    _, _, trunk_metadata = artifact.read_trunk(str(folder / "trunk"))
+    _, _, trunk_metadata = read_trunk(str(folder / "trunk"))
     digests = {"trunk_digest": trunk_metadata["digest"], "tokenizer_digest": trunk_metadata["tokenizer_digest"]}
     for number, (name, sizes) in enumerate(MODULES.items()):
         plain = Trunk(CONFIG)
         names = plug_in(plain, sizes["kind"], [1], width=sizes["width"], rank=sizes["rank"])
         tensors = {key: torch.randn_like(plain.state_dict()[key]) * 0.1 for key in names}
         metadata = {"name": name, "layers": [1], "val_fraction": 0.1, "licence": "mit", "steps": 3, "tokens_seen": 9}
-        artifact.write_module(
-            folder / name, tensors, metadata | sizes | digests, counts(1 + number), CONFIG, DTYPES[name]
-        )
+        write_module(folder / name, tensors, metadata | sizes | digests, counts(1 + number), CONFIG, DTYPES[name])
     modules = tuple(folder / name for name in MODULES)
     assemble.main(assemble.Settings(str(folder / "trunk"), modules, folder / "assembled", router=router))
     return folder
@@ -82,12 +84,12 @@ def load(folder: Path) -> Any:
         described = {key: metadata[key] for key in ("modules", "router", "top_k", "tuning")}
         return [model.state_dict(), dataclasses.asdict(model.config), tokenizer.digest, router, described], model
     if (folder / "module.json").exists() or (folder / "module.safetensors").exists():
-        model, _, _, metadata = artifact.read_model(str(folder.parent / "trunk"), folder)
+        model, _, _, metadata = read_model(str(folder.parent / "trunk"), folder)
         assert metadata is not None
-        counts_read = artifact.read_statistics(folder, metadata, model.config)
-        return [model.state_dict(), counts_read, artifact.module_arguments(metadata), metadata["name"]], model
-    trunk, tokenizer, metadata = artifact.read_trunk(str(folder))
-    counts_read = artifact.read_statistics(folder, metadata, trunk.config)
+        counts_read = read_statistics(folder, metadata, model.config)
+        return [model.state_dict(), counts_read, module_arguments(metadata), metadata["name"]], model
+    trunk, tokenizer, metadata = read_trunk(str(folder))
+    counts_read = read_statistics(folder, metadata, trunk.config)
     return [trunk.state_dict(), counts_read, dataclasses.asdict(trunk.config), tokenizer.digest], trunk
 
 

@@ -14,15 +14,24 @@ import torch
 from ..data.tokenizer import Tokenizer
 from ..errors import UserError
 from ..files.hub import local_folder
-from ..files.tensors import drop_pages
+from ..files.tensors import Tensors, drop_pages
 from ..files.untrusted import naming, without_links
 from ..model.modules import RoutedExpert
 from ..model.trunk import Trunk
 from ..routing.mixture import Mixture, with_module
 from ..routing.routers import ContextRouter, LearnedRouter, RidgeRouter, UniformRouter
 from ..routing.tuning import ROUTERS, Tuning
-from .artifact import Tensors, module_arguments, read_metadata, read_module, read_statistics, read_trunk
-from .metadata import FORMAT_VERSION, changes_attention, leave_out, smallest_held_out_share
+from .metadata import (
+    FORMAT_VERSION,
+    changes_attention,
+    leave_out,
+    module_arguments,
+    read_metadata,
+    smallest_held_out_share,
+)
+from .module_folder import read_module
+from .statistics_file import read_statistics
+from .trunk_folder import read_trunk
 
 
 class Part(NamedTuple):
@@ -100,8 +109,8 @@ def check_top_k(top_k: int | None, modules: int) -> None:
         raise UserError(f"--top-k {top_k} is negative. Give the number of candidates that serve a token, or 0 for all.")
     if top_k is not None and top_k > modules + 1:
         raise UserError(
-            f"--top-k {top_k} exceeds the {modules + 1} candidates (the trunk and {modules} modules). Give {modules + 1} or fewer, "
-            "or 0 for all."
+            f"--top-k {top_k} exceeds the {modules + 1} candidates (the trunk and {modules} modules). Give "
+            f"{modules + 1} or fewer, or 0 for all."
         )
 
 
@@ -115,8 +124,8 @@ def check_digests(folder: Path, metadata: dict[str, Any], digests: dict[str, str
     for name, digest in digests.items():
         if expected.get(name) != digest:
             raise UserError(
-                f"{folder}: {name} has the digest {digest}, assembled.json says {expected.get(name)}. It is not what was "
-                "assembled: assemble the modules again."
+                f"{folder}: {name} has the digest {digest}, assembled.json says {expected.get(name)}. It is not what "
+                "was assembled: assemble the modules again."
             )
 
 
@@ -187,8 +196,8 @@ def check_router(router: str, part: Part, place: Any) -> None:
         )
     if router == "ridge" and changes_attention(part.metadata):
         raise UserError(
-            f"{place} changes the attention, and --router ridge finds a layer's gates after its attention. Assemble with --router "
-            "context, or merge the module into its trunk (forge_common.merge)."
+            f"{place} changes the attention, and --router ridge finds a layer's gates after its attention. Assemble "
+            "with --router context, or merge the module into its trunk (forge_common.merge)."
         )
     if router == "ridge" and part.statistics and not {"first", "second"} <= part.statistics.keys():
         raise UserError(

@@ -17,9 +17,10 @@ from ..files.untrusted import naming_source
 from ..model.trunk import Trunk
 from ..routing.statistics import decode
 from . import checks, module_table, texts, trial
-from .artifact import read_statistics, read_trunk
 from .assembled import Part, check_digests, check_router, make_router, new_metadata, read_part
 from .card import model_card
+from .statistics_file import read_statistics
+from .trunk_folder import read_trunk
 
 GENERAL_TEXT = ("local:docs",)
 

@@ -1,4 +1,6 @@
-"""The model card: a README.md with front matter for the Hugging Face hub, how to use the artifact, and its metadata as a table."""
+"""The model card: a README.md with front matter for the Hugging Face hub, how to use the artifact, and its metadata as
+a table.
+"""
 
 import json
 import re
@@ -86,8 +88,8 @@ def _use(metadata: dict[str, Any]) -> str:
         lines = [f"{command}generate --model {HERE} --prompt TEXT"]
     elif "trunk_digest" in metadata:
         text = (
-            f"A module: what was trained for one domain on a frozen trunk, whose digest is `{metadata['trunk_digest']}`. It works "
-            "with that trunk alone, or assembled with other modules of it:"
+            "A module: what was trained for one domain on a frozen trunk, whose digest is "
+            f"`{metadata['trunk_digest']}`. It works with that trunk alone, or assembled with other modules of it:"
         )
         lines = [
             f"{command}generate --model {trunk} --module {HERE} --prompt TEXT",

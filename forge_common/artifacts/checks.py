@@ -24,10 +24,8 @@ LARGE_GROWTH = 10.0  # warned; working modules 0.9 to 1.6, a broken one 82
 LARGE_ON_TRUNK_TEXT = 1.5  # warned; working modules 0.1 to 1.0, a broken one 3.0
 LARGE_ON_OWN_TEXT = 0.65  # refused without --allow-worse; working modules at most 0.6
 THIN_TOKENS = 5_000  # counted; with fewer, the router hardly knows the module's text
-COUNTED_SHARE = (
-    0.5,
-    1.1,
-)  # counted tokens as a share of the stated ones: rare ones are left out, counts are rounded by 3%
+# Counted tokens as a share of the stated ones: rare ones are left out, and counts are rounded by 3%.
+COUNTED_SHARE = (0.5, 1.1)
 LEAST_SPREAD = 0.1  # standard deviation of the counts as a share of their mean; that of a text is far above 1
 COUNTED_PER_SEEN = 20  # counted tokens per token seen in training; more is a contradiction
 # Two modules' counts are copies if their cosine is above the first, and their totals differ by less than the second.
@@ -185,15 +183,15 @@ def check_copies(modules: list[CheckedModule], trunk_counts: torch.Tensor | None
     for i, module in enumerate(modules):
         if copy_warnings([module], trunk_counts)[0]:
             raise UserError(
-                f"module {module.name} has nearly the same statistics as the trunk: it was trained on the same text, or they "
-                "are a copy. Leave it out, or accept it with --allow-copies."
+                f"module {module.name} has nearly the same statistics as the trunk: it was trained on the same text, "
+                "or they are a copy. Leave it out, or accept it with --allow-copies."
             )
         others = [other for other in modules[:i] if not _same("digest", other.metadata, module.metadata)]
         for other in others:
             if copy_warnings([other, module], None)[1]:
                 raise UserError(
-                    f"modules {other.name} and {module.name} have nearly the same statistics: they were trained on the same text, or one's "
-                    "statistics are a copy. Leave one out, or accept both with --allow-copies."
+                    f"modules {other.name} and {module.name} have nearly the same statistics: they were trained on the "
+                    "same text, or one's statistics are a copy. Leave one out, or accept both with --allow-copies."
                 )
 
 

@@ -84,7 +84,8 @@ def _layers(layers: list[int]) -> str:
 def _losses(before: float | None, after: float | None) -> str:
     if after is None:
         return "-"
-    return f"{'-' if before is None else f'{before:.2f}'} -> {after:.2f}"
+    shown_before = "-" if before is None else f"{before:.2f}"
+    return f"{shown_before} -> {after:.2f}"
 
 
 def _short(number: float | None) -> str:

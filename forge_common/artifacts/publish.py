@@ -13,10 +13,12 @@ from ..data.tokenizer import Tokenizer, give_back_memory
 from ..files.hub import local_folder, origins
 from ..files.places import hub_id
 from ..files.tensors import Tensors
+from ..flags import flag_of, switch_of
 from ..model.config import ModelConfig
 from ..routing import statistics
-from .artifact import DTYPES, replaced_tensors, write_module, write_trunk
 from .metadata import training_texts
+from .module_folder import write_module
+from .trunk_folder import DTYPES, replaced_tensors, write_trunk
 
 # Settings that are not in the published command: they change nothing that is published, or may hold private text.
 OPERATING = {
@@ -177,13 +179,12 @@ def command(settings: Any) -> str:
         value = getattr(settings, field.name)
         if field.name in OPERATING or value == field.default:
             continue
-        flag = f"--{field.name.replace('_', '-')}"
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(switch_of(field.name, value))
             continue
         shown = [str(part) for part in (value if isinstance(value, tuple) else (value,))]
         if field.name in PLACES:
             shown = [part if PUBLIC.match(part) or hub_id(part) else Path(part).name or part for part in shown]
-        words += [flag, *shown]
+        words += [flag_of(field.name), *shown]
     line = shlex.join(words)
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)[:4000]

@@ -114,7 +114,9 @@ def _open_tokens(spec: str, settings: Any, tokenizer: Tokenizer, val_fraction: f
 
 
 def _cut_windows(sources: list[tuple[Tokens, float]], tokens: int, config: Any) -> list[np.ndarray]:
-    """Windows of ids, int64 [up to T + 1], of at most `tokens` tokens: each document by itself, evenly spaced over its source."""
+    """Windows of ids, int64 [up to T + 1], of at most `tokens` tokens: each document by itself, evenly spaced over its
+    source.
+    """
     length = min(config.max_position_embeddings, LENGTH)
     windows = [
         document[start : start + length + 1]

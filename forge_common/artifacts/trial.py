@@ -7,7 +7,6 @@ B batch, T time, V vocabulary
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +15,8 @@ import torch
 from ..errors import UserError
 from ..files.tensors import Tensors
 from ..model.modules import RoutedExpert
-from ..model.trunk import Cache, DecoderLayer, Trunk
+from ..model.trunk import Cache, Trunk
+from ..routing.layer_mix import feed_of
 from ..routing.routers import ContextRouter
 from ..routing.tuning import Tuning
 
@@ -54,7 +54,8 @@ class Effect(NamedTuple):
 
 @torch.no_grad()
 def check_trial(model: Trunk, place: Any) -> list[float]:
-    """Refuses weights that are finite but give values that are not, for random ids. Half of the windows begin with an EOS.
+    """Refuses weights that are finite but give values that are not, for random ids. Half of the windows begin with an
+    EOS.
 
     Returns the root mean square of the hidden states after each layer. Experts with a router row are tried with and
     without that row, since an assembled model leaves it out.
@@ -67,7 +68,7 @@ def check_trial(model: Trunk, place: Any) -> list[float]:
     layers = model.model.layers
     sizes = _hidden_sizes(model, tokens, None, place)
     if any(isinstance(layer.addition, RoutedExpert) for layer in layers):
-        alone = _hidden_sizes(model, tokens, [partial(_expert_alone, layer) for layer in layers], place)
+        alone = _hidden_sizes(model, tokens, [feed_of(layer) for layer in layers], place)
         sizes = [max(pair) for pair in zip(sizes, alone, strict=True)]
     return sizes
 
@@ -89,22 +90,23 @@ def check_module(model: Trunk, reference: Reference, place: Any, statistics: Ten
     growth = max(own / max(other, 1e-9) for own, other in zip(sizes, reference.sizes, strict=True))
     if growth > MOST_GROWTH:
         raise UserError(
-            f"{place}: the hidden states are up to {growth:,.0f} times those of the trunk for random tokens, since some weights "
-            "are too large. Do not use this artifact."
+            f"{place}: the hidden states are up to {growth:,.0f} times those of the trunk for random tokens, since "
+            "some weights are too large. Do not use this artifact."
         )
     excess = mean_loss(model, reference.text, f"{place} on text that the trunk generated") - reference.loss
     if excess > MOST_ON_TRUNK_TEXT:
         raise UserError(
-            f"{place}: on text that the trunk generates, its loss is {excess:.1f} nats per token above the trunk's; those of "
-            "working modules are at most 1 above. Its weights are broken: do not use this artifact."
+            f"{place}: on text that the trunk generates, its loss is {excess:.1f} nats per token above the trunk's; "
+            "those of working modules are at most 1 above. Its weights are broken: do not use this artifact."
         )
     own_excess = 0.0
     if statistics is not None:
         own_excess = excess_on_own_text(model, reference.trunk, statistics, place)
     if own_excess > MOST_ON_OWN_TEXT:
         raise UserError(
-            f"{place}: on text that its own counts call likely, its loss is {own_excess:.1f} nats per token above the trunk's; those of "
-            "working modules are at most 0.6 above. Its weights do not fit its statistics: do not use this artifact."
+            f"{place}: on text that its own counts call likely, its loss is {own_excess:.1f} nats per token above the "
+            "trunk's; those of working modules are at most 0.6 above. Its weights do not fit its statistics: do not "
+            "use this artifact."
         )
     return Effect(growth, excess, own_excess)
 
@@ -163,14 +165,10 @@ def _hidden_sizes(model: Trunk, tokens: torch.Tensor, feeds: list[Any] | None, p
     for what, value in values.items():
         if not torch.isfinite(value).all():
             raise UserError(
-                f"{place}: {what} are not finite for random tokens, since some weights are too large. Do not use this artifact."
+                f"{place}: {what} are not finite for random tokens, since some weights are too large. Do not use this "
+                "artifact."
             )
     return [math.sqrt(square) for square in squares]
-
-
-def _expert_alone(layer: DecoderLayer, normed, scored, load):
-    expert = layer.addition
-    return (expert.expert(normed), None) if isinstance(expert, RoutedExpert) else layer.feed(normed, scored, load)
 
 
 def mean_loss(model: Any, windows: Sequence[np.ndarray], what: str) -> float:

@@ -1,4 +1,6 @@
-"""Uploads an artifact to a repository of the Hugging Face hub: the files that it consists of and no others, in one commit."""
+"""Uploads an artifact to a repository of the Hugging Face hub: the files that it consists of and no others, in one
+commit.
+"""
 
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -11,17 +13,16 @@ from ..files.hub import PATTERNS, in_a_line
 from ..files.places import ASSEMBLED_FILES, EXPORT_FILES, MODULE_FILES, TRUNK_FILES, hub_id, published
 from ..files.tensors import read_tensors, trunk_files, verify
 from ..files.untrusted import read_bounded, without_links
-from .artifact import STATISTICS, read_module, read_module_metadata, read_statistics, read_trunk
 from .assembled import read_assembled
 from .card import HERE
+from .module_folder import read_module, read_module_metadata
+from .statistics_file import STATISTICS, read_statistics
+from .trunk_folder import read_trunk
 
 # The file of each kind of artifact that no other kind has; a repository holds one kind.
 MARKERS = ("assembled.json", "module.json", "config.json", "adapter_config.json", "model.gguf")
-EXPORTS = (
-    "model.gguf",
-    "adapter_config.json",
-    "modeling_forge.py",
-)  # an export that has no forge.json has one of these
+# An export that has no forge.json has one of these.
+EXPORTS = ("model.gguf", "adapter_config.json", "modeling_forge.py")
 
 
 def upload(
@@ -66,14 +67,16 @@ def upload(
     except Exception as reason:
         at = f" --revision {revision}" if revision else ""
         raise UserError(
-            f"{folder} was not uploaded to {repository} ({in_a_line(reason)}). The folder is as it was. Upload it again: python -m "
-            f"forge_common.push --folder {folder} --to {repository}{' --private' if private else ''}{at}"
+            f"{folder} was not uploaded to {repository} ({in_a_line(reason)}). The folder is as it was. Upload it "
+            f"again: python -m forge_common.push --folder {folder} --to {repository}{' --private' if private else ''}{at}"
         ) from reason
     print_line(f"uploaded    {len(files)} files to {address}; others name it {repository}@{commit.oid}")
 
 
 def verified_files(folder: Path) -> list[str]:
-    """The files, relative to the folder, of the artifact in it, which is read and verified. UserError where there is none."""
+    """The files, relative to the folder, of the artifact in it, which is read and verified. UserError where there is
+    none.
+    """
     without_links(folder)
     if (folder / "assembled.json").exists():
         _, _, metadata = read_assembled(str(folder))
@@ -97,16 +100,19 @@ def verified_files(folder: Path) -> list[str]:
         names = [*EXPORT_FILES, *TRUNK_FILES]
     else:
         raise UserError(
-            f"{folder} is not what train_shared.py, train_module.py, assemble, merge or export publish. Name such a folder."
+            f"{folder} is not what train_shared.py, train_module.py, assemble, merge or export publish. Name such a "
+            "folder."
         )
     return [name for name in dict.fromkeys(names) if (folder / name).is_file()]
 
 
 def _check_base(adapter: dict[str, Any], folder: Path) -> None:
-    """Refuses an adapter that names a folder of this machine as its model: nobody else has it, and its path may be private."""
+    """Refuses an adapter that names a folder of this machine as its model: nobody else has it, and its path may be
+    private.
+    """
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not hub_id(base):
         raise UserError(
-            f"{folder}/adapter_config.json names {base!r} as the trunk, which is not on the hub. Upload the trunk, and export the "
-            "adapter again with --model org/name."
+            f"{folder}/adapter_config.json names {base!r} as the trunk, which is not on the hub. Upload the trunk, and "
+            "export the adapter again with --model org/name."
         )

@@ -21,7 +21,8 @@ from .order import Mixture
 from .readers.document import reading_of
 from .sources import facts, parse, read
 from .store import Corpus, prepare
-from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, give_back_memory, load_tokenizer, resolve
+from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, give_back_memory
+from .tokenizer_files import load_tokenizer, resolve
 from .windows import Tokens, Windows
 from .writer import in_validation
 

@@ -130,8 +130,8 @@ def _as_not_written(folder: Path, temp_dir: Path) -> Iterator[None]:
     except UserError as reason:
         first_sentence = str(reason).replace(str(temp_dir), folder.name).split(". ")[0]
         raise UserError(
-            f"{folder} was not written, since what was read back is wrong ({first_sentence}). Check the disk, and run the "
-            "same command again."
+            f"{folder} was not written, since what was read back is wrong ({first_sentence}). Check the disk, and run "
+            "the same command again."
         ) from reason
 
 
@@ -197,7 +197,7 @@ def amount(size: int) -> str:
 
 
 def copy_files(source: Path, target: Path, names: tuple[str, ...], *, link: bool) -> None:
-    """Copies those of the files that exist, or makes hard links; refuses links, and files for which there is no room."""
+    """Copies the files that exist, or makes hard links. Refuses symbolic links, and files without room for them."""
     without_links(source)
     files = [source / name for name in names if (source / name).is_file()]
     target.mkdir(parents=True)

@@ -1,7 +1,7 @@
 """The Hugging Face hub: fetches the artifacts that a command line names as ORG/NAME or ORG/NAME@REVISION, and checks
 who may upload.
 
-Only the files that an artifact has are fetched: no pickles and no code. They are untrusted, and verified when they are read.
+Only the files that an artifact has are fetched: no pickles and no code. They are verified when they are read.
 """
 
 import os
@@ -48,23 +48,23 @@ def _fetched(repository: str, revision: str | None, files: tuple[str, ...]) -> P
         folder = Path(snapshot_download(repository, revision=revision, allow_patterns=list(files)))
     except errors.RevisionNotFoundError:
         raise UserError(
-            f"{place} is no folder here, and {repository} on the hub has no revision {revision or 'main'}. Name a branch, a tag or "
-            "a commit of it."
+            f"{place} is no folder here, and {repository} on the hub has no revision {revision or 'main'}. Name a "
+            "branch, a tag or a commit of it."
         ) from None
     except errors.GatedRepoError:
         raise UserError(
-            f"{place} is no folder here, and {repository} on the hub is gated. Ask for access on its page, then log in with `hf "
-            "auth login`."
+            f"{place} is no folder here, and {repository} on the hub is gated. Ask for access on its page, then log in "
+            "with `hf auth login`."
         ) from None
     except errors.RepositoryNotFoundError:
         raise UserError(
-            f"{place} is no folder here, and the hub has no repository {repository}, or it is private. Check the path or the hub "
-            "id, or log in with `hf auth login`."
+            f"{place} is no folder here, and the hub has no repository {repository}, or it is private. Check the path "
+            "or the hub id, or log in with `hf auth login`."
         ) from None
     except Exception as reason:  # noqa: BLE001 (the client and the network raise dozens of types without a common base)
         raise UserError(
-            f"{place} is no folder here, and cannot be fetched from the hub ({in_a_line(reason)}). Check the path or the hub id, "
-            "the network and HF_HUB_OFFLINE."
+            f"{place} is no folder here, and cannot be fetched from the hub ({in_a_line(reason)}). Check the path or "
+            "the hub id, the network and HF_HUB_OFFLINE."
         ) from None
     if not folder.is_dir():
         raise UserError(f"{place} on the hub has no file of a trunk, a module or an assembled model. Name another one.")
@@ -88,7 +88,9 @@ def origins(folders: dict[str, Path]) -> dict[str, str]:
 
 
 def upload_problem(repository: str) -> str | None:
-    """Why this machine cannot upload to a repository that exists, or that would be created; None where it can. Changes nothing."""
+    """Why this machine cannot upload to a repository that exists, or that would be created; None where it can. Changes
+    nothing.
+    """
     from huggingface_hub import HfApi, errors, get_token
 
     identity = hub_id(repository)
@@ -100,7 +102,8 @@ def upload_problem(repository: str) -> str | None:
     try:
         account = api.whoami()
     except Exception as reason:  # noqa: BLE001 (as above)
-        return f"{repository}: the hub does not say whose token this is ({in_a_line(reason)}); check HF_TOKEN and the network"
+        problem = f"the hub does not say whose token this is ({in_a_line(reason)})"
+        return f"{repository}: {problem}; check HF_TOKEN and the network"
     try:
         api.auth_check(repository, write=True)
         return None
@@ -110,8 +113,8 @@ def upload_problem(repository: str) -> str | None:
         token = account.get("auth", {}).get("accessToken", {}).get("role")
         if role in (None, "read") or token == "read":
             return (
-                f"{repository} does not exist, and the token of {account['name']} cannot create it; name a repository of "
-                f"{', '.join(roles)}, with a token that may write"
+                f"{repository} does not exist, and the token of {account['name']} cannot create it; name a repository "
+                f"of {', '.join(roles)}, with a token that may write"
             )
         return None
     except Exception as reason:  # noqa: BLE001 (as above)

@@ -29,14 +29,16 @@ WEIGHT = re.compile(r"(.+)@([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)", re.DOTA
 
 
 def split_weight(source: str) -> tuple[str, str | None]:
-    """'SPEC@0.7' as spec and weight: '@' counts only before a number at the end, and not if a path of the whole name exists."""
+    """'SPEC@0.7' as spec and weight: '@' counts only before a number at the end, and not if a path of the whole name
+    exists.
+    """
     match = WEIGHT.fullmatch(source)
     return (source, None) if match is None or os.path.lexists(source) else (match[1], match[2])
 
 
 def missing_source(source: str) -> str | None:
-    """What is wrong with a source of text that names a file, folder or local: corpus which does not exist; None for globs,
-    URLs and hf:.
+    """What is wrong with a source of text that names a file, a folder or a local: corpus which does not exist; None for
+    globs, URLs and hf:.
     """
     spec = split_weight(source)[0]
     if spec.startswith("local:"):
@@ -85,8 +87,8 @@ def missing_artifact(place: str) -> str | None:
 
 
 def check_artifacts(named: Iterable[tuple[str, str | Path | None]]) -> None:
-    """UserError for the first (flag, trunk or module) that is not there, before torch is imported; not for what may be a
-    hub id.
+    """UserError for the first (flag, trunk or module) that is not there and cannot be a hub id. Called before torch is
+    imported.
     """
     for flag, place in named:
         problem = missing_artifact(str(place)) if place else None
@@ -117,7 +119,9 @@ def check_outside(output: Path, parts: Iterable[Path]) -> None:
 
 
 def hub_id(place: str) -> tuple[str, str | None] | None:
-    """(ORG/NAME, REVISION or None) of a name that is no folder and has the form of a hub id; None if ORG is a folder here."""
+    """(ORG/NAME, REVISION or None) of a name that is no folder and has the form of a hub id; None if ORG is a folder
+    here.
+    """
     match = HUB_ID.fullmatch(place)
     return None if match is None or Path(place.partition("/")[0]).is_dir() else (match[1], match[2])
 
@@ -139,10 +143,12 @@ def nearest(place: str) -> str:
 
 
 def published(place: Path, kind: str) -> Path:
-    """The folder of a trunk or module (`kind`): `place`, or PLACE/trunk or PLACE/module of the output directory of a run.
+    """The folder of a trunk or a module (`kind`): PLACE/trunk or PLACE/module where `place` is the output directory of
+    a run, else `place`.
 
-    An assembled model has a trunk of its own, for which it does not stand.
+    Also `place` for an assembled model: the trunk in it is only a part of it.
     """
     file = {"trunk": "config.json", "module": "module.json"}[kind]
-    is_other = any((place / name).exists() for name in (file, "assembled.json"))
-    return place / kind if not is_other and (place / kind / file).is_file() else place
+    if (place / file).exists() or (place / "assembled.json").exists():
+        return place
+    return place / kind if (place / kind / file).is_file() else place

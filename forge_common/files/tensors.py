@@ -47,7 +47,9 @@ def digests(tensors: Tensors) -> dict[str, str]:
 
 
 def verify(place: Path, tensors: Tensors, metadata: dict[str, Any], key: str, file_name: str) -> None:
-    """Refuses tensors whose digest is not the one in the metadata (of `file_name`, under `key`); names a tensor that differs."""
+    """Refuses tensors whose digest is not the one in the metadata (of `file_name`, under `key`); names a tensor that
+    differs.
+    """
     actual = digest(tensors)
     expected = metadata.get(key)
     if actual == expected:
@@ -56,8 +58,8 @@ def verify(place: Path, tensors: Tensors, metadata: dict[str, Any], key: str, fi
     changed = [name for name, value in digests(tensors).items() if known.get(name, value) != value]
     differing = f" {quoted(changed[0])} differs ({len(changed)} in all)." if changed else ""
     raise UserError(
-        f"{place}: the digest is {actual}, but {file_name} says {expected}.{differing} The files were changed or damaged "
-        "since they were published. Fetch or export the artifact again."
+        f"{place}: the digest is {actual}, but {file_name} says {expected}.{differing} The files were changed or "
+        "damaged since they were published. Fetch or export the artifact again."
     )
 
 
@@ -106,7 +108,7 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 
 
 def _check_header(path: Path) -> None:
-    """Refuses a file that is not regular, and a header of an impossible size, before the file is opened as safetensors."""
+    """Refuses a file that is not regular, or has a header of an impossible size, before safetensors opens it."""
     if not path.is_file():
         raise UserError(f"{path} is missing or not a regular file. Fetch or export it again.")
     try:

@@ -19,7 +19,7 @@ Field = tuple[str, Callable[[Any], bool]]  # what the value must be: a descripti
 
 
 def is_plain(name: Any) -> bool:
-    """Whether a module may have this name: a valid folder name on every system; no option, path or pattern in a shell."""
+    """Whether a module may have this name: a valid folder name everywhere; no option, path or pattern in a shell."""
     if not isinstance(name, str) or not NAME.fullmatch(name):
         return False
     return name[-1] != "." and not DEVICE.fullmatch(name) and name.lower() != "trunk"  # the name of the other candidate
@@ -42,8 +42,8 @@ def without_links(folder: Path) -> Path:
                 regular = entry.is_file(follow_symlinks=False) or entry.is_dir(follow_symlinks=False)
                 if not regular and not _is_cached(folder, Path(entry.path)):
                     raise UserError(
-                        f"{folder}: {entry.name!r} is a link or a special file. Replace it with a copy of the file, or do "
-                        "not use this artifact."
+                        f"{folder}: {entry.name!r} is a link or a special file. Replace it with a copy of the file, or "
+                        "do not use this artifact."
                     )
     except OSError as reason:
         raise UserError(f"{folder} cannot be read as a folder ({reason.strerror}). Fetch it again.") from None
@@ -51,7 +51,8 @@ def without_links(folder: Path) -> Path:
 
 
 def _is_cached(folder: Path, link: Path) -> bool:
-    here, target = folder.resolve(), link.resolve()
+    here = folder.resolve()
+    target = link.resolve()
     for revision in (here, *here.parents):
         repository = revision.parent.parent
         if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
@@ -78,7 +79,9 @@ def read_bounded(path: Path, most: int = JSON_BYTES) -> bytes:
 def checked(
     content: dict[str, Any], place: Any, fields: dict[str, Field], required: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Returns the content of a JSON file if the `required` fields are there and all known ones are valid; None is absent."""
+    """Returns the content of a JSON file if the `required` fields are there and all known ones are valid; None is
+    absent.
+    """
     missing = [name for name in required if content.get(name) is None]
     if missing:
         raise UserError(f"{place} has no {', '.join(missing)}. Fetch or export it again.")
@@ -122,7 +125,7 @@ def dict_of(field: Field) -> Field:
     )
 
 
-FLAG: Field = ("true or false", lambda value: isinstance(value, bool))
+BOOLEAN: Field = ("true or false", lambda value: isinstance(value, bool))
 LINE: Field = (
     "a line of at most 200 printable characters",
     lambda value: isinstance(value, str) and len(value) <= 200 and value.isprintable(),

@@ -52,7 +52,8 @@ def check_sampling(sampling: Sampling) -> None:
         raise UserError(f"--temperature is {sampling.temperature}. Give 0 (always the likeliest token) or more.")
     if 0 < sampling.temperature < LOWEST_TEMPERATURE:
         raise UserError(
-            f"--temperature is {sampling.temperature}. Give 0 (always the likeliest token) or at least {LOWEST_TEMPERATURE}."
+            f"--temperature is {sampling.temperature}. Give 0 (always the likeliest token) or at least "
+            f"{LOWEST_TEMPERATURE}."
         )
     if not 0 < sampling.top_p <= 1:
         raise UserError(f"--top-p is {sampling.top_p}. Give a share of the probability above 0, at most 1.")
@@ -63,7 +64,9 @@ def check_sampling(sampling: Sampling) -> None:
 
 
 def check_text(text: str, place: str) -> None:
-    """UserError for a text with half of a pair of UTF-16: a byte of a command line that is not UTF-8, or "\\ud800" in JSON."""
+    """UserError for a text with half of a pair of UTF-16: a byte of a command line that is not UTF-8, or "\\ud800" in
+    JSON.
+    """
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -71,12 +74,15 @@ def check_text(text: str, place: str) -> None:
 
 
 def beyond_context(model: "LanguageModel", prompt: list[int], max_new_tokens: int) -> int:
-    """How many tokens at the beginning of a prompt `sample` leaves out, where the context has no room for one more.
+    """How many tokens at the beginning of a prompt `sample` leaves out; 0 where the context has room for one more.
 
-    So many that the new tokens have room, but at most half of the context.
+    What is left has room for `max_new_tokens` new tokens after it, at most for half of the context.
     """
     context = model.config.context
-    return len(prompt) - context + min(max_new_tokens, context // 2) if len(prompt) >= context else 0
+    if len(prompt) < context:
+        return 0
+    room = min(max_new_tokens, context // 2)
+    return len(prompt) - (context - room)
 
 
 def stream(
@@ -130,8 +136,8 @@ def sample(
         logits = model.next_logits(new, cache)[0].float()  # [V]
         if not torch.isfinite(logits).all():
             raise UserError(
-                "the probabilities of the next token are not finite: some weights are too large. Leave out the module with "
-                "these weights; assemble names it."
+                "the probabilities of the next token are not finite: some weights are too large. Leave out the module "
+                "with these weights; assemble names it."
             )
         if sampling.temperature == 0:
             token = int(logits.argmax())

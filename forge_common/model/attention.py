@@ -14,13 +14,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from .config import ModelConfig
 
-# For generation: the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]. A mixture appends its router's state.
+# For generation: the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]. A mixture appends its
+# router's state.
 Cache = list[Any]
 
 
 @functools.cache
 def _compiled_flex_attention() -> Any:
-    """flex_attention as one kernel, without scores [T, T] in memory. Only on a GPU: on a CPU it has no backward pass."""
+    """flex_attention as one kernel, without scores [T, T] in memory. For a GPU: on a CPU it has no backward pass."""
     return torch.compile(flex_attention, dynamic=False)
 
 
@@ -41,7 +42,8 @@ def frequencies(config: ModelConfig, length: int, device: Any = None) -> tuple[t
         return frequency, 1.0
     if rope["rope_type"] == "linear":
         return frequency / factor, 1.0
-    # High frequencies are kept, low ones divided by factor, those between interpolated: by the turns in the original context.
+    # High frequencies are kept, low ones divided by factor, those between interpolated: by the turns in the original
+    # context.
     original = rope["original_max_position_embeddings"]
     if rope["rope_type"] == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
@@ -133,7 +135,8 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache: Cache | None, layer: int):
-        """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: of `document_mask`, `as_bias` of it, or None for causal.
+        """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: of `document_mask`, `as_bias` of it, or None for
+        causal.
 
         Appends to the layer's cache.
         """
@@ -168,7 +171,8 @@ def document_mask(
     sliding_window: to how many tokens one attends, itself included.
     """
     if fused:
-        # inductor rejects a mask that is made of numbers of its own graph ("convert FlexibleLayout to FixedLayout first").
+        # inductor rejects a mask that is made of numbers of its own graph ("convert FlexibleLayout to FixedLayout
+        # first").
         outside_of_graphs: Any = torch.compiler.disable  # called here: it imports torch._dynamo, which takes 2 s
         return outside_of_graphs(_document_blocks)(document, sliding_window or document.shape[1])
     length = document.shape[1]

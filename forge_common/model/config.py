@@ -8,7 +8,7 @@ import json
 from typing import Any
 
 from ..errors import UserError
-from ..files.untrusted import ANY, FLAG, Field, checked, dict_of, integer, list_of, number, quoted
+from ..files.untrusted import ANY, BOOLEAN, Field, checked, dict_of, integer, list_of, number, quoted
 
 # The kinds of module; modules.py builds them.
 KINDS = (
@@ -26,7 +26,7 @@ KINDS = (
 MATRICES = ("gate_proj", "up_proj", "down_proj")  # of a feed-forward
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", *MATRICES)  # that kind lora can change
 
-AUTO = "auto"  # a preset (forge_common/run/length.py) or a kind of module (modules.kind_and_layers) that follows from the rest
+AUTO = "auto"  # a preset (run/length.py) or a kind of module (modules.kind_and_layers) that follows from the rest
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
 PRESETS: dict[str, dict[str, int]] = {
     "tiny": dict(zip(_SIZES, (128, 384, 4, 4, 2), strict=True)),  # about 1 M parameters with a vocabulary of 4k
@@ -54,7 +54,8 @@ REASONS = {  # why some others are not among them
     "olmo3": "some of its layers have a sliding window",
     "phi3": "it has one matrix for queries, keys and values",
 }
-# Fields of a config.json that change the computation, here or in another model's code -> the values with which they do not.
+# Fields of a config.json that change the computation, here or in another model's code -> the values with which they do
+# not.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window", "use_bidirectional_attention"), (None, False)),
     **dict.fromkeys(("partial_rotary_factor", "logit_scale", "logits_scaling"), (None, 1)),
@@ -74,7 +75,7 @@ FIELDS: dict[str, Field] = {  # of a config.json; no model is near the bounds, b
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts_per_tok"), integer(1, 1 << 16)),
     **dict.fromkeys(("rms_norm_eps", "initializer_range"), number(0, 1)),
     **dict.fromkeys(("router_aux_loss_coef", "router_z_loss_coef"), number(0, 1e6)),
-    **dict.fromkeys(("tie_word_embeddings", "cross_document_attention", "use_sliding_window"), FLAG),
+    **dict.fromkeys(("tie_word_embeddings", "cross_document_attention", "use_sliding_window"), BOOLEAN),
     "layer_types": list_of(ANY),
     **dict.fromkeys(("rope_parameters", "rope_scaling"), dict_of(ANY)),
     **dict.fromkeys(("pad_token_id", "bos_token_id"), _ID),
@@ -86,7 +87,7 @@ ROPE: dict[str, Field] = {
     "factor": number(1, 1e6),
     **dict.fromkeys(("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"), number(1e-3, 1e6)),
     **dict.fromkeys(("attention_factor", "mscale", "mscale_all_dim"), number(0, 1e3)),
-    "truncate": FLAG,
+    "truncate": BOOLEAN,
     "original_max_position_embeddings": FIELDS["max_position_embeddings"],
 }
 ROPE_TYPES = {  # -> the fields that it needs
@@ -139,9 +140,13 @@ class ModelConfig:
 
     @property
     def model_type(self) -> str:
-        if self.family or self.num_local_experts:
-            return self.family or "mixtral"
-        return "qwen3" if self.qk_norm else "qwen2" if self.qkv_bias else "llama"
+        if self.family:
+            return self.family
+        if self.num_local_experts:
+            return "mixtral"
+        if self.qk_norm:
+            return "qwen3"
+        return "qwen2" if self.qkv_bias else "llama"
 
     @property
     def norm_after(self) -> bool:
@@ -160,11 +165,13 @@ class ModelConfig:
     @property
     def context(self) -> int:
         """The most tokens in a window; dynamic and yarn extend it beyond max_position_embeddings."""
-        rope = self.rope_scaling or {}
-        extended = {"dynamic": self.max_position_embeddings, "yarn": rope.get("original_max_position_embeddings", 0)}
-        return max(
-            self.max_position_embeddings, int(rope.get("factor", 1) * extended.get(rope.get("rope_type", ""), 0))
-        )
+        rope = self.rope_scaling or {"rope_type": "default"}
+        extended = 0.0
+        if rope["rope_type"] == "dynamic":
+            extended = rope["factor"] * self.max_position_embeddings
+        elif rope["rope_type"] == "yarn":
+            extended = rope["factor"] * rope["original_max_position_embeddings"]
+        return max(self.max_position_embeddings, int(extended))
 
     def to_hf(self) -> dict[str, Any]:
         """config.json for AutoModelForCausalLM. UserError for a combination that Transformers cannot express."""
@@ -258,9 +265,9 @@ def _rope_of(rope: dict[str, Any], where: str, config: dict[str, Any], theta: fl
 def _consistent(config: ModelConfig, where: str) -> ModelConfig:
     """`config`. UserError where two of its numbers contradict each other."""
     rope = {"rope_type": None, "low_freq_factor": 0, "high_freq_factor": 1} | (config.rope_scaling or {})
+    remainder = config.num_attention_heads % config.num_key_value_heads
     wrong = {
-        "num_key_value_heads does not divide num_attention_heads": config.num_attention_heads
-        % config.num_key_value_heads,
+        "num_key_value_heads does not divide num_attention_heads": remainder != 0,
         "head_dim (else hidden_size / num_attention_heads) is not even": config.head_dim % 2 or not config.head_dim,
         "num_experts_per_tok exceeds num_local_experts": 0 < config.num_local_experts < config.num_experts_per_tok,
         "high_freq_factor is not above low_freq_factor": rope["high_freq_factor"] < rope["low_freq_factor"] + 1e-3,

@@ -52,7 +52,9 @@ class SparseFeedForward(nn.Module):
         self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
 
     def forward(self, x, scored, load):
-        """x [B, T, D], scored [B, T] bool (None: all), load [E] -> y [B, T, D], balance sum, z sum, counts [E] of scored tokens."""
+        """x [B, T, D], scored [B, T] bool (None: all), load [E] -> y [B, T, D], balance sum, z sum, counts [E] of
+        scored tokens.
+        """
         rows = x.reshape(-1, x.shape[-1])
         scored = torch.ones_like(rows[:, 0], dtype=torch.bool) if scored is None else scored.reshape(-1)
         logits = self.gate(rows)
@@ -61,7 +63,8 @@ class SparseFeedForward(nn.Module):
         weights, chosen = probabilities.topk(self.top_k, dim=-1)
         weights = weights / weights.sum(-1, keepdim=True)
         assigned = chosen.unsqueeze(-1) == torch.arange(len(self.experts), device=chosen.device)  # [R, k, E]
-        # Sorted by expert, the assignments are one product for each expert, and their sizes the only thing the host waits for.
+        # Sorted by expert, the assignments are one product for each expert, and their sizes the only thing the host
+        # waits for.
         order = chosen.flatten().argsort(stable=True)
         sizes = assigned.sum((0, 1)).tolist()
         sorted_rows = rows.repeat_interleave(self.top_k, dim=0).index_select(0, order)

@@ -5,7 +5,9 @@ import torch.nn.functional as F
 
 
 class _GatedProduct(torch.autograd.Function):
-    """act(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep act(gate) too."""
+    """act(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep act(gate)
+    too.
+    """
 
     @staticmethod
     def forward(ctx, gate, up, hidden_act):
@@ -21,7 +23,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def gated_product_backward(grad, gate, up, hidden_act: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """The gradients of gate and up for that of act(gate) * up. The first is made in place of the gradient of act(gate)."""
+    """The gradients of gate and up, from that of act(gate) * up. The first takes the memory of that of act(gate)."""
     gate_grad = grad * up
     if hidden_act == "silu":
         torch.ops.aten.silu_backward.grad_input(gate_grad, gate, grad_input=gate_grad)

@@ -23,7 +23,8 @@ class _LowRankProduct(torch.autograd.Function):
         x = (input if up is None else gated_product(input, up, hidden_act)).reshape(-1, weight.shape[1])
         low = (x @ a.T).mul_(scale)
         ctx.save_for_backward(input, up, weight, a, b, low)
-        ctx.scale, ctx.hidden_act = scale, hidden_act
+        ctx.scale = scale
+        ctx.hidden_act = hidden_act
         y = (x @ weight.T).addmm_(low, b.T)
         y = y if bias is None else y.add_(bias)
         return y.view(*input.shape[:-1], len(weight))
@@ -38,7 +39,8 @@ class _LowRankProduct(torch.autograd.Function):
         del x
         if not ctx.needs_input_grad[0]:
             return None, None, None, None, a_grad, b_grad, None, None
-        input_grad, up_grad = (grad @ weight).addmm_(inner, a).view_as(input), None
+        input_grad = (grad @ weight).addmm_(inner, a).view_as(input)
+        up_grad = None
         if up is not None:
             input_grad, up_grad = gated_product_backward(input_grad, input, up, ctx.hidden_act)
         return input_grad, up_grad, None, None, a_grad, b_grad, None, None
@@ -61,7 +63,9 @@ class LowRankLinear(nn.Linear):
         self.lora_A, self.lora_B = _low_rank(frozen.weight, rank)
 
     def forward(self, input, up=None, hidden_act="silu"):
-        """input [..., in] -> [..., out]. With `up` the input is act(input) * up, which is then not kept for the backward pass."""
+        """input [..., in] -> [..., out]. With `up` the input is act(input) * up, which is then not kept for the
+        backward pass.
+        """
         if self.dropout and self.training:
             input = input if up is None else gated_product(input, up, hidden_act)
             change = F.dropout(input, self.dropout) @ self.lora_A.T * self.scale @ self.lora_B.T

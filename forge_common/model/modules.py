@@ -56,7 +56,8 @@ class ParallelFeedForward(nn.Module):
 class RoutedExpert(nn.Module):
     """A copy of the frozen feed-forward and the row of a router: y = (1 - p) F_0(x) + p F(x), p = sigmoid(row(x)).
 
-    This is FlexOlmo's softmax over two rows, of which the frozen one is 0; both experts are active. Source: arXiv 2507.07024.
+    This is FlexOlmo's softmax over two rows, of which the frozen one is 0; both experts are active. Source: arXiv
+    2507.07024.
     """
 
     def __init__(self, feed_forward: nn.Module, hidden_size: int):
@@ -110,7 +111,8 @@ def chosen_layers(spec: str, num_hidden_layers: int) -> list[int]:
     chosen = sorted(layers)
     if not chosen or chosen[0] < 0 or chosen[-1] >= num_hidden_layers:
         raise UserError(
-            f"--layers {spec} selects no layer, or unknown ones. Choose among the trunk's layers, 0 to {num_hidden_layers - 1}."
+            f"--layers {spec} selects no layer, or unknown ones. Choose among the trunk's layers, 0 to "
+            f"{num_hidden_layers - 1}."
         )
     return chosen
 
@@ -126,7 +128,8 @@ def plug_in(
     dropout: float = 0,
     targets: Sequence[str] = MATRICES,
 ) -> list[str]:
-    """Adds a new module of `kind` to `layers` and freezes the rest, in place; returns the names of the module's tensors.
+    """Adds a new module of `kind` to `layers` and freezes the rest, in place; returns the names of the module's
+    tensors.
 
     width: of the feed-forward of kind narrow (0: a quarter of the trunk's). rank, alpha, dropout, targets: of kind lora
     (rank 0: 16, alpha 0: the rank). Copied tensors start as the trunk's, added ones so that the output does not change.
@@ -144,12 +147,13 @@ def plug_in(
     head = kind != body
     if config.num_local_experts and (body == "expert" or (body == "lora" and not set(targets).isdisjoint(MATRICES))):
         raise UserError(
-            f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow, or lora with --targets of "
-            "the attention alone."
+            f"--kind {kind} needs a dense trunk, this one is a mixture of experts. Use ffn or narrow, or lora with "
+            "--targets of the attention alone."
         )
     rank = rank or 16
     trunk.requires_grad_(False)
-    device, dtype = trunk.head.device, trained_dtype(trunk.head)
+    device = trunk.head.device
+    dtype = trained_dtype(trunk.head)
     for layer in (trunk.model.layers[index] for index in layers):
         if body == "attention+ffn":
             layer.self_attn.to(device, dtype).requires_grad_(True)

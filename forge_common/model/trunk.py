@@ -44,7 +44,9 @@ def rms_norm(config: ModelConfig) -> nn.RMSNorm:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward, each added to x: `mlp` in a dense model, `block_sparse_moe` in a mixture of experts."""
+    """Attention and a feed-forward, each added to x: `mlp` in a dense model, `block_sparse_moe` in a mixture of
+    experts.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -142,7 +144,8 @@ class Decoder(nn.Module):
         return self.norm(x), [router for router in routers if router is not None]
 
     def rope_and_mask(self, seen, past: int = 0):
-        """cos and sin [T, d] and the mask of `document_mask`, for the tokens of seen [B, past + T] after the first `past`.
+        """cos and sin [T, d] and the mask of `document_mask`, for the tokens of seen [B, past + T] after the first
+        `past`.
 
         The mask is None where plain causal attention needs none.
         """
@@ -242,7 +245,9 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, inputs: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Logits [B, V] of the token after inputs [B, T]. With `cache` (a list, empty at first) pass only the new tokens."""
+        """Logits [B, V] of the token after inputs [B, T]. With `cache` (a list, empty at first) pass only the new
+        tokens.
+        """
         hidden, _ = self.model(inputs, cache=cache)
         return hidden[:, -1] @ self.head.T
 
@@ -252,27 +257,27 @@ class Trunk(nn.Module):
         For each weight 2 forward, 2 for the gradient of its input and 2 for its own (Kaplan et al., arXiv 2001.08361).
         For the scores and values of causal attention 2 * T * H * d a layer forward, and twice that backward.
         """
-        flops = 0
-        reached = (
-            self.model.embed_tokens.weight.requires_grad
-        )  # whether the backward pass reaches the input of this stage
+        flops = 0.0
         attention = 2 * sequence_length * self.config.num_attention_heads * self.config.head_dim
         experts = self.config.num_local_experts
-        idle = 1 - self.config.num_experts_per_tok / experts if experts else 0
+        active = self.config.num_experts_per_tok / experts if experts else 1
+        reached = self.model.embed_tokens.weight.requires_grad  # whether the backward pass reaches this stage's input
         for layer in self.model.layers:
             trained: set[str] = set()  # the parts of this layer that an earlier stage trains
             for stage in FLOW:
-                stage_parameters = [(n, p) for n, p in layer.named_parameters() if n.split(".")[-2] in stage.split()]
-                for name, parameter in stage_parameters:
+                in_stage = [(n, p) for n, p in layer.named_parameters() if n.split(".")[-2] in stage.split()]
+                for name, parameter in in_stage:
+                    if parameter.ndim != 2:
+                        continue
                     into_input = reached or name.split(".")[0] in trained or name.endswith("lora_B")
-                    used = (parameter.ndim == 2) * parameter.numel() * (1 - idle if ".experts." in name else 1)
-                    flops += used * (2 + 2 * into_input + 2 * parameter.requires_grad)
-                trained |= {name.split(".")[0] for name, parameter in stage_parameters if parameter.requires_grad}
+                    used = parameter.numel() * (active if ".experts." in name else 1)
+                    flops += 2 * used * (1 + into_input + parameter.requires_grad)
+                trained |= {name.split(".")[0] for name, parameter in in_stage if parameter.requires_grad}
                 reached = reached or bool(trained - PARALLEL)
                 if "q_norm" in stage:
                     flops += attention * (1 + 2 * reached)
             reached = reached or bool(trained)
-        return round(flops + self.head.numel() * (2 + 2 * reached + 2 * self.head.requires_grad))
+        return round(flops + 2 * self.head.numel() * (1 + reached + self.head.requires_grad))
 
 
 def even_load(config: ModelConfig, device: torch.device) -> torch.Tensor | None:
@@ -281,6 +286,11 @@ def even_load(config: ModelConfig, device: torch.device) -> torch.Tensor | None:
         return None
     shape = (config.num_hidden_layers, config.num_local_experts)
     return torch.full(shape, 1 / config.num_local_experts, device=device)
+
+
+def starting_load(config: ModelConfig, counts: list[list[int]], device: torch.device) -> torch.Tensor | None:
+    """f [L, E] for the first update after the start or a resume. counts: of the update before it; [] without one."""
+    return load_of(torch.tensor(counts, device=device)) if counts else even_load(config, device)
 
 
 def load_of(counts: torch.Tensor) -> torch.Tensor | None:

@@ -1,4 +1,6 @@
-"""The page of forge_common.chat. chat.js sends what is typed to the server, and shows the tokens of the response as they come."""
+"""The page of forge_common.chat. chat.js sends what is typed to the server, and shows the tokens of the response as
+they come.
+"""
 
 from collections.abc import Sequence
 from html import escape

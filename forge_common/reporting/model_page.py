@@ -11,7 +11,9 @@ LOSS_OF_FULL_COLOUR = 8.0  # nats
 
 
 def model_page(title: str, rows: Sequence[dict[str, Any]], texts: dict[str, Any]) -> str:
-    """The page of the rows of evaluate. texts: domain -> what evaluation/tokens.py read along it; {} without an assembled model."""
+    """The page of the rows of evaluate. texts: domain -> what evaluation/tokens.py read along it; {} without an
+    assembled model.
+    """
     parts = [section("Losses", *_losses(rows))]
     shares = [row for row in rows if row["model"] == "assembled" and "head_weights" in row]
     if shares:
@@ -24,13 +26,15 @@ def model_page(title: str, rows: Sequence[dict[str, Any]], texts: dict[str, Any]
 
 def _losses(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A row for each domain, a column for each model; the colour is the difference to the trunk."""
-    domains, models = (list(dict.fromkeys(row[key] for row in rows)) for key in ("domain", "model"))
+    domains = list(dict.fromkeys(row["domain"] for row in rows))
+    models = list(dict.fromkeys(row["model"] for row in rows))
     at = {(row["model"], row["domain"]): row for row in rows}
     gains = {key: at["trunk", key[1]]["loss"] - row["loss"] for key, row in at.items() if ("trunk", key[1]) in at}
     largest = max([abs(gain) for gain in gains.values()], default=0) or 1
 
     def cell(model: str, domain: str) -> str:
-        row, gain = at[model, domain], gains.get((model, domain), 0)
+        row = at[model, domain]
+        gain = gains.get((model, domain), 0)
         error = "" if row.get("stderr") is None else f" <small>± {row['stderr']:.4f}</small>"
         kind = "better" if gain > 0 else "worse"
         hint = escape(f"{model} on {domain}: {-gain:+.4f} nats to the trunk")
@@ -64,8 +68,8 @@ def _texts(texts: dict[str, Any]) -> list[str]:
     colours = candidate_colours(len(names))
     key = (f'<span style="--c:var(--c{c});--a:1">{escape(name)}</span>' for c, name in zip(colours, names, strict=True))
     parts = [
-        "<p>The colour is the candidate whose head has the largest weight in the prediction of the token, the stronger the "
-        "larger. Point at a token, or step with Tab, for its loss, weights, gates, and what was likeliest.</p>",
+        "<p>The colour is the candidate whose head has the largest weight in the prediction of the token, the stronger "
+        "the larger. Point at a token, or step with Tab, for its loss, weights, gates, and what was likeliest.</p>",
         '<input type="radio" name="by" id="by-head" checked><label for="by-head"> by candidate</label>',
         '<input type="radio" name="by" id="by-loss"><label for="by-loss"> by loss</label>',
         f'<p class="key">{"".join(key)}</p>',

@@ -1,4 +1,4 @@
-"""One HTML file without network: sections, tables, and charts that uPlot draws in the browser.
+"""One HTML file that loads nothing from the network: sections, tables, and charts that uPlot draws in the browser.
 
 Whatever is not markup of this folder is escaped. A Content-Security-Policy allows the page's own scripts, by their
 digests, and no request (of forge_common.chat's page: those to its server): a text that is shown cannot run anything.
@@ -26,9 +26,10 @@ def page(
 ) -> str:
     """The document. charts: those of charts.py, drawn where a section has `curves()`. running: it loads itself again.
 
-    program: NAME of NAME.js and NAME.css in this folder, for a page that a server has; it may send requests to that server.
+    program: NAME of NAME.js and NAME.css in this folder, for a page of a server, to which it may send requests.
     """
-    library, missing = "", ""
+    library = ""
+    missing = ""
     if charts:
         try:
             library = LIBRARY.read_text(encoding="utf-8")
@@ -88,7 +89,9 @@ def cards(values: dict[str, str]) -> str:
 
 
 def candidate_colours(number: int) -> list[int]:
-    """The n of the CSS colours --cn of candidates: the trunk, the first one, is grey, the others have the colours of the curves."""
+    """The n of the CSS colours --cn of candidates: the trunk, the first one, is grey, the others have the colours of
+    the curves.
+    """
     return [7, *(index % 7 for index in range(number - 1))]
 
 

@@ -72,7 +72,10 @@ def is_run(folder: Path) -> bool:
 
 
 def read_run(folder: Path) -> Run:
-    """UserError where the folder is none of a run, or a row or the settings cannot be read; a last row without an end is left out."""
+    """The files of a run. An incomplete last row is left out.
+
+    UserError where the folder is not that of a run, or where a row or the settings cannot be read.
+    """
     file = folder / "metrics.jsonl"
     if not file.is_file():
         raise UserError(
@@ -90,21 +93,18 @@ def read_run(folder: Path) -> Run:
         if not isinstance(row, dict) or not isinstance(row.get("step"), int):
             raise UserError(f"{file}:{number} is no row with an integer `step`. Remove this line.")
         rows.append(row)
-    file, plan = folder / "settings.json", folder / "plan.txt"
     settings = {}
-    if file.exists():
+    if (folder / "settings.json").exists():
         try:
-            settings = read_json(file)
+            settings = read_json(folder / "settings.json")
         except UserError as reason:
             raise UserError(
                 f"{str(reason).split('. ')[0]}. Remove the file; the report then has no settings."
             ) from None
-    return Run(
-        folder,
-        settings,
-        rows,
-        plan.read_text(encoding="utf-8", errors="replace") if plan.exists() else "",
-    )
+    plan = ""
+    if (folder / "plan.txt").exists():
+        plan = (folder / "plan.txt").read_text(encoding="utf-8", errors="replace")
+    return Run(folder, settings, rows, plan)
 
 
 def run_page(run: Run, *, running: bool = False) -> str:
@@ -155,7 +155,9 @@ def _samples(run: Run) -> list[str]:
 
 
 def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    if value is None:
+        return ""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _written() -> str:
@@ -163,7 +165,9 @@ def _written() -> str:
 
 
 class LiveReport:
-    """Writes report.html of a run that trains, so often that it takes at most SHARE of the time; an error ends nothing."""
+    """Writes report.html while a run trains, in at most SHARE of its time. An error is printed and does not end the
+    run.
+    """
 
     def __init__(self, folder: Path, steps: int, print_line: Callable[[str], None]):
         """steps: the update that the run ends with."""

@@ -131,8 +131,10 @@ def _served(gates: torch.Tensor, changed_by: tuple[int, ...], top_k: int) -> lis
 
 def feed_of(layer: DecoderLayer) -> Callable:
     """A layer's feed-forward, (normed, scored, load) -> (y, ...); of a RoutedExpert the expert without the row."""
-    expert = layer.addition
-    return (lambda normed, *_: (expert.expert(normed), None)) if isinstance(expert, RoutedExpert) else layer.feed
+    addition = layer.addition
+    if isinstance(addition, RoutedExpert):
+        return lambda normed, *_: (addition.expert(normed), None)
+    return layer.feed
 
 
 def best_gates(gates: torch.Tensor, top_k: int) -> torch.Tensor:

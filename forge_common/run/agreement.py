@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..errors import UserError
+from ..flags import flag_of
 from ..settings import to_json
 from .folder import sees_lock
 
@@ -28,7 +29,7 @@ def check_agreement(accelerator: Any, settings: Any, digests: dict[str, str | No
     """
     if accelerator.num_processes == 1:
         return
-    flags = {f"--{name.replace('_', '-')}": value for name, value in to_json(settings).items() if name not in LOCAL}
+    flags = {flag_of(name): value for name, value in to_json(settings).items() if name not in LOCAL}
     mine = {
         **flags,
         **{f"digest of {name}": value for name, value in digests.items()},

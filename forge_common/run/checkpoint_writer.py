@@ -1,4 +1,6 @@
-"""The writer of a run's checkpoints: the loop waits for a copy of the trained state; a thread writes the copy (docs/DESIGN.md)."""
+"""The writer of a run's checkpoints: the loop waits for a copy of the trained state; a thread writes the copy
+(docs/DESIGN.md).
+"""
 
 import dataclasses
 import errno
@@ -116,7 +118,9 @@ class Writer:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save.partial))
 
     def _take_state(self, save: Save) -> None:
-        """Takes the trained state, copied if the loop goes on, and writes what is small: random states, and fp16's scale."""
+        """Takes the trained state, copied if the loop goes on, and writes what is small: random states, and fp16's
+        scale.
+        """
         accelerator = self.accelerator
         wrapped, optimizer = model_and_optimizer(accelerator)
         model = unwrap(accelerator, wrapped)
@@ -189,7 +193,7 @@ class Writer:
         save.print_line(f"{message}, and the run continues (--on-full-disk).")
 
     def _run_on_all_ranks(self, step: Callable[[Save], None], save: Save) -> bool:
-        """Calls `step` on every rank; False where a disk is full. Another error is raised on all ranks. A collective."""
+        """Calls `step` on every rank; False if a disk is full. Another error is raised on all ranks. A collective."""
         error: Exception | None = None
         try:
             step(save)

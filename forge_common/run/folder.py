@@ -47,8 +47,8 @@ def claim(accelerator: Any, folder: Path) -> TextIO | None:
         taken = bool(owner) and (owner["host"] != socket.gethostname() or _is_alive_here(owner))
     if taken:
         raise UserError(
-            f"--output-dir {folder} is in use by another run: {_describe(owner)}. Wait for it or stop it, or name another "
-            f"folder. (Was it on a machine that is gone for good? Then delete {folder / '.lock'}.)"
+            f"--output-dir {folder} is in use by another run: {_describe(owner)}. Wait for it or stop it, or name "
+            f"another folder. (Was it on a machine that is gone for good? Then delete {folder / '.lock'}.)"
         )
     if owner:
         previous = f"the previous run did not end normally: {_describe(owner)}"
@@ -89,8 +89,8 @@ def check_still_there(folder: Path) -> None:
     else:
         return
     raise UserError(
-        f"--output-dir {folder} {problem}: it was changed during the run. Restore it, and run the same command to resume from "
-        "the newest checkpoint in it."
+        f"--output-dir {folder} {problem}: it was changed during the run. Restore it, and run the same command to "
+        "resume from the newest checkpoint in it."
     )
 
 
@@ -143,7 +143,7 @@ def _text(path: Path) -> str | None:
 
 
 def _started(pid: int) -> float:
-    """Start time of a process in seconds since the epoch; 0 where there is none. It tells two users of one pid apart."""
+    """Start time of a process, in seconds since the epoch, which tells two users of one pid apart; 0 without one."""
     try:
         return psutil.Process(pid).create_time()
     except psutil.Error:
@@ -199,6 +199,6 @@ def check_room(folder: Path, checkpoint: int, keep: int) -> None:
     if free + here < needed:
         raise UserError(
             f"{folder} needs about {amount(needed)} ({kept} checkpoints of {amount(checkpoint)} and the artifact, "
-            f"{amount(published)}), but {amount(free)} are free: {amount(needed - free - here)} are missing. Free space, lower "
-            "--keep, or name another --output-dir."
+            f"{amount(published)}), but {amount(free)} are free: {amount(needed - free - here)} are missing. Free "
+            "space, lower --keep, or name another --output-dir."
         )

@@ -1,5 +1,6 @@
 """Memory and speed of the device: peak memory, the peak FLOP/s that MFU refers to, and what data sheets say."""
 
+import math
 import resource
 import sys
 import time
@@ -39,7 +40,7 @@ def seconds_on_links(name: str, size: float, devices: int, machine_size: int, wi
 
     Each device sends all but its own part; each machine sends what is not of its own devices. within, between: GB/s.
     """
-    machines = -(-devices // machine_size)
+    machines = math.ceil(devices / machine_size)
     seconds = size * (1 - 1 / devices) / within
     if machines > 1:
         seconds = max(seconds, size * (1 - 1 / machines) / between)

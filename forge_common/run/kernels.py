@@ -12,7 +12,8 @@ SMALLEST_HEAD = 16  # of flex_attention on a GPU
 
 
 def choose_kernels(trunk: Any, settings: Any, accelerator: Any) -> None:
-    """Kernels that give the same bits each time (--deterministic), and one that needs no mask [T, T] to separate documents.
+    """Kernels that give the same bits each time (--deterministic), and one that needs no mask [T, T] to separate
+    documents.
 
     Call it before the first matrix product. A CPU's kernels do give the same bits.
     """

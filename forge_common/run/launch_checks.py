@@ -37,19 +37,20 @@ def check_launch(accelerator: Any, accumulation: int, settings: Any) -> None:
     if launched not in ("auto", str(accumulation)) or accelerator.gradient_accumulation_steps != accumulation:
         raise UserError(
             f"the launcher sets gradient_accumulation_steps to {launched} (ACCELERATE_GRADIENT_ACCUMULATION_STEPS), "
-            f"--batch-size and --micro-batch-size make it {accumulation}. Remove it from the launcher's configuration and "
-            "flags, or set it to auto: the script computes it from the two sizes."
+            f"--batch-size and --micro-batch-size make it {accumulation}. Remove it from the launcher's configuration "
+            "and flags, or set it to auto: the script computes it from the two sizes."
         )
     if accelerator.num_processes != processes():
         raise UserError(
-            f"the launcher started {processes()} processes, accelerate made {accelerator.num_processes} of them: they would "
-            "train separate models. On CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N."
+            f"the launcher started {processes()} processes, accelerate made {accelerator.num_processes} of them: they "
+            "would train separate models. On CPUs start with ACCELERATE_USE_CPU=true torchrun --nproc_per_node N."
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("fp16 on a CPU would train in float32. Launch with --mixed_precision bf16 or no.")
     if os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not accelerator.is_fsdp2:
         raise UserError(
-            "FSDP was requested, but accelerate did not create FSDP2 (on a CPU it uses DDP instead). Use an fsdp2 configuration on GPUs."
+            "FSDP was requested, but accelerate did not create FSDP2 (on a CPU it uses DDP instead). Use an fsdp2 "
+            "configuration on GPUs."
         )
 
 
@@ -61,13 +62,13 @@ def check_trunk_dtype(accelerator: Any, trunk_dtype: str | None) -> None:
         return
     if accelerator.mixed_precision != "bf16":
         raise UserError(
-            f"--trunk-dtype bf16 with mixed_precision {accelerator.mixed_precision}: the frozen matrices need bf16 activations. "
-            "Launch with --mixed_precision bf16, or leave out --trunk-dtype."
+            f"--trunk-dtype bf16 with mixed_precision {accelerator.mixed_precision}: the frozen matrices need bf16 "
+            "activations. Launch with --mixed_precision bf16, or leave out --trunk-dtype."
         )
     if accelerator.is_fsdp2 or accelerator.state.deepspeed_plugin:
         raise UserError(
-            "--trunk-dtype bf16 is for one process or DDP: FSDP2 and DeepSpeed store all parameters of a layer in one type. "
-            "Leave it out; they divide the trunk over the devices."
+            "--trunk-dtype bf16 is for one process or DDP: FSDP2 and DeepSpeed store all parameters of a layer in one "
+            "type. Leave it out; they divide the trunk over the devices."
         )
 
 
@@ -88,13 +89,15 @@ def check_processes() -> None:
     if requested > processes():
         raise UserError(
             f"the launcher was asked for {requested} processes and started {processes()}. On CPUs start with "
-            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {requested}, or with ACCELERATE_USE_CPU=true accelerate "
-            f"launch --multi_gpu --num_processes {requested}, or request {processes()}."
+            f"ACCELERATE_USE_CPU=true torchrun --nproc_per_node {requested}, or with ACCELERATE_USE_CPU=true "
+            f"accelerate launch --multi_gpu --num_processes {requested}, or request {processes()}."
         )
 
 
 def processes_requested(command: list[str], arguments: list[str]) -> int:
-    """--num_processes of an `accelerate launch` whose last arguments are the script's, from its flags or its file; 0: unknown."""
+    """--num_processes of an `accelerate launch` whose last arguments are the script's, from its flags or its file; 0:
+    unknown.
+    """
     names = [Path(word).name for word in command[:4]]  # [python [-m]] accelerate[-launch] [launch]
     start = [i for i, name in enumerate(names) if name in ("accelerate-launch", "accelerate.commands.launch")]
     start += [i + 1 for i, name in enumerate(names[:-1]) if (name, names[i + 1]) == ("accelerate", "launch")]

@@ -1,4 +1,6 @@
-"""How long a run is and how large a new model, from the text, --budget and the speed of the machine. A resumed run keeps both."""
+"""How long a run is and how large a new model, from the text, --budget and the speed of the machine. A resumed run
+keeps both.
+"""
 
 import dataclasses
 import math
@@ -11,6 +13,7 @@ import torch
 
 from ..errors import UserError
 from ..files.atomic import read_json
+from ..flags import flag_of
 from ..schedule import default_warmup
 from ..settings import seconds_of
 from .checkpoint_folder import checkpoints_of, complete
@@ -27,7 +30,8 @@ ASSUMED_MFU = 0.4
 
 
 def with_preset(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]], accelerator: Any) -> Any:
-    """The settings with a preset in place of auto: the largest that the run's tokens teach, within --budget. A collective.
+    """The settings with a preset in place of auto: the largest that the run's tokens teach, within --budget. A
+    collective.
 
     presets: parameters, and FLOPs of an update per token, the smallest first; {} where a preset is given.
     """
@@ -45,13 +49,16 @@ def with_preset(settings: Any, corpora: Any, presets: dict[str, tuple[int, int]]
     affordable = math.inf  # FLOPs
     if settings.budget:
         affordable = _flops(settings, accelerator) * seconds_of(settings.budget)
-    tokens = {name: min(windows * settings.sequence_length, affordable / flops) for name, (_, flops) in presets.items()}
-    taught = [name for name, (parameters, _) in presets.items() if tokens[name] >= TOKENS_PER_PARAMETER * parameters]
-    preset = taught[-1] if taught else next(iter(presets))
+    preset = next(iter(presets))  # the smallest, if the tokens are too few even for it
+    tokens: dict[str, float] = {}
+    for name, (parameters, flops) in presets.items():
+        tokens[name] = min(windows * settings.sequence_length, affordable / flops)
+        if tokens[name] >= TOKENS_PER_PARAMETER * parameters:
+            preset = name
     parameters = presets[preset][0]
     accelerator.print(
-        f"size        preset {preset}: the run has {tokens[preset] / 1e6:,.3g} M tokens, {tokens[preset] / parameters:,.2g} for each of its "
-        f"{parameters / 1e6:,.3g} M parameters. --preset changes it"
+        f"size        preset {preset}: the run has {tokens[preset] / 1e6:,.3g} M tokens, "
+        f"{tokens[preset] / parameters:,.2g} for each of its {parameters / 1e6:,.3g} M parameters. --preset changes it"
     )
     return dataclasses.replace(settings, preset=preset)
 
@@ -96,8 +103,8 @@ def _within_budget(settings: Any, corpora: Any, trunk: Any, accelerator: Any) ->
     each = update + (validation / settings.val_every if settings.val_every else 0)
     steps = max(1, int((budget - validation) / each))
     accelerator.print(
-        f"length      at most {steps:,} updates in {duration(budget)}: an update takes about {update:.2g} s, a validation "
-        f"{validation:.2g} s ({how}), and {MANY_PASSES} passes over the text teach most of it"
+        f"length      at most {steps:,} updates in {duration(budget)}: an update takes about {update:.2g} s, a "
+        f"validation {validation:.2g} s ({how}), and {MANY_PASSES} passes over the text teach most of it"
     )
     return steps
 
@@ -149,8 +156,9 @@ def _earlier_settings(settings: Any, accelerator: Any) -> dict[str, Any]:
         except UserError as reason:
             problem = str(reason).split(". ")[0]
         if not all(isinstance(found.get(name), kind) for name, kind in followed.items()):
+            flags = " and ".join(map(flag_of, followed))
             raise UserError(
-                f"{problem}, from which a run that continues has its length and size. Give the --{' and --'.join(followed)} that "
+                f"{problem}, from which a run that continues has its length and size. Give the {flags} that "
                 f"{checkpoints[-1]}/progress.json has, in place of --budget."
             )
     return from_main_process(accelerator, found)

@@ -191,7 +191,8 @@ class RunLog:
         return reached / self.peak_flops
 
     def validation(self, result: Any, progress: Any) -> None:
-        """Writes a row and a console line for a `Validation`, with a continuation of each --sample-prompt. A collective.
+        """Writes a row and a console line for a `Validation`, with a continuation of each --sample-prompt. A
+        collective.
 
         Nothing for None, an interrupted one.
         """
@@ -250,10 +251,11 @@ class RunLog:
         seconds = self.restart_clock(progress.global_step)
         speed = (progress.tokens - self._row_start_tokens) / (timed * seconds)
         self.print_line(
-            f"time        {seconds:.3f} s an update ({timed} timed), {speed:,.0f} tok/s, mfu {self._mfu(speed):.0%}, about "
-            f"{duration(seconds * steps)} for {steps:,} without validation; peak memory "
+            f"time        {seconds:.3f} s an update ({timed} timed), {speed:,.0f} tok/s, mfu {self._mfu(speed):.0%}, "
+            f"about {duration(seconds * steps)} for {steps:,} without validation; peak memory "
             f"{peak_memory_mb(self.accelerator.device):,.0f} MiB\n"
-            f"budget      in 10 minutes: --steps {max(1, int(600 / seconds)):,d}; in an hour: --steps {max(1, int(3600 / seconds)):,d}\n"
+            f"budget      in 10 minutes: --steps {max(1, int(600 / seconds)):,d}; in an hour: --steps "
+            f"{max(1, int(3600 / seconds)):,d}\n"
             "only the token cache was written"
         )
 

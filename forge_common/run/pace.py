@@ -1,4 +1,6 @@
-"""What a console shows between the rows of the log: a bar that moves with each micro-batch, and soon how long the run takes."""
+"""What a console shows between the rows of the log: a bar that moves with each micro-batch, and soon how long the run
+takes.
+"""
 
 import sys
 import time
@@ -19,7 +21,9 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """The bar, on the main process of a run with a terminal, and the lines about its first micro-batch and its first update."""
+    """The bar, on the main process of a run with a terminal, and the lines about its first micro-batch and its first
+    update.
+    """
 
     def __init__(self, accelerator: Any, settings: Any, last: int, step: int, print_line: Callable[[str], None]):
         """last: the update that the run ends with. step: updates that are done."""
@@ -48,13 +52,14 @@ class Pace:
         if self.is_first_micro_batch and on_cpu and is_slow:
             update = seconds * micro_batches
             self.print_line(
-                f"speed       micro-batch 1 of {micro_batches} took {seconds:.1f} s: an update takes about {duration(update)}, "
-                f"{steps - step:,} updates {duration(update * (steps - step))}"
+                f"speed       micro-batch 1 of {micro_batches} took {seconds:.1f} s: an update takes about "
+                f"{duration(update)}, {steps - step:,} updates {duration(update * (steps - step))}"
             )
         self.is_first_micro_batch = False
         is_logged = self.settings.dry_run or self.settings.log_every == 1  # the log prints a line for it
         if step == 0 and done == micro_batches and outcome.num_scored and not is_logged:
             self.print_line(
-                f"update 1    loss {outcome.loss / outcome.num_scored:.4f} after {seconds:.1f} s; {steps:,} updates at this speed: "
-                f"{duration(seconds * steps)}. The next line comes after update {min(self.settings.log_every, steps)}"
+                f"update 1    loss {outcome.loss / outcome.num_scored:.4f} after {seconds:.1f} s; {steps:,} updates at "
+                f"this speed: {duration(seconds * steps)}. The next line comes after update "
+                f"{min(self.settings.log_every, steps)}"
             )

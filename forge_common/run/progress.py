@@ -58,7 +58,9 @@ ACCEPTABLE = {
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every `every` updates (0: never) happens after update `step`; always after the last."""
+    """Whether something that happens every `every` updates (0: never) happens after update `step`; always after the
+    last.
+    """
     return step == last or (every > 0 and step % every == 0)
 
 
@@ -117,8 +119,9 @@ class Progress:
     losses_before: dict[str, Any] = dataclasses.field(default_factory=dict)  # held-out losses before training
 
     def record(self, outcome: UpdateOutcome, settings: Any, training: Any, print_line: Callable[[str], None]) -> None:
-        """Counts one update by its outcome. UserError without any gradient, and, naming the documents, after too many bad
-        updates in a row.
+        """Counts one update by its outcome.
+
+        UserError where the gradient is 0, and, naming the documents, after too many bad updates in a row.
         """
         self.global_step += 1
         self.epoch = training.epoch(self.global_step * settings.batch_size)
@@ -130,8 +133,8 @@ class Progress:
             if outcome.loss > 0 and outcome.grad_norm == 0 and outcome.num_scored > 0:
                 raise UserError(
                     f"the gradient of update {self.global_step} is 0, and its loss is not: nothing would be learned. "
-                    "Versions of torch before the one in requirements.txt can lose gradients with torch.compile: install "
-                    "that one, or launch without --dynamo_backend."
+                    "Versions of torch before the one in requirements.txt can lose gradients with torch.compile: "
+                    "install that one, or launch without --dynamo_backend."
                 )
         elif outcome.overflow:
             self.scaler_skips += 1

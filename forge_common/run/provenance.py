@@ -12,7 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def provenance(accelerator: Any) -> dict[str, str | int | bool]:
-    """Facts by name. git_commit is "unknown" where the code is in no repository, or git is missing or does not answer in 5 s."""
+    """Facts by name. git_commit is "unknown" where the code is in no repository, or git is missing or does not answer
+    in 5 s.
+    """
     device = accelerator.device
     facts: dict[str, str | int | bool] = {
         "version_python": platform.python_version(),

@@ -12,7 +12,8 @@ NEW_TOKENS = 48  # of a continuation
 
 
 def continuations(accelerator: Any, trunk: Any, tokenizer: Any, prompts: Sequence[str]) -> list[dict[str, str]]:
-    """The likeliest next tokens of each prompt, one after the other: {"prompt", "continuation"}, which ends before an EOS.
+    """The likeliest next tokens of each prompt, one after the other: {"prompt", "continuation"}, which ends before an
+    EOS.
 
     A collective: under FSDP2 each pass is one. So every rank makes the same number of passes, and no EOS ends them.
     Draws no random number, keeps no gradient, and leaves the model in the mode that it was in.
@@ -30,7 +31,9 @@ def continuations(accelerator: Any, trunk: Any, tokenizer: Any, prompts: Sequenc
 
 
 def _greedy(trunk: Any, prompt: list[int], device: torch.device) -> list[int]:
-    """NEW_TOKENS ids after the prompt, or those that the context has room for; of a long prompt its end fills half of it."""
+    """NEW_TOKENS ids after the prompt, or those that the context has room for; of a long prompt its end fills half of
+    it.
+    """
     context = trunk.config.max_position_embeddings
     prompt = prompt[-(context // 2) :]
     new = torch.tensor([prompt], device=device)

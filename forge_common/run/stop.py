@@ -13,7 +13,8 @@ from functools import partial
 from typing import Any, Literal
 
 LAUNCHED = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")  # what accelerate launch and torchrun set
-# Batch systems announce the end of a job by SIGTERM, SIGUSR1, or SIGXCPU when its CPU time is used up; SIGHUP: the terminal closed.
+# Batch systems announce the end of a job by SIGTERM, SIGUSR1, or SIGXCPU when its CPU time is used up; SIGHUP: the
+# terminal closed.
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 CHECK_INTERVAL = 1.0  # seconds between two checks of the launcher and the clock
 SAME_REQUEST = 1.0  # seconds: a terminal and a launcher both forward one Ctrl-C
@@ -91,7 +92,9 @@ class StopRequest:
         return self.reason == "signal"
 
     def agree(self, any_rank: bool) -> None:
-        """Ends an update. The signal that any rank has received becomes the reason to stop, on all ranks at the same update."""
+        """Ends an update. The signal that any rank has received becomes the reason to stop, on all ranks at the same
+        update.
+        """
         if not self._in_section:
             self._longest_update = max(self._clock - self._update_start, 0.9 * self._longest_update)
             self._update_start = self._clock
@@ -163,7 +166,8 @@ class StopRequest:
         while True:
             waiting, _, _ = select.select([self._inbox], [], [], CHECK_INTERVAL)
             now = time.monotonic()
-            for number in os.read(self._inbox, 64) if waiting else ():
+            received = os.read(self._inbox, 64) if waiting else b""
+            for number in received:
                 if number in SIGNALS:  # others have their own handlers
                     self._receive(number, now)
             if self._forced_end and now > self._forced_end:
@@ -171,7 +175,8 @@ class StopRequest:
             if self._first_signal is None and self._parent not in (None, os.getppid()):
                 self._parent = None
                 os.kill(os.getpid(), signal.SIGTERM)
-            # A process that was suspended (Ctrl-Z) and continued has not been idle: a late check counts as one interval.
+            # A process that was suspended (Ctrl-Z) and continued has not been idle: a late check counts as one
+            # interval.
             self._clock += min(now - before, CHECK_INTERVAL)
             before = now
             if self.phase == "training" and self.hang_timeout and self._stands_still():
@@ -186,7 +191,9 @@ class StopRequest:
             self._forced_end = None if self.phase in ("training", "ended") else now + GRACE
 
     def _stands_still(self) -> bool:
-        """Whether there was no progress for too long. The CPU time is read only where there was none since the last check."""
+        """Whether there was no progress for too long. The CPU time is read only where there was none since the last
+        check.
+        """
         if self._last_progress != self._checked_progress:
             self._checked_progress = self._last_progress
             self._cpu = None
@@ -204,13 +211,16 @@ class StopRequest:
         return not computes or self._clock - self._last_progress > SLOW_FACTOR * limit
 
     def _abort(self) -> None:
-        """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be interrupted."""
+        """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be
+        interrupted.
+        """
         rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
         seconds = f"{self._clock - self._last_progress:.0f} s (--hang-timeout {self.hang_timeout:g})"
         _print_unbuffered(f"{rank}: no progress for {seconds}. It hangs, or waits for a rank that does:")
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
         _print_unbuffered(
-            f"{rank}: aborted. Run the same command to resume from the last checkpoint; raise --hang-timeout if it was only slow."
+            f"{rank}: aborted. Run the same command to resume from the last checkpoint; raise --hang-timeout if it was "
+            "only slow."
         )
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(GRACE)  # the end of one rank ends the others: each is to print its own stack first

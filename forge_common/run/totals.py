@@ -1,4 +1,4 @@
-"""What the processes of a run tell each other: after an update, in one collective, and what the main process has found."""
+"""What the processes of a run exchange: the sums of an update, in one collective, and values of the main process."""
 
 from typing import Any, NamedTuple, TypeVar
 

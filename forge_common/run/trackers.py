@@ -1,4 +1,5 @@
-"""Accelerate's trackers (W&B, trackio, TensorBoard), run in a background thread that delays a run by at most LIMIT seconds.
+"""Accelerate's trackers (W&B, trackio, TensorBoard), run in a background thread that delays a run by at most LIMIT
+seconds.
 
 The training thread never calls a tracker. It puts rows into a queue, and waits for the thread once, at the end.
 """
@@ -29,7 +30,7 @@ STUCK = 60.0  # seconds after which a call that does not return disables the tra
 
 
 def choose_tracker(tracker: str) -> tuple[str | None, str]:
-    """--tracker -> (accelerate's name of the tracker, or None; a line for the plan). Sets W&B to offline without a key."""
+    """--tracker -> (accelerate's name of the tracker or None, a line for the plan). W&B is offline without a key."""
     if tracker == "auto":
         if not wandb_account():
             return None, "metrics.jsonl only (no W&B account is configured; --tracker wandb records offline)"
@@ -130,7 +131,9 @@ class Tracker:
             self._wait()
 
     def _limit_exit(self) -> None:
-        """Ends the process where exit hooks wait for a server. A daemon thread, because those still run during the hooks."""
+        """Ends the process where exit hooks wait for a server. A daemon thread, because those still run during the
+        hooks.
+        """
         threading.main_thread().join()
         time.sleep(LIMIT if self._exit_code is None else LEAVING)
         for stream in (sys.stdout, sys.stderr):
@@ -147,7 +150,9 @@ class Tracker:
             self._print_line(self._lines.get())
 
     def _disable(self, why: str) -> None:
-        """Disables the tracker; may be called by any thread. A call that waits for W&B's process returns once it is killed."""
+        """Disables the tracker; may be called by any thread. A call that waits for W&B's process returns once it is
+        killed.
+        """
         if self._disabled.is_set():
             return
         self._disabled.set()
@@ -209,7 +214,9 @@ class Tracker:
         )
 
     def _start_wandb(self, mode: str) -> None:
-        """Starts W&B under the run's id, so that a resumed run is the same run there. Its files are in the output directory."""
+        """Starts W&B under the run's id, so that a resumed run is the same run there. Its files are in the output
+        directory.
+        """
         import wandb
 
         if self._disabled.is_set():  # while the server was probed
@@ -228,7 +235,9 @@ class Tracker:
         self._local_folder = self._accelerator.get_tracker("wandb", unwrap=True).settings.sync_dir
 
     def _log(self, values: dict[str, Any], step: int) -> None:
-        """A row of metrics.jsonl: numbers, and the samples of a validation, which are a table in W&B and texts elsewhere."""
+        """A row of metrics.jsonl: numbers, and the samples of a validation, which are a table in W&B and texts
+        elsewhere.
+        """
         samples = values.pop("val/samples", [])
         if samples and self._name == "wandb":
             rows = [[step, *sample.values()] for sample in samples]
@@ -263,8 +272,8 @@ class Tracker:
                 end_wandb()  # it stores rows in blocks of 32 KiB: the last ones may not be on disk
                 self._report(
                     f"tracker wandb: the server did not accept everything within {UPLOAD:.0f} s. "
-                    f"`wandb sync --no-skip-online {self._local_folder}` sends what it had stored on disk; its last rows may be "
-                    "missing there, metrics.jsonl has every row."
+                    f"`wandb sync --no-skip-online {self._local_folder}` sends what it had stored on disk; its last "
+                    "rows may be missing there, metrics.jsonl has every row."
                 )
             return
         for tracker in self._accelerator.trackers:

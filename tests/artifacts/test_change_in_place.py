@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from small_artifacts import CONFIG, TOKENS, assembling, counts, edit, load, refused
 
 from forge_common import assemble
-from forge_common.artifacts import artifact, assembled, assembled_folder
+from forge_common.artifacts import assembled, assembled_folder
+from forge_common.artifacts.module_folder import write_module
 from forge_common.files import atomic
 
 PARTS = ("trunk/model.safetensors", "modules/two/module.safetensors", "modules/two/statistics.safetensors")
@@ -30,7 +31,7 @@ def root(root):
             key: torch.randn_like(tensor) * 0.1
             for key, tensor in load_file(root / "one" / "module.safetensors").items()
         }
-        artifact.write_module(root / folder, tensors, described | {"name": name}, counts(ord(folder[0])), CONFIG)
+        write_module(root / folder, tensors, described | {"name": name}, counts(ord(folder[0])), CONFIG)
     return root
 
 

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from small_artifacts import CONFIG, MODULES, assembling, counts, edit, refused
 
 from forge_common import assemble, evaluate, merge
-from forge_common.artifacts import artifact, checks, module_table, trial
+from forge_common.artifacts import checks, module_table, trial
+from forge_common.artifacts.module_folder import write_module
 from forge_common.files.tensors import digest
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
@@ -181,10 +182,10 @@ def test_experts_are_tried_alone_and_with_their_row(root, key, value):
     metadata = json.loads((root / "one" / "module.json").read_text())
     trunk = {name: metadata[name] for name in ("trunk_digest", "tokenizer_digest")}
     metadata = {"name": "sparse", "kind": "expert", "layers": [1], **trunk}
-    artifact.write_module(root / "sparse", tensors, metadata, counts(5), CONFIG)
+    write_module(root / "sparse", tensors, metadata, counts(5), CONFIG)
     assert assemble.main(assembling(root, "sparse", "one")) == 0
     tensors[f"model.layers.1.addition.{key}"].fill_(value)
-    artifact.write_module(root / "sparse", tensors, metadata, counts(5), CONFIG)
+    write_module(root / "sparse", tensors, metadata, counts(5), CONFIG)
     settings = assemble.Settings(str(root / "trunk"), (root / "sparse",), root / "other")
     assert refused(assemble.main, settings).startswith(f"{root / 'sparse'}: ")
 

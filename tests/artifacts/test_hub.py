@@ -19,19 +19,20 @@ MODULE = {"module.json", "module.safetensors", "statistics.safetensors", "README
 BRIEF = ("--steps", 2, "--statistics-tokens", 1000)
 READ = """
 import os, sys
-from forge_common.artifacts import artifact
+from forge_common.artifacts.module_folder import read_module_metadata
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.files.hub import local_folder
 for place in sys.argv[1:]:
     try:
         folder = local_folder(place)
-        artifact.read_trunk(str(folder)) if "trunk" in place else artifact.read_module_metadata(folder)
+        read_trunk(str(folder)) if "trunk" in place else read_module_metadata(folder)
     except ValueError as reason:
         print(reason, flush=True)
 """
 WRITE = """
 import os, sys
 from pathlib import Path
-from forge_common.artifacts.artifact import read_trunk
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.artifacts.upload import upload
 from forge_common.files.hub import upload_problem
 folder, module = map(Path, sys.argv[1:])

@@ -11,19 +11,20 @@ from safetensors.torch import load_file, save_file
 from small_artifacts import CONFIG, MODULES, TOKENS, assembling, counts, edit, load, refused, same
 
 from forge_common import assemble, merge
-from forge_common.artifacts import artifact
+from forge_common.artifacts.module_folder import read_model, read_module, write_module
 from forge_common.artifacts.publish import round_tensors
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.files.tensors import digest
 from forge_common.routing.routers import UniformRouter
 
 
 def written(root, name: str, dtype: str, *, rounded: bool = False) -> dict:
     """Publishes the module `name` of `root` again, in `dtype`; returns its tensors before that. rounded: to bf16, in float32."""
-    tensors, metadata = artifact.read_module(root / name, artifact.read_trunk(str(root / "trunk"))[2])
+    tensors, metadata = read_module(root / name, read_trunk(str(root / "trunk"))[2])
     described = {key: metadata[key] for key in ("name", "kind", "layers", "width", "rank", "val_fraction")}
     described |= {key: metadata[key] for key in ("trunk_digest", "tokenizer_digest")}
     stored = {key: tensor.bfloat16().float() for key, tensor in tensors.items()} if rounded else tensors
-    artifact.write_module(root / name, stored, described, counts(1 + list(MODULES).index(name)), CONFIG, dtype)
+    write_module(root / name, stored, described, counts(1 + list(MODULES).index(name)), CONFIG, dtype)
     return tensors
 
 
@@ -72,7 +73,7 @@ def test_only_a_module_that_serves_is_widened(root):
     model.top_k = 1
     for used, unused in ((1, 2), (2, None)):
         model.router = UniformRouter(torch.eye(3)[used])
-        alone = artifact.read_model(str(root / "trunk"), root / model.names[used])[0]
+        alone = read_model(str(root / "trunk"), root / model.names[used])[0]
         assert torch.allclose(model.nats(TOKENS), alone.nats(TOKENS), rtol=0, atol=1e-6)
         assert dtypes(used) == {torch.float32}
         assert unused is None or dtypes(unused) == {torch.bfloat16}

@@ -10,7 +10,7 @@ import launch
 import pytest
 import torch
 
-from forge_common.artifacts.artifact import read_trunk
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.data.tokenizer import train_tokenizer
 from forge_common.model.config import ModelConfig
 from forge_common.model.trunk import Trunk

@@ -11,9 +11,10 @@ import yaml
 from small_artifacts import CONFIG, MODULES, build, counts
 
 import train_module
-from forge_common.artifacts import artifact
 from forge_common.artifacts.card import model_card
+from forge_common.artifacts.module_folder import read_module, write_module
 from forge_common.artifacts.publish import command, losses_line
+from forge_common.artifacts.trunk_folder import read_trunk, write_trunk
 from forge_common.errors import UserError
 from forge_common.files import atomic
 
@@ -48,12 +49,12 @@ WRONG = [compiled_names, without_one, narrower, not_finite]
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda change: change.__name__)
 def test_a_trunk_that_cannot_be_read_back_is_not_published(root, tmp_path, wrong, older):
     place = tmp_path / "out" / "trunk"
-    trunk, tokenizer, _ = artifact.read_trunk(str(root / "trunk"))
+    trunk, tokenizer, _ = read_trunk(str(root / "trunk"))
     if older:
-        artifact.write_trunk(place, trunk.state_dict(), CONFIG, tokenizer, {}, counts(0, moments=False))
+        write_trunk(place, trunk.state_dict(), CONFIG, tokenizer, {}, counts(0, moments=False))
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match="was not written, since what was read back is wrong") as caught:
-        artifact.write_trunk(place, wrong(trunk.state_dict()), CONFIG, tokenizer, {}, counts(0, moments=False))
+        write_trunk(place, wrong(trunk.state_dict()), CONFIG, tokenizer, {}, counts(0, moments=False))
     assert str(caught.value).startswith(str(place)) and ".tmp-" not in str(caught.value)
     assert contents(tmp_path / "out") == before and place.exists() == older
     assert not list((tmp_path / "out").glob(".*"))
@@ -64,35 +65,35 @@ def test_a_trunk_that_cannot_be_read_back_is_not_published(root, tmp_path, wrong
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda change: change.__name__)
 def test_a_module_that_cannot_be_read_back_is_not_published(root, tmp_path, wrong, name, older):
     place = tmp_path / "out" / "module"
-    tensors, metadata = artifact.read_module(root / name, artifact.read_trunk(str(root / "trunk"))[2])
+    tensors, metadata = read_module(root / name, read_trunk(str(root / "trunk"))[2])
     described = {key: metadata[key] for key in ("name", "kind", "layers", "width", "rank")}
     described |= {key: metadata[key] for key in ("trunk_digest", "tokenizer_digest")}
     if older:
-        artifact.write_module(place, tensors, described, counts(1), CONFIG)
+        write_module(place, tensors, described, counts(1), CONFIG)
     before = contents(tmp_path / "out")
     with pytest.raises(UserError, match="was not written, since what was read back is wrong"):
-        artifact.write_module(place, wrong(tensors), described, counts(1), CONFIG)
+        write_module(place, wrong(tensors), described, counts(1), CONFIG)
     with pytest.raises(UserError, match="unigrams are not 258 codes"):
-        artifact.write_module(place, tensors, described, narrower(counts(1)), CONFIG)
+        write_module(place, tensors, described, narrower(counts(1)), CONFIG)
     assert contents(tmp_path / "out") == before and place.exists() == older
     assert not list((tmp_path / "out").glob(".*"))
 
 
 def test_configuration_tokenizer_and_statistics_are_read_back(root, tmp_path):
     """A configuration of another size, one with fewer tokens than the tokenizer, statistics of another vocabulary."""
-    trunk, tokenizer, _ = artifact.read_trunk(str(root / "trunk"))
+    trunk, tokenizer, _ = read_trunk(str(root / "trunk"))
     for change in ({"intermediate_size": 16}, {"vocab_size": 200}):
         config = dataclasses.replace(CONFIG, **change)
         with pytest.raises(UserError, match="was not written"):
-            artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {})
+            write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {})
     with pytest.raises(UserError, match="was not written"):
         wrong = counts(0, moments=False) | {"unigrams": torch.zeros(9, dtype=torch.uint8)}
-        artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), CONFIG, tokenizer, {}, wrong)
+        write_trunk(tmp_path / "trunk", trunk.state_dict(), CONFIG, tokenizer, {}, wrong)
     assert not (tmp_path / "trunk").exists()
 
 
 def test_a_bit_that_the_disk_changes_is_found_before_the_rename(root, tmp_path, monkeypatch):
-    trunk, tokenizer, _ = artifact.read_trunk(str(root / "trunk"))
+    trunk, tokenizer, _ = read_trunk(str(root / "trunk"))
     sync = atomic.sync
 
     def damage(folder):
@@ -102,7 +103,7 @@ def test_a_bit_that_the_disk_changes_is_found_before_the_rename(root, tmp_path, 
 
     monkeypatch.setattr(atomic, "sync", damage)
     with pytest.raises(UserError, match="the digest is"):
-        artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), CONFIG, tokenizer, {})
+        write_trunk(tmp_path / "trunk", trunk.state_dict(), CONFIG, tokenizer, {})
     assert not (tmp_path / "trunk").exists() and not list(tmp_path.glob(".*"))
 
 

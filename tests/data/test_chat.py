@@ -22,7 +22,8 @@ from forge_common.data.held_out import HeldOut, choose
 from forge_common.data.readers.document import Message, Reading
 from forge_common.data.sources import read
 from forge_common.data.store import prepare
-from forge_common.data.tokenizer import byte_tokenizer, load_tokenizer
+from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.data.tokenizer_files import load_tokenizer
 from forge_common.data.windows import Windows
 from forge_common.errors import UserError
 from forge_common.labels import CONTEXT, is_scored

@@ -19,7 +19,8 @@ from tokenizers import normalizers, processors
 from forge_common.data.corpora import open_corpora, tokenizer_for
 from forge_common.data.readers.document import PIECE, Reading
 from forge_common.data.store import Windows, in_validation, prepare
-from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer
+from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
+from forge_common.data.tokenizer_files import load_tokenizer
 from forge_common.errors import UserError
 from train_shared import Settings
 

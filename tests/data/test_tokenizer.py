@@ -7,7 +7,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, load_tokenizer, resolve, train_tokenizer
+from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
+from forge_common.data.tokenizer_files import load_tokenizer, resolve
 from forge_common.errors import UserError
 
 SAMPLES = [

@@ -211,7 +211,7 @@ def test_a_damaged_export_is_refused_and_leaves_nothing(artifacts, tmp_path, mon
             save_file(stored, path, **how)
 
     monkeypatch.setattr("forge_common.exporting.assembled_model.save_file", wrong)
-    monkeypatch.setattr("forge_common.artifacts.artifact.save_file", wrong)
+    monkeypatch.setattr("forge_common.artifacts.trunk_folder.save_file", wrong)
     with pytest.raises(UserError, match=r"(?:was not|nothing was) written"):
         export.main(export.Settings(str(artifacts / model), "transformers", tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,8 @@ import torch
 from tokenizers import Regex, pre_tokenizers, processors
 
 from forge_common import export
-from forge_common.artifacts import artifact
+from forge_common.artifacts.module_folder import write_module
+from forge_common.artifacts.trunk_folder import read_trunk, write_trunk
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer, train_tokenizer
 from forge_common.exporting import gguf_file, llama_cpp, proof
 from forge_common.model.modules import plug_in
@@ -42,7 +43,7 @@ def tokenizer() -> Tokenizer:
 
 def trunk(folder: Path, config, tokenizer: Tokenizer) -> Path:
     torch.manual_seed(0)
-    artifact.write_trunk(folder, Trunk(config).state_dict(), config, tokenizer, {})
+    write_trunk(folder, Trunk(config).state_dict(), config, tokenizer, {})
     return folder
 
 
@@ -66,7 +67,7 @@ def test_llama_cpp_gives_the_same_logits(tmp_path, tokenizer, family):
     pytest.importorskip(llama_cpp.PACKAGE)
     folder = trunk(tmp_path / "trunk", CONFIGS[family], tokenizer)
     export.main(export.Settings(str(folder), "gguf", tmp_path / "out"))
-    expected = proof.expect(artifact.read_trunk(str(folder))[0], tokenizer, spliced=False)
+    expected = proof.expect(read_trunk(str(folder))[0], tokenizer, spliced=False)
     largest = llama_cpp.difference(tmp_path / "out" / gguf_file.FILE, expected, tokenizer)
     print(f"{family}: {largest:.1e} in llama.cpp")
     assert largest < 1e-5
@@ -141,7 +142,7 @@ def test_without_llama_cpp_the_command_says_that_it_was_not_compared_with(tmp_pa
 def test_a_merged_module_as_gguf(tmp_path, tokenizer):
     pytest.importorskip("gguf")
     folder = trunk(tmp_path / "trunk", PLAIN, tokenizer)
-    _, _, metadata = artifact.read_trunk(str(folder))
+    _, _, metadata = read_trunk(str(folder))
     plain = Trunk(PLAIN)
     names = plug_in(plain, "narrow+head", [1], width=5)
     tensors = {name: torch.randn_like(plain.state_dict()[name]) * 0.3 for name in names}
@@ -149,7 +150,7 @@ def test_a_merged_module_as_gguf(tmp_path, tokenizer):
     described["tokenizer_digest"] = metadata["tokenizer_digest"]
     counts = {name: codes for name, codes in small_artifacts.counts(1, moments=False).items() if name == "bigrams"}
     counts["unigrams"] = torch.zeros(300, dtype=torch.uint8)
-    artifact.write_module(tmp_path / "one", tensors, described, counts, PLAIN)
+    write_module(tmp_path / "one", tensors, described, counts, PLAIN)
     export.main(export.Settings(str(folder), "gguf", tmp_path / "out", tmp_path / "one"))
     assert (tmp_path / "out" / "model.gguf").stat().st_size > 4 * 300 * 16
 

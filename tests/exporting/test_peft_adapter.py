@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from forge_common import assemble, export
-from forge_common.artifacts import artifact, assembled
+from forge_common.artifacts import assembled
+from forge_common.artifacts.module_folder import read_model, write_module
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.exporting import peft_adapter, proof
 from forge_common.model.modules import plug_in
 from forge_common.model.trunk import Trunk
@@ -32,7 +34,7 @@ def lora_with_head(artifacts: Path, folder: Path) -> Path:
     trunk = json.loads((artifacts / "trunk" / "forge.json").read_text())
     metadata = {"name": "three", "kind": "lora+head", "layers": [0, 1], "rank": 2, "trunk_digest": trunk["digest"]}
     metadata["tokenizer_digest"] = trunk["tokenizer_digest"]
-    artifact.write_module(folder, tensors, metadata, small_artifacts.counts(9), small_artifacts.CONFIG)
+    write_module(folder, tensors, metadata, small_artifacts.counts(9), small_artifacts.CONFIG)
     return folder
 
 
@@ -63,7 +65,7 @@ def test_an_adapter_that_peft_made_becomes_a_module_that_assembles(artifacts, tm
     module = tmp_path / "module"
     export.main(export.Settings(str(artifacts / "trunk"), "module", module, peft=tmp_path / "adapter", name="other"))
     expected = adapted.eval()(input_ids=small_artifacts.TOKENS[:, :-1]).logits.log_softmax(-1)
-    model, _, _, _ = artifact.read_model(str(artifacts / "trunk"), module)
+    model, _, _, _ = read_model(str(artifacts / "trunk"), module)
     nats = -expected.gather(2, small_artifacts.TOKENS[:, 1:, None])[..., 0].detach()
     labels = small_artifacts.TOKENS[:, 1:19]  # until the first EOS: Transformers does not know documents
     assert torch.allclose(
@@ -97,7 +99,7 @@ def test_an_adapter_that_no_module_expresses_is_refused(artifacts, tmp_path, cha
         inside, outside = outside, inside
     tensors = {f"{name}.lora_A.weight": torch.randn(2, inside), f"{name}.lora_B.weight": torch.randn(outside, 2)}
     save_file(tensors, tmp_path / "adapter_model.safetensors")
-    trunk, _, _ = artifact.read_trunk(str(artifacts / "trunk"))
+    trunk, _, _ = read_trunk(str(artifacts / "trunk"))
     assert message in small_artifacts.refused(peft_adapter.read, tmp_path, trunk)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 
-from forge_common.artifacts.artifact import read_trunk, write_trunk
+from forge_common.artifacts.trunk_folder import read_trunk, write_trunk
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 from forge_common.model import config as config_module

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_model import make, text
 
-from forge_common.artifacts.artifact import read_model
 from forge_common.artifacts.metadata import module_arguments
+from forge_common.artifacts.module_folder import read_model
 from forge_common.errors import UserError
 from forge_common.model.config import MATRICES, TARGETS
 from forge_common.model.modules import LowRankLinear, fold, plug_in

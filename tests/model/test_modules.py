@@ -14,9 +14,10 @@ from safetensors.torch import load_file, save_file
 from small_artifacts import CONFIG, edit
 
 import train_module
-from forge_common.artifacts import artifact
 from forge_common.artifacts.metadata import read_metadata, training_texts
+from forge_common.artifacts.trunk_folder import read_trunk, replaced_tensors, write_trunk
 from forge_common.errors import UserError
+from forge_common.files.tensors import digest
 from forge_common.model.modules import MATRICES, kind_and_layers, plug_in
 
 STEPS = 8
@@ -58,9 +59,9 @@ def test_the_metadata_of_a_module(made, trunk):
     kind, folder, printed = made
     metadata = json.loads((folder / "module" / "module.json").read_text())
     published = json.loads((trunk / "forge.json").read_text())
-    assert metadata["trunk_digest"] == published["digest"] == artifact.digest(load_file(trunk / "model.safetensors"))
+    assert metadata["trunk_digest"] == published["digest"] == digest(load_file(trunk / "model.safetensors"))
     assert metadata["tokenizer_digest"] == published["tokenizer_digest"]
-    assert metadata["digest"] == artifact.digest(load_file(folder / "module" / "module.safetensors"))
+    assert metadata["digest"] == digest(load_file(folder / "module" / "module.safetensors"))
     shape = (metadata["kind"], metadata["name"], metadata["layers"], metadata["format_version"])
     assert shape == (kind, "cpp", [0, 1], 1)
     assert metadata["losses"]["own"]["after"] < metadata["losses"]["own"]["before"]
@@ -82,23 +83,23 @@ def test_a_new_module_does_not_change_the_loss(module, altered, tmp_path):
 
 def test_what_a_module_replaced_is_read_again_from_the_trunk(root):
     """For the moments of the trunk alone: its feed-forwards under a module of kind ffn, and nothing for the other kinds."""
-    _, _, metadata = artifact.read_trunk(str(root / "trunk"))
+    _, _, metadata = read_trunk(str(root / "trunk"))
     own = load_file(root / "trunk" / "model.safetensors")
     for kind in ("ffn", "ffn+head", "narrow+head", "lora+head", "expert"):
-        trunk, _, _ = artifact.read_trunk(str(root / "trunk"))
+        trunk, _, _ = read_trunk(str(root / "trunk"))
         config, names = trunk.config, plug_in(trunk, kind, [1])
-        again = artifact.replaced_tensors(str(root / "trunk"), config, names, metadata)
+        again = replaced_tensors(str(root / "trunk"), config, names, metadata)
         assert sorted(again) == sorted(name for name in names if ".mlp." in name and kind.startswith("ffn"))
         assert all(torch.equal(again[name], own[name]) for name in again)
     own["model.norm.weight"][0] += 1
     save_file(own, root / "trunk" / "model.safetensors")
     replaced, added = [f"model.layers.1.mlp.{m}.weight" for m in MATRICES], ["head_change.lora_A"]
     with pytest.raises(UserError, match="the trunk has changed since the start of the run"):
-        artifact.replaced_tensors(str(root / "trunk"), config, replaced, metadata)
-    assert artifact.replaced_tensors(str(root / "trunk"), config, added, metadata) == {}  # the weights are not read
+        replaced_tensors(str(root / "trunk"), config, replaced, metadata)
+    assert replaced_tensors(str(root / "trunk"), config, added, metadata) == {}  # the weights are not read
     edit(root / "trunk" / "forge.json", digest="0" * 64)
     with pytest.raises(UserError, match="the trunk has changed since the start of the run"):
-        artifact.replaced_tensors(str(root / "trunk"), config, added, metadata)
+        replaced_tensors(str(root / "trunk"), config, added, metadata)
 
 
 @pytest.mark.parametrize("kind", ["ffn+head", "lora+head"])
@@ -106,9 +107,9 @@ def test_a_trunk_that_is_published_again_during_the_run_is_refused(kind, trunk, 
     """No module is published, whatever it reads of the trunk; with the first trunk, the same command publishes it."""
     copy, other = tmp_path / "trunk", tmp_path / "other"
     shutil.copytree(trunk, copy)
-    model, tokenizer, metadata = artifact.read_trunk(str(trunk))
+    model, tokenizer, metadata = read_trunk(str(trunk))
     tensors = {name: tensor * 1.01 for name, tensor in model.state_dict().items()}
-    artifact.write_trunk(other, tensors, model.config, tokenizer, {})
+    write_trunk(other, tensors, model.config, tokenizer, {})
     exchange = f"    import os\n\n    os.rename({str(copy)!r}, {str(tmp_path / 'first')!r})\n"
     exchange += f"    os.rename({str(other)!r}, {str(copy)!r})\n"
     script = altered("train_module.py", edits.AFTER_TRAINING, edits.AFTER_TRAINING + exchange)
@@ -178,7 +179,7 @@ def test_a_module_stored_in_bf16(made, module, altered, trunk, domain, cache, tm
     assert launch.same_bits({name: tensor.bfloat16() for name, tensor in before.items()}, after)
     metadata = [json.loads((run / "module" / "module.json").read_text()) for run in (straight, folder)]
     assert [each["dtype"] for each in metadata] == ["float32", "bfloat16"]
-    assert metadata[1]["digest"] == artifact.digest(after)
+    assert metadata[1]["digest"] == digest(after)
     common = ("--model", trunk, "--data", f"cpp={domain}", "--cache-dir", cache, "--val-fraction", 0.1)
     evaluate(*common, "--module", folder / "module", "--json", tmp_path / "rows.json")
     [stored] = [r["loss"] for r in json.loads((tmp_path / "rows.json").read_text())["rows"] if r["model"] != "trunk"]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from test_model import make, saved_bytes, text
 
-from forge_common.artifacts import artifact
+from forge_common.artifacts.trunk_folder import write_trunk
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.model.config import ModelConfig
 from forge_common.model.modules import plug_in
@@ -27,11 +27,11 @@ STATUS = (
 )
 READ = f"""
 import sys, torch, safetensors.torch
-from forge_common.artifacts import artifact
+from forge_common.artifacts.trunk_folder import read_trunk, write_trunk
 torch.empty(1, device="meta").normal_()  # for which torch imports 70 MB of code once
 {STATUS}
 {START}
-trunk, _, _ = artifact.read_trunk(sys.argv[1], dtype=sys.argv[2])
+trunk, _, _ = read_trunk(sys.argv[1], dtype=sys.argv[2])
 size = sum(p.numel() * p.element_size() for p in trunk.parameters())
 print((status("VmHWM") - before) / size, (status("VmRSS") - before) / size)
 """
@@ -74,7 +74,7 @@ def large(tmp_path_factory):
     )
     torch.manual_seed(0)
     trunk, folder = Trunk(config), tmp_path_factory.mktemp("large") / "trunk"
-    artifact.write_trunk(folder, trunk.state_dict(), config, tokenizer, {"kind": "trunk"})
+    write_trunk(folder, trunk.state_dict(), config, tokenizer, {"kind": "trunk"})
     return folder, 4 * sum(parameter.numel() for parameter in trunk.parameters())
 
 

@@ -17,7 +17,10 @@ from safetensors.torch import load_file, save_file
 from small_artifacts import assembling, refused
 
 from forge_common import assemble, merge
-from forge_common.artifacts import artifact, assembled
+from forge_common.artifacts import assembled
+from forge_common.artifacts.metadata import module_arguments
+from forge_common.artifacts.module_folder import read_model, read_module, write_module
+from forge_common.artifacts.trunk_folder import read_trunk, write_trunk
 from forge_common.data.tokenizer import byte_tokenizer
 from forge_common.errors import UserError
 from forge_common.files.tensors import digest
@@ -229,7 +232,7 @@ def test_top_k_of_all_candidates_is_the_soft_mixture_of_the_gates(assembled_dir)
 
 def test_without_all_modules_it_equals_the_trunk(assembled_dir, trunk):
     model, tokenizer = read(assembled_dir, without=tuple(KINDS))
-    alone, _, _ = artifact.read_trunk(str(trunk))
+    alone, _, _ = read_trunk(str(trunk))
     torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-6)
 
 
@@ -274,12 +277,12 @@ def test_a_merged_module_is_a_transformers_checkpoint(name, module_dirs, trunk, 
     from transformers import AutoModelForCausalLM
 
     call("merge", "--trunk", trunk, "--module", module_dirs[name], "--output-dir", tmp_path / "merged")
-    model, tokenizer, _, _ = artifact.read_model(str(trunk), module_dirs[name])
+    model, tokenizer, _, _ = read_model(str(trunk), module_dirs[name])
     tokens = ids(tokenizer)[:2]
     logits = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)(tokens[:, :-1]).logits
     expected = torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     torch.testing.assert_close(model.nats(tokens), expected, rtol=0, atol=2e-5)
-    again, _, _ = artifact.read_trunk(str(tmp_path / "merged"))
+    again, _, _ = read_trunk(str(tmp_path / "merged"))
     torch.testing.assert_close(again.nats(tokens), expected, rtol=0, atol=2e-5)
 
 
@@ -289,9 +292,9 @@ def test_one_learned_row_equals_the_module_as_trained(trunk, module_dirs, tmp_pa
     line = ("--trunk", trunk, "--modules", module_dirs["expert_code"], "--router", "learned", "--output-dir", folder)
     call("assemble", *line)
     model, tokenizer = read(folder)
-    tensors, metadata = artifact.read_module(module_dirs["expert_code"], artifact.read_trunk(str(trunk))[2])
-    alone, _, _ = artifact.read_trunk(str(trunk))
-    put_in(alone, tensors, **artifact.module_arguments(metadata))
+    tensors, metadata = read_module(module_dirs["expert_code"], read_trunk(str(trunk))[2])
+    alone, _, _ = read_trunk(str(trunk))
+    put_in(alone, tensors, **module_arguments(metadata))
     torch.testing.assert_close(model.nats(ids(tokenizer)), alone.nats(ids(tokenizer)), rtol=0, atol=1e-5)
 
 
@@ -536,8 +539,8 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
     def counts():
         return {key: torch.randint(0, 90, (n,), generator=draw, dtype=torch.uint8) for key, n in sizes.items()}
 
-    artifact.write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {}, counts())
-    _, _, trunk_metadata = artifact.read_trunk(str(tmp_path / "trunk"))
+    write_trunk(tmp_path / "trunk", trunk.state_dict(), config, tokenizer, {}, counts())
+    _, _, trunk_metadata = read_trunk(str(tmp_path / "trunk"))
     folders = []
     for number in range(8):
         tensors = {
@@ -548,12 +551,12 @@ def test_memory_does_not_grow_with_the_number_of_modules(tmp_path):
         metadata = {"kind": "ffn", "name": f"m{number}", "layers": [0], "trunk_digest": trunk_metadata["digest"]}
         metadata["tokenizer_digest"] = trunk_metadata["tokenizer_digest"]
         folders.append(tmp_path / f"m{number}")
-        artifact.write_module(folders[-1], tensors, metadata, counts(), config)
+        write_module(folders[-1], tensors, metadata, counts(), config)
     size = (folders[0] / "module.safetensors").stat().st_size
     assert size > 20 << 20
     code = (
-        "import resource, sys\nfrom forge_common import assemble, settings\nsys.argv[0] = 'assemble'\n"
-        "assemble.main(settings.read_settings(assemble.Settings, ''))\n"
+        "import resource, sys\nfrom forge_common import assemble, command_line\nsys.argv[0] = 'assemble'\n"
+        "assemble.main(command_line.read_settings(assemble.Settings, ''))\n"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
     peaks = []

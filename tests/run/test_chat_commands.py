@@ -14,8 +14,8 @@ from small_artifacts import CONFIG, assembling, refused
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from forge_common import assemble, generate, merge
-from forge_common.artifacts.artifact import read_trunk
 from forge_common.artifacts.assembled import read_assembled
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.generation.sampling import sample
 
 SHAPE = [value for value in launch.SHAPE if value not in ("--tokenizer", "bytes")]

@@ -23,12 +23,15 @@ import yaml
 import train_module
 import train_shared
 from forge_common import export, report
-from forge_common.artifacts import artifact
-from forge_common.command_line import EPILOG, OTHER_NAMES, groups, unknown_flags
+from forge_common.artifacts.module_folder import read_model, read_module_metadata
+from forge_common.artifacts.trunk_folder import read_trunk
+from forge_common.command_line import read_settings, run_main
 from forge_common.data.sources import files_of
 from forge_common.errors import UserError
 from forge_common.files.places import missing_artifact, missing_source, published
-from forge_common.settings import read_settings, run_main, to_json
+from forge_common.flags import OTHER_NAMES, unknown_flags
+from forge_common.help import EPILOG, groups
+from forge_common.settings import to_json
 from forge_common.settings_checks import problems
 
 COMMANDS = ("assemble", "chat", "evaluate", "export", "generate", "merge", "plan", "push", "report")
@@ -175,6 +178,14 @@ def test_a_wrong_file_of_settings_is_refused(content, expected, read, tmp_path, 
     assert ended.value.code == 2 and f"--config mine.yaml {expected}" in capsys.readouterr().err
 
 
+def test_the_only_choice_of_a_setting_is_named(monkeypatch, tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("module_dtype: fp16\n")
+    monkeypatch.setattr(sys, "argv", ["train_module.py", "--config", str(tmp_path / "mine.yaml")])
+    with pytest.raises(SystemExit):
+        read_settings(train_module.Settings, "")
+    assert "has module_dtype: fp16; it must be bf16\n" in capsys.readouterr().err
+
+
 def test_a_setting_of_the_file_is_given_where_it_is_not_the_default(read, tmp_path, capsys):
     """A settings.json holds all settings: at their defaults they do not contradict --trunk-from."""
     (tmp_path / "trunk").mkdir()
@@ -231,9 +242,8 @@ def test_a_command_refuses_what_is_not_there_before_torch_is_imported(line, expe
 
 def test_ctrl_c_ends_a_command_with_one_line():
     """And by the signal, so that a script in which it is ends too."""
-    code = (
-        "import os, signal, sys, time, types; from forge_common.settings import run_main; sys.argv[0] = 'evaluate.py'\n"
-    )
+    code = "import os, signal, sys, time, types; from forge_common.command_line import run_main\n"
+    code += "sys.argv[0] = 'evaluate.py'\n"
     code += "run_main(lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)), types.SimpleNamespace())"
     done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "evaluate.py: ended by Ctrl-C\n")
@@ -268,9 +278,9 @@ def test_what_is_no_trunk_or_no_module_is_called_what_it_is(root, tmp_path):
         (tmp_path / "texts", "module.json does not exist"),
     ):
         with pytest.raises(UserError, match=what):
-            artifact.read_module_metadata(folder)
+            read_module_metadata(folder)
     with pytest.raises(UserError, match=r"texts has no config.json and no model.safetensors, so it is no trunk. Name "):
-        artifact.read_trunk(str(tmp_path / "texts"))
+        read_trunk(str(tmp_path / "texts"))
 
 
 def test_the_output_directory_of_a_run_stands_for_what_it_published(tmp_path):
@@ -285,13 +295,13 @@ def test_the_output_directory_of_a_run_stands_for_what_it_published(tmp_path):
 def test_trunks_and_modules_are_read_from_the_output_directories_of_their_runs(root):
     (root / "run").mkdir()
     (root / "one").rename(root / "run" / "module")
-    trunk, _, metadata, module = artifact.read_model(str(root), root / "run")
-    direct = artifact.read_model(str(root / "trunk"), root / "run" / "module")
+    trunk, _, metadata, module = read_model(str(root), root / "run")
+    direct = read_model(str(root / "trunk"), root / "run" / "module")
     assert small_artifacts.same(trunk.state_dict(), direct[0].state_dict()) and (metadata, module) == direct[2:]
     with pytest.raises(UserError, match=r"runn/x is not there; did you mean .*/run\? Name the folder"):
-        artifact.read_module_metadata(root / "runn" / "x")
+        read_module_metadata(root / "runn" / "x")
     with pytest.raises(UserError):
-        artifact.read_trunk(str(root / "assembled"))
+        read_trunk(str(root / "assembled"))
 
 
 def test_help_has_the_groups_of_the_source():

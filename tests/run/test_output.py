@@ -21,7 +21,7 @@ import pytest
 from disks import fill, missing_bytes, mounted
 from launch import MORE, PATIENCE, STEPS, same_run
 
-from forge_common.artifacts import artifact
+from forge_common.artifacts.trunk_folder import read_trunk, write_trunk
 from forge_common.errors import UserError
 from forge_common.run import folder as output
 from forge_common.run import log as run_log
@@ -104,7 +104,7 @@ def test_only_a_run_that_ended_by_force_is_called_unfinished(end, tmp_path, caps
     """A fork that ends does not release the lock of its parent."""
     code = (
         "import os, sys, types; from pathlib import Path; from forge_common.errors import UserError\n"
-        "from forge_common.run import folder as output; from forge_common.settings import run_main\n"
+        "from forge_common.run import folder as output; from forge_common.command_line import run_main\n"
         "lock = output.claim(types.SimpleNamespace(is_main_process=True), Path(sys.argv[1]))\n"
         "if os.fork() == 0: sys.exit()\n"
         "os.wait()\n"
@@ -290,13 +290,13 @@ def test_a_line_of_the_log_that_is_no_row_is_named(line, tmp_path):
 
 def test_a_disk_too_full_to_publish(disk, trunk, tmp_path):
     """No partial file stays; the trunk that was published before does."""
-    model, tokenizer, _ = artifact.read_trunk(str(trunk))
+    model, tokenizer, _ = read_trunk(str(trunk))
     place = disk / "trunk"
-    artifact.write_trunk(place, model.state_dict(), model.config, tokenizer, {})
+    write_trunk(place, model.state_dict(), model.config, tokenizer, {})
     before = {path.name: path.read_bytes() for path in place.iterdir()}
     fill(disk, leaving=20_000)
     with pytest.raises(UserError, match="disk is full"):
-        artifact.write_trunk(place, model.state_dict(), model.config, tokenizer, {})
+        write_trunk(place, model.state_dict(), model.config, tokenizer, {})
     assert {path.name: path.read_bytes() for path in place.iterdir()} == before
     assert not list(disk.glob(".*"))
 

@@ -13,10 +13,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import train_module
 import train_shared
+from forge_common.command_line import run_main
 from forge_common.data.tokenizer import Tokenizer, byte_tokenizer
 from forge_common.model.presets import model_config
 from forge_common.run import launch_checks
-from forge_common.settings import HUGE_PAGES, MODEL_SETTINGS, run_main
+from forge_common.settings import HUGE_PAGES, MODEL_SETTINGS
 from forge_common.settings_checks import problems
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from ...errors import UserError
+from ...flags import flag_of
 
 PIECE = 1 << 20  # bytes of a file, or characters of a row, that are held and tokenized at once
 RECORD_LIMIT = 32 << 20  # bytes of one line, record or value; a longer one is an error
@@ -50,8 +51,7 @@ class Reading:
     def __post_init__(self):
         for name, allowed in POLICIES.items():
             if getattr(self, name) not in allowed:
-                flag = "--" + name.replace("_", "-")
-                raise UserError(f"{flag} is {getattr(self, name)!r}. Use one of {', '.join(allowed)}.")
+                raise UserError(f"{flag_of(name)} is {getattr(self, name)!r}. Use one of {', '.join(allowed)}.")
         if self.document_separator == "":
             raise UserError("--document-separator is empty. Leave the flag out to read one document a file.")
 

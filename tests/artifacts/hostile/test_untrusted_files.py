@@ -13,8 +13,9 @@ import torch
 from small_artifacts import assembling, edit, load, refused, same
 
 from forge_common import assemble, evaluate
-from forge_common.artifacts import artifact
-from forge_common.data.tokenizer import load_tokenizer
+from forge_common.artifacts.module_folder import read_module
+from forge_common.artifacts.trunk_folder import read_trunk
+from forge_common.data.tokenizer_files import load_tokenizer
 from forge_common.files.atomic import read_json
 from forge_common.files.tensors import read_tensors
 
@@ -119,18 +120,18 @@ def test_a_pickle_named_as_a_trunk_or_module_is_not_opened(root, exploit):
     content, marker = exploit
     for name in ("module.pt", "adapter_model.bin", "module.safetensors"):
         (root / name).write_bytes(content)
-        message = refused(artifact.read_module, root / name, {})
+        message = refused(read_module, root / name, {})
         assert name in message and ("Pickles are not opened" in message or name.endswith("safetensors"))
-        assert name in refused(artifact.read_trunk, str(root / name))
+        assert name in refused(read_trunk, str(root / name))
     (root / "trunk" / "pytorch_model.bin").write_bytes(content)
     index = root / "trunk" / "model.safetensors.index.json"
     for name in ("pytorch_model.bin", "pytorch_model.safetensors"):
         (root / "trunk" / name).write_bytes(content)
         index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
-        assert name in refused(artifact.read_trunk, str(root / "trunk"))
+        assert name in refused(read_trunk, str(root / "trunk"))
     index.unlink()
     (root / "trunk" / "model.safetensors").unlink()
-    assert "pytorch_model.bin is a pickle and is not opened" in refused(artifact.read_trunk, str(root / "trunk"))
+    assert "pytorch_model.bin is a pickle and is not opened" in refused(read_trunk, str(root / "trunk"))
     assert not marker.exists()
 
 
@@ -230,4 +231,4 @@ def test_a_snapshot_with_links_out_of_its_repository_is_refused(snapshot, how, t
         link.unlink()
         link.symlink_to(target)
         assert link.exists()
-    assert "is a link" in refused(artifact.read_trunk, str(snapshot))
+    assert "is a link" in refused(read_trunk, str(snapshot))

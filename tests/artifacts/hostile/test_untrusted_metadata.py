@@ -7,7 +7,9 @@ from safetensors.torch import save_file
 from small_artifacts import CONFIG, assembling, counts, edit, load, refused
 
 from forge_common import assemble, evaluate
-from forge_common.artifacts import artifact, assembled
+from forge_common.artifacts import assembled
+from forge_common.artifacts.module_folder import write_module
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.errors import UserError
 from forge_common.files.atomic import read_json
 from forge_common.files.tensors import digest
@@ -73,7 +75,7 @@ def test_a_config_with_a_wrong_type_or_size_is_refused(root, name, value):
     """Also in a trunk without digests."""
     (root / "trunk" / "forge.json").unlink()
     edit(root / "trunk" / "config.json", **{name: value})
-    assert str(root / "trunk") in refused(artifact.read_trunk, str(root / "trunk"))
+    assert str(root / "trunk") in refused(read_trunk, str(root / "trunk"))
 
 
 @pytest.mark.parametrize("value", [[], "1", [None], 1.0, True, 2**40])
@@ -95,7 +97,7 @@ def test_invalid_rope_parameters_are_refused(name, value):
 def test_a_changed_config_is_refused_even_if_the_tensors_fit(root):
     """Another epsilon: the same shapes, but another model."""
     edit(root / "trunk" / "config.json", rms_norm_eps=1e-3)
-    assert "config_digest" in refused(artifact.read_trunk, str(root / "trunk"))
+    assert "config_digest" in refused(read_trunk, str(root / "trunk"))
 
 
 TEXT = {"source": "a", "digest": None, "val_fraction": 0.1}
@@ -251,7 +253,7 @@ def test_an_unsafe_name_is_refused_and_nothing_is_written(root, name, tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
     if name is not None:
         with pytest.raises(UserError, match="cannot be called"):
-            artifact.write_module(tmp_path / "written", {}, {"name": name}, {}, CONFIG)
+            write_module(tmp_path / "written", {}, {"name": name}, {}, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["a", "law", "cpp-2.1", "Recht_und_Gesetz", "c++", "conx", "x" * 64])

@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 from small_artifacts import CONFIG, ONE, TOKENS, assembling, counts, edit, header, load, refused
 
 from forge_common import assemble
-from forge_common.artifacts import artifact, assembled
+from forge_common.artifacts import assembled
+from forge_common.artifacts.module_folder import write_module
+from forge_common.artifacts.trunk_folder import read_trunk
 from forge_common.files.tensors import digest, read_tensors
 
 
@@ -140,7 +142,7 @@ def test_replaced_parts_are_refused(root):
     metadata = {
         name: value for name, value in metadata.items() if "digest" not in name or name.startswith(("trunk", "tok"))
     }
-    artifact.write_module(modules / "one", tensors, metadata, counts(9), CONFIG)
+    write_module(modules / "one", tensors, metadata, counts(9), CONFIG)
     assert "assembled.json says" in refused(load, root / "assembled")
     shutil.rmtree(modules / "one")
     shutil.copytree(root / "two", modules / "one")
@@ -163,5 +165,5 @@ def test_the_trunk_alone_needs_no_statistics(valid_artifacts, tmp_path, router):
     assert assemble.main(assembling(tmp_path / "root", router=router)) == 0
     whole = str(tmp_path / "root" / "new" / "assembled")
     alone, _, _ = assembled.read_assembled(whole, without=("one", "two"))
-    expected = artifact.read_trunk(str(trunk))[0].nats(TOKENS)
+    expected = read_trunk(str(trunk))[0].nats(TOKENS)
     torch.testing.assert_close(alone.nats(TOKENS), expected, rtol=0, atol=1e-6)

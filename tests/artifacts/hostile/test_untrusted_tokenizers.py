@@ -10,7 +10,8 @@ import launch
 import pytest
 from small_artifacts import refused, tokenizer_with
 
-from forge_common.data.tokenizer import byte_tokenizer, load_tokenizer
+from forge_common.data.tokenizer import byte_tokenizer
+from forge_common.data.tokenizer_files import load_tokenizer
 from forge_common.data.tokenizer_limits import ADDED_TEXT, ADDED_TOKENS, MERGES, VOCABULARY, VOCABULARY_TEXT
 
 
@@ -126,7 +127,7 @@ def test_what_the_largest_tokenizers_take(tmp_path, kind):
     """Those that are not refused. docs/RELIABILITY.md has the figures."""
     (tmp_path / "tokenizer.json").write_text(at_the_limits(kind))
     code = (
-        "import resource, sys, time; from forge_common.data.tokenizer import load_tokenizer\n"
+        "import resource, sys, time; from forge_common.data.tokenizer_files import load_tokenizer\n"
         "before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()\n"
         "load_tokenizer(sys.argv[1])\n"
         "after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"

@@ -1,9 +1,8 @@
-"""Writes and reads trunks and modules: folders of safetensors and JSON with their metadata. What is read is verified.
+"""The folder of a trunk: how it is written, and how it is read and verified.
 
-trunk/      config.json, model.safetensors, tokenizer.json, tokenizer_config.json, forge.json, statistics.safetensors
-module/     module.safetensors, module.json, statistics.safetensors
-assembled/  assembled.json, trunk/, modules/NAME/ ...
-Each has a README.md (the model card). Pickles are neither written nor opened.
+trunk/  config.json, model.safetensors, tokenizer.json, tokenizer_config.json, forge.json (the metadata),
+        statistics.safetensors, README.md (the model card)
+A Transformers checkpoint by others has no forge.json. Pickles are neither written nor opened.
 """
 
 import dataclasses
@@ -15,39 +14,20 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from ..data.tokenizer import Tokenizer, load_tokenizer
+from ..data.tokenizer import Tokenizer
+from ..data.tokenizer_files import load_tokenizer
 from ..errors import UserError
 from ..files.atomic import publish, read_json, write_json
 from ..files.hub import local_folder
-from ..files.tensors import (
-    PICKLES,
-    Tensors,
-    digest,
-    digests,
-    drop_pages,
-    dtype_name,
-    read_tensors,
-    verify,
-    weight_files,
-)
-from ..files.untrusted import PLAIN, is_plain, naming, quoted, without_links
+from ..files.tensors import Tensors, digest, digests, drop_pages, read_tensors, verify, weight_files
+from ..files.untrusted import without_links
 from ..model.config import ModelConfig
-from ..model.modules import put_in
 from ..model.trunk import Trunk
-from ..routing.statistics import BIGRAM_BUCKETS, moment_shapes
 from .card import model_card
-from .metadata import FORMAT_VERSION, module_arguments, read_metadata
+from .metadata import FORMAT_VERSION, read_metadata
+from .statistics_file import read_statistics
 
-STATISTICS = (torch.uint8, torch.float16)  # the dtypes of codes and of moments
-NO_MODULES = {  # a file of a folder without module.json -> what the folder is
-    "config.json": "a trunk, not a module",
-    "assembled.json": "an assembled model, not a module",
-    "settings.json": "the folder of a run that has published no module",
-}
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bf16": torch.bfloat16}
-
-
-# ---- Write ----
 
 
 def write_trunk(
@@ -94,53 +74,6 @@ def write_trunk(
     return trunk_digest
 
 
-def write_module(
-    folder: Path,
-    tensors: Tensors,
-    metadata: dict[str, Any],
-    statistics: Tensors,
-    config: ModelConfig,
-    dtype: str = "float32",
-) -> str:
-    """Publishes a module: its tensors, its metadata, the statistics for routers; returns its digest.
-
-    config: of the trunk. dtype: a key of DTYPES, to which the tensors are rounded. The folder has its name only after
-    it was read back and verified, as in write_trunk.
-    """
-    if not is_plain(metadata["name"]):
-        raise UserError(f"a module cannot be called {quoted(metadata['name'])}. Its name must be {PLAIN[0]}.")
-    stored = {name: tensor.detach().to("cpu", DTYPES[dtype]).contiguous() for name, tensor in tensors.items()}
-    module_digest = digest(stored)
-    metadata = {
-        "format_version": FORMAT_VERSION,
-        "digest": module_digest,
-        "statistics_digest": digest(statistics),
-        **metadata,
-        "dtype": dtype_name(DTYPES[dtype]),
-        "shapes": {name: list(tensor.shape) for name, tensor in sorted(stored.items())},
-        "tensor_digests": digests(stored | statistics),
-    }
-
-    def write(temp_dir: Path) -> None:
-        save_file(statistics, temp_dir / "statistics.safetensors")
-        save_file(stored, temp_dir / "module.safetensors", metadata={"format": "pt"})
-        write_json(temp_dir / "module.json", metadata)
-        (temp_dir / "README.md").write_text(model_card(f"module {metadata['name']}", metadata), encoding="utf-8")
-
-    def read_back(temp_dir: Path) -> None:
-        trunk_metadata = {"digest": metadata["trunk_digest"], "tokenizer_digest": metadata["tokenizer_digest"]}
-        tensors, module_metadata = read_module(temp_dir, trunk_metadata)
-        with torch.device("meta"):  # to compare names and shapes; the trunk's weights are not read again
-            put_in(Trunk(config), tensors, **module_arguments(module_metadata))
-        read_statistics(temp_dir, module_metadata, config)
-
-    publish(folder, write, read_back)
-    return module_digest
-
-
-# ---- Read a trunk ----
-
-
 def read_trunk(
     place: str, eos_token: str | None = None, dtype: str = "float32"
 ) -> tuple[Trunk, Tokenizer, dict[str, Any]]:
@@ -174,8 +107,8 @@ def read_trunk(
     for name, value in actual.items():
         if metadata.get(name, value) != value:
             raise UserError(
-                f"{folder}: the {name} is {value}, but forge.json says {metadata[name]}. The files were changed or damaged "
-                "since they were published. Fetch or export the trunk again."
+                f"{folder}: the {name} is {value}, but forge.json says {metadata[name]}. The files were changed or "
+                "damaged since they were published. Fetch or export the trunk again."
             )
     if metadata:
         verify(folder, tensors, metadata, "digest", "forge.json")
@@ -242,52 +175,6 @@ def _load_exactly(config: ModelConfig, tensors: Tensors, folder: Path, dtype: to
     return trunk
 
 
-# ---- Read a module, statistics, or a trunk with a module ----
-
-
-def read_module_metadata(folder: Path) -> dict[str, Any]:
-    """module.json of a module: its folder, the output directory that holds it, or a hub id."""
-    if folder.suffix in PICKLES:
-        raise UserError(
-            f"{folder} is not a module's folder. Pickles are not opened. Name the folder with module.json in it."
-        )
-    file = local_folder(folder, "module") / "module.json"
-    for name, kind in NO_MODULES.items():
-        if not file.exists() and file.with_name(name).exists():
-            raise UserError(f"{folder} is {kind}. Name the folder of a module.")
-    return read_metadata(file)
-
-
-def read_module(folder: Path, trunk_metadata: dict[str, Any]) -> tuple[Tensors, dict[str, Any]]:
-    """A module's tensors as they are stored, and its metadata, verified against its digests and against the trunk's."""
-    metadata = read_module_metadata(folder)
-    folder = local_folder(folder, "module")
-    for name, trunk_key in (("trunk_digest", "digest"), ("tokenizer_digest", "tokenizer_digest")):
-        if metadata.get(name) != trunk_metadata[trunk_key]:
-            raise UserError(
-                f"{folder}: the module was made for another {name.split('_')[0]}: its {name} is {metadata.get(name)}, the "
-                f"trunk has {trunk_metadata[trunk_key]}. Use the trunk that the module was trained on."
-            )
-    path = folder / "module.safetensors"
-    tensors = read_tensors(path)
-    verify(path, tensors, metadata, "digest", "module.json")
-    actual = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    expected = metadata.get("shapes", actual)
-    for name in sorted(actual.keys() | expected.keys()):
-        if actual.get(name) != expected.get(name):
-            raise UserError(
-                f"{path}: {quoted(name)} has the shape {actual.get(name)}, module.json says {expected.get(name)}. "
-                "Fetch the module again."
-            )
-    for name, tensor in tensors.items():
-        stored = dtype_name(tensor.dtype)
-        if metadata.get("dtype", stored) != stored:  # modules of earlier versions have no dtype
-            raise UserError(
-                f"{path}: {quoted(name)} is of {stored}, module.json says {metadata['dtype']}. Fetch the module again."
-            )
-    return tensors, metadata
-
-
 def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], metadata: dict[str, Any]) -> Tensors:
     """Reads the trunk's tensors that the tensors `module_names` have replaced in memory from the trunk's files.
 
@@ -295,9 +182,9 @@ def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], m
     the digest in forge.json is compared: reading the weights takes as much memory as the trunk.
     """
     with torch.device("meta"):
-        own = {name for name, _ in Trunk(config).named_parameters() if name.startswith("model.")}
+        trunk_names = {name for name, _ in Trunk(config).named_parameters() if name.startswith("model.")}
     folder = without_links(local_folder(place))
-    replaced = [name for name in module_names if name in own]
+    replaced = [name for name in module_names if name in trunk_names]
     tensors: Tensors = {}
     if replaced:
         tensors = _read_weights(weight_files(folder), config)
@@ -308,41 +195,8 @@ def replaced_tensors(place: str, config: ModelConfig, module_names: list[str], m
         actual = metadata["digest"]
     if actual != metadata["digest"]:
         raise UserError(
-            f"{folder}: the trunk has changed since the start of the run: its digest is {actual}, it was {metadata['digest']}. "
-            "Nothing was published. Restore the trunk, and run the same command again to publish from the last checkpoint."
+            f"{folder}: the trunk has changed since the start of the run: its digest is {actual}, it was "
+            f"{metadata['digest']}. Nothing was published. Restore the trunk, and run the same command again to "
+            "publish from the last checkpoint."
         )
     return {name: tensors[name] for name in replaced}
-
-
-def read_statistics(folder: Path, metadata: dict[str, Any], config: ModelConfig) -> Tensors | None:
-    """The verified statistics in the folder of a trunk or a module; None if it has none. config: of the trunk."""
-    path = folder / "statistics.safetensors"
-    if "statistics_digest" not in metadata and not path.exists():
-        return None
-    statistics = read_tensors(path, STATISTICS)
-    verify(path, statistics, metadata, "statistics_digest", "its metadata")
-    for name, size in (("unigrams", config.vocab_size), ("bigrams", BIGRAM_BUCKETS)):
-        codes = statistics.get(name)
-        if codes is None or codes.shape != (size,) or codes.dtype != torch.uint8:
-            raise UserError(
-                f"{path}: {name} are not {size} codes of 8 bits. Make the artifact again with this version."
-            )
-    moments = {name: (t.dtype, tuple(t.shape)) for name, t in statistics.items() if name not in ("unigrams", "bigrams")}
-    shapes = moment_shapes(config.num_hidden_layers, config.hidden_size)
-    if moments and moments != {name: (torch.float16, shape) for name, shape in shapes.items()}:
-        raise UserError(
-            f"{path} has the moments {quoted(moments)}; those of this trunk have the shapes {shapes} in float16. "
-            "Make the artifact again with this version."
-        )
-    return statistics
-
-
-def read_model(place: str, module: Path | None) -> tuple[Trunk, Tokenizer, dict[str, Any], dict[str, Any] | None]:
-    """A trunk, or a trunk with one module in it: model, tokenizer, metadata of the trunk, metadata of the module."""
-    trunk, tokenizer, trunk_metadata = read_trunk(place)
-    if module is None:
-        return trunk, tokenizer, trunk_metadata, None
-    tensors, metadata = read_module(module, trunk_metadata)
-    with naming(module):
-        put_in(trunk, tensors, **module_arguments(metadata))
-    return trunk, tokenizer, trunk_metadata, metadata
