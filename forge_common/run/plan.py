@@ -108,10 +108,9 @@ def memory(
     head_is_trained = model.head_change is None and weight.requires_grad
     logits = min(model.chunk_rows, B * T) * config.vocab_size
     at_loss = 4 * logits
-    if low < size:  # also in that type, with those of the chunk before; or the head in that type and its gradient
+    if low < size:  # also in that type, with the head and its gradient
         low_head = low * config.vocab_size * config.hidden_size
-        chunks = 2 if model.chunk_rows < B * T else 1
-        at_loss = max(4 * logits * chunks, 4 * logits + low_head * head_is_trained) + 2 * low * logits
+        at_loss += low * logits + low_head * head_is_trained
         at_loss += low_head * (weight.element_size() > low or model.head_change is not None)
     if model.head_change is not None:
         at_loss += 2 * head  # the changed head and its gradient
