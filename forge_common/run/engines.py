@@ -49,7 +49,7 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
     prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
-    if in_place and isinstance(optimizer, torch.optim.AdamW):
+    if in_place:
         reserve_before_forward(prepared[0], optimizer, keep_gradients=accelerator.gradient_accumulation_steps > 1)
     if not accelerator.is_fsdp2:  # accelerate's looks for DTensors, whose import takes 0.4 s and 40 to 60 MiB
         accelerator._clip_grad_norm_dtensor_aware = torch.nn.utils.clip_grad_norm_
@@ -60,26 +60,26 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     return prepared
 
 
-def reserve_before_forward(model: torch.nn.Module, adamw: Any, *, keep_gradients: bool) -> None:
-    """Makes AdamW's moments just before the first forward pass, and gradients that are then set to zero and not freed.
+def reserve_before_forward(model: torch.nn.Module, optimizer: Any, *, keep_gradients: bool) -> None:
+    """Makes the optimizer's moments just before the first forward pass, and gradients that are then set to zero and not freed.
 
     Else torch makes moments in the first step, and gradients in the first backward pass of each update. Where
     activations lay before, they divide what is free for the next ones: on a CPU this took 100 of 1,150 MiB
     (docs/PERFORMANCE.md).
     """
-    zero_grad = adamw.zero_grad
+    zero_grad = optimizer.zero_grad
 
     def reserve(*_: Any) -> None:
         hook.remove()
-        for group in adamw.param_groups:
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-            adamw._init_group(group, [], [], [], [], [], [])
-        adamw.zero_grad()
+        optimizer.make_moments()
+        optimizer.zero_grad()
 
     hook = model.register_forward_pre_hook(reserve)
     if keep_gradients:
-        adamw.zero_grad = lambda set_to_none=True: zero_grad(set_to_none=False)
+        optimizer.zero_grad = lambda set_to_none=True: zero_grad(set_to_none=False)
 
 
 def rounded(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:
