@@ -45,9 +45,9 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 class _HeadCrossEntropy(torch.autograd.Function):
     """Sum of -log softmax(hidden @ weight.T)[label], a chunk of rows at a time. The forward pass computes the gradients too.
 
-    One tensor [chunk, V] becomes logits, log p and gradient in turn, for every chunk; under autocast it is two. torch's
-    F.linear_cross_entropy does the same, but returns the sum in the dtype of its input: under autocast in bfloat16
-    15680 instead of 15666.
+    One tensor [chunk, V] becomes logits, log p and gradient in turn, for every chunk; under autocast a second one, in its
+    dtype, is the result and the operand of the matrix products. torch's F.linear_cross_entropy does the same, but
+    returns the sum in the dtype of its input: under autocast in bfloat16 15680 instead of 15666.
     """
 
     @staticmethod
@@ -58,26 +58,32 @@ class _HeadCrossEntropy(torch.autograd.Function):
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         chunk = chunk_rows(len(weight))
-        buffer = hidden.new_empty(min(chunk, len(labels)), len(weight))
+        low_buffer = hidden.new_empty(min(chunk, len(labels)), len(weight))
+        is_low = hidden.dtype != wide
+        buffer = torch.empty_like(low_buffer, dtype=wide) if is_low else low_buffer
         for start in range(0, len(labels), chunk):
             rows, target = hidden[start : start + chunk], labels[start : start + chunk]
             scored = (target != ignore_index).unsqueeze(1)
             target = target.unsqueeze(1).masked_fill(~scored, 0)
             rows = rows.masked_fill(~scored, 0)  # so that these add 0 to the gradient of the weight
-            logits = torch.mm(rows, weight.T, out=buffer[: len(rows)]).to(wide)
+            low, logits = low_buffer[: len(rows)], buffer[: len(rows)]
+            torch.mm(rows, weight.T, out=low)
+            if is_low:
+                logits.copy_(low)
             log_p = torch.log_softmax(logits, dim=-1, out=logits)
             nats = nats - log_p.gather(1, target).masked_fill(~scored, 0).sum()
             if not (needs_hidden or needs_weight):
                 continue
             grad = log_p.exp_()
             grad.scatter_(1, target, grad.gather(1, target) - 1)
-            grad = grad.to(hidden.dtype)
+            if is_low:
+                grad = low.copy_(grad)
             if hidden_grad is not None:
                 torch.mm(grad, weight, out=hidden_grad[start : start + chunk]).masked_fill_(~scored, 0)
-            if weight_grad is not None and wide == hidden.dtype:
-                weight_grad.addmm_(grad.T, rows)
-            elif weight_grad is not None:
+            if weight_grad is not None and is_low:
                 weight_grad += grad.T @ rows
+            elif weight_grad is not None:
+                weight_grad.addmm_(grad.T, rows)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.dtypes = hidden.dtype, weight.dtype
         return nats

@@ -53,6 +53,11 @@ class AdamW(torch.optim.AdamW):
     load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
 
+    def make_moments(self) -> None:
+        """Those that the first step would make, of all parameters that have a gradient."""
+        for group in self.param_groups:
+            self._init_group(group, [], [], [], [], [], [])
+
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the matrices of the layers, AdamW for everything else, with one state: a checkpoint holds one optimizer.
@@ -66,7 +71,7 @@ class MuonAdamW(torch.optim.Optimizer):
         by_muon = {id(parameter) for parameter in matrices}
         rest = [group | {"params": [p for p in group["params"] if id(p) not in by_muon]} for group in groups]
         rest = [group for group in rest if group["params"]]
-        self.parts: list[torch.optim.Optimizer] = []
+        self.parts: list[torch.optim.Muon | torch.optim.AdamW] = []
         if matrices:
             self.parts.append(torch.optim.Muon(matrices, lr, weight_decay, adjust_lr_fn="match_rms_adamw"))
         if rest:
@@ -74,9 +79,24 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([group for part in self.parts for group in part.param_groups], {})
 
     def step(self, closure: Any = None) -> None:
+        self._share()
+        for part in self.parts:
+            part.step()
+
+    def make_moments(self) -> None:
+        """Those that the first step would make, of all parameters that have a gradient."""
+        self._share()
+        for part in self.parts:
+            for group in part.param_groups:
+                if isinstance(part, torch.optim.Muon):
+                    part._init_group(group, [], [], [])
+                else:
+                    part._init_group(group, [], [], [], [], [], [])
+
+    def _share(self) -> None:
+        """Gives the parts the groups and the state of now, which load_state_dict replaces."""
         start = 0
-        for part in self.parts:  # load_state_dict replaces groups and state: share those of now
+        for part in self.parts:
             end = start + len(part.param_groups)
             part.param_groups, part.state = self.param_groups[start:end], self.state
-            part.step()
             start = end

@@ -21,8 +21,10 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from ..data.tokenizer import give_back_memory
 from ..files.tensors import Tensors
 from . import zero, zero_state
+from .plan import gives_back
 
 
 class Engine(NamedTuple):
@@ -49,8 +51,10 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
     prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
-    if in_place and isinstance(optimizer, torch.optim.AdamW):
+    if in_place:
         reserve_before_forward(prepared[0], optimizer, keep_gradients=accelerator.gradient_accumulation_steps > 1)
+        if gives_back(model) and accelerator.state.dynamo_plugin.backend.value == "NO":
+            give_back_in_updates(model)
     if not accelerator.is_fsdp2:  # accelerate's looks for DTensors, whose import takes 0.4 s and 40 to 60 MiB
         accelerator._clip_grad_norm_dtensor_aware = torch.nn.utils.clip_grad_norm_
     else:  # it then gathers the parameters for next_logits as it does for `forward`
@@ -60,26 +64,44 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     return prepared
 
 
-def reserve_before_forward(model: torch.nn.Module, adamw: Any, *, keep_gradients: bool) -> None:
-    """Makes AdamW's moments just before the first forward pass, and gradients that are then set to zero and not freed.
+def reserve_before_forward(model: torch.nn.Module, optimizer: Any, *, keep_gradients: bool) -> None:
+    """Makes the optimizer's moments just before the first forward pass, and gradients that are then set to zero and not freed.
 
     Else torch makes moments in the first step, and gradients in the first backward pass of each update. Where
     activations lay before, they divide what is free for the next ones: on a CPU this took 100 of 1,150 MiB
     (docs/PERFORMANCE.md).
     """
-    zero_grad = adamw.zero_grad
+    zero_grad = optimizer.zero_grad
 
     def reserve(*_: Any) -> None:
         hook.remove()
-        for group in adamw.param_groups:
+        for group in optimizer.param_groups:
             for parameter in group["params"]:
                 parameter.grad = torch.zeros_like(parameter)
-            adamw._init_group(group, [], [], [], [], [], [])
-        adamw.zero_grad()
+        optimizer.make_moments()
+        optimizer.zero_grad()
 
     hook = model.register_forward_pre_hook(reserve)
     if keep_gradients:
-        adamw.zero_grad = lambda set_to_none=True: zero_grad(set_to_none=False)
+        optimizer.zero_grad = lambda set_to_none=True: zero_grad(set_to_none=False)
+
+
+def give_back_in_updates(model: Any) -> None:
+    """Returns the heap's free memory to the system before the head's gradient is made, and before the embedding's.
+
+    Neither is made in the heap, so what the layers' activations leave free there would be in memory beside them.
+    """
+
+    def before_head(*_: Any) -> None:
+        if torch.is_grad_enabled():
+            give_back_memory()
+
+    def before_embedding(embedding: Any, inputs: Any, rows: torch.Tensor) -> None:
+        if rows.requires_grad:
+            rows.register_hook(lambda _: give_back_memory())
+
+    model.model.register_forward_hook(before_head)
+    model.model.embed_tokens.register_forward_hook(before_embedding)
 
 
 def rounded(accelerator: Any, tensor: torch.Tensor) -> torch.Tensor:

@@ -108,10 +108,9 @@ def memory(
     head_is_trained = model.head_change is None and weight.requires_grad
     logits = min(model.chunk_rows, B * T) * config.vocab_size
     at_loss = 4 * logits
-    if low < size:  # also in that type, with those of the chunk before; or the head in that type and its gradient
+    if low < size:  # also in that type, with the head and its gradient
         low_head = low * config.vocab_size * config.hidden_size
-        chunks = 2 if model.chunk_rows < B * T else 1
-        at_loss = max(4 * logits * chunks, 4 * logits + low_head * head_is_trained) + 2 * low * logits
+        at_loss += low * logits + low_head * head_is_trained
         at_loss += low_head * (weight.element_size() > low or model.head_change is not None)
     if model.head_change is not None:
         at_loss += 2 * head  # the changed head and its gradient
@@ -155,8 +154,14 @@ def of_process(
         "Python and libraries": libraries + PER_TOKEN_OF_VOCABULARY * model.config.vocab_size,
         "text": text,
         "copy for a checkpoint": copy * saved,
-        "free in pieces": free_in_pieces(model, settings, compute),
+        "free in pieces": 0 if gives_back(model) else free_in_pieces(model, settings, compute),
     }
+
+
+def gives_back(model: Any) -> bool:
+    """Whether a run on a CPU gives back what glibc keeps free, before it makes the gradients of a large embedding and head."""
+    embedding = model.model.embed_tokens.weight
+    return embedding.requires_grad and embedding.nbytes > OF_THE_HEAP
 
 
 def free_in_pieces(model: Any, settings: Any, compute: torch.dtype | None = None) -> int:

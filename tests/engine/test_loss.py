@@ -154,6 +154,20 @@ def test_one_chunk_of_logits_and_one_gradient_of_the_weight_are_in_memory():
     assert ledger.peak < 1.1 * chunk + 2 * (weight.nbytes + hidden.nbytes)
 
 
+def test_under_autocast_one_chunk_of_logits_is_in_memory_in_either_dtype():
+    """The last chunk's are gone when the next one is computed, and after the forward pass."""
+    rows, width, vocabulary = 3 * CHUNK_ROWS, 64, 1024
+    hidden, labels = torch.randn(rows, width, requires_grad=True), torch.randint(0, vocabulary, (rows,))
+    weight = torch.randn(vocabulary, width)
+    with Ledger() as ledger, torch.autocast("cpu", torch.bfloat16):
+        loss = head_cross_entropy(hidden, weight, labels, -100)
+    copies = (hidden.nbytes + weight.nbytes) // 2
+    chunk = CHUNK_ROWS * vocabulary
+    assert ledger.peak < 1.1 * (4 + 2) * chunk + copies + hidden.nbytes
+    assert sum(ledger.live.values()) < 0.1 * chunk + copies + hidden.nbytes
+    assert loss.requires_grad
+
+
 def test_a_large_vocabulary_has_fewer_rows_of_logits_in_memory():
     rows, vocabulary = 300, 1 << 17
     hidden, labels = torch.randn(rows, 4, requires_grad=True), torch.randint(0, vocabulary, (rows,))

@@ -76,15 +76,22 @@ def test_adamw_is_torchs_to_the_bit():
     assert all(parameter.grad is None for parameter in ours.parameters())
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 @pytest.mark.parametrize("keep_gradients", [True, False])
-def test_memory_that_is_reserved_changes_no_bit(keep_gradients):
+def test_memory_that_is_reserved_changes_no_bit(keep_gradients, name):
     """The moments, and gradients that are kept, have their place before the first forward pass, and stay there."""
     ours, theirs = trunk_of(), trunk_of()
-    reserved, plain = (optimizers.make(model, settings_of(weight_decay=0.2), ONE_PROCESS) for model in (ours, theirs))
+    settings = settings_of(weight_decay=0.2, optimizer=name)
+    reserved, plain = (optimizers.make(model, settings, ONE_PROCESS) for model in (ours, theirs))
     engines.reserve_before_forward(ours, reserved, keep_gradients=keep_gradients)
     assert not reserved.state
     missing, places = [], []
-    ours.register_forward_pre_hook(lambda *_: missing.append([p.grad is None for p in ours.parameters()]))
+
+    def look(*_):
+        missing.append([p.grad is None for p in ours.parameters()])
+        assert reserved.state.keys() == set(ours.parameters())
+
+    ours.register_forward_pre_hook(look)
     for step in range(3):
         windows = torch.randint(40, (2, 2, 9), generator=torch.Generator().manual_seed(step))
         for model, optimizer in ((ours, reserved), (theirs, plain)):
@@ -92,8 +99,9 @@ def test_memory_that_is_reserved_changes_no_bit(keep_gradients):
                 model(micro_batch).objective.backward()
             optimizer.step()
             optimizer.zero_grad()
-        moments = [state["exp_avg"].data_ptr() for state in reserved.state.values()]
-        places.append(moments + [p.grad.data_ptr() for p in ours.parameters() if p.grad is not None])
+        kept = [tensor for state in reserved.state.values() for key, tensor in state.items() if key != "step"]
+        kept += [p.grad for p in ours.parameters() if p.grad is not None]
+        places.append([tensor.data_ptr() for tensor in kept])
     assert launch.same_bits(ours.state_dict(), theirs.state_dict())
     assert all(set(of_update) == {not keep_gradients} for of_update in missing[::2])
     assert places[0] == places[1] == places[2]
