@@ -313,6 +313,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="updates of a run")
     parser.add_argument("--most", type=int, default=4, help="kills of one run at most")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--forked", action="store_true", help="no launcher and no imports in a run; one run at a time")
     parser.add_argument("--only", default="", help="only the runs whose name has this: fsdp2, module, slow")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
@@ -325,8 +326,8 @@ def main() -> None:
     for folder, excerpts in zip(texts, (excerpts_of_library, excerpts_of_headers), strict=True):
         excerpts(folder)
     began = time.monotonic()
-    how = {"steps": given.steps, "kills": given.kills, "a_run": (1, given.most), "workers": given.workers}
-    total = campaign(given.output_dir, *texts, cells, **how)
+    how = {"steps": given.steps, "kills": given.kills, "a_run": (1, given.most), "forked": given.forked}
+    total = campaign(given.output_dir, *texts, cells, workers=1 if given.forked else given.workers, **how)
     print(
         f"{total.table()}\n{(time.monotonic() - began) / 60:.0f} minutes, {os.cpu_count()} cores, {os.uname().machine}"
     )
