@@ -1,6 +1,7 @@
 """SIGKILL at random moments: `accelerate launch` runs of both scripts, killed repeatedly, resumed and compared.
 
     python tests/campaign.py --kills 200 --output-dir runs/soak        (make soak; the same command continues)
+    python tests/campaign.py --kills 200 --output-dir runs/soak-fsdp2 --only fsdp2
 
 Each run is launched several times with the same command. Every launch but the last is killed at a moment drawn from
 U(0, the time of a whole run); the result of the last is compared with a run that was never killed. A kill hits the
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import launch
@@ -27,21 +28,23 @@ from forge_common.run.checkpoint_folder import fault
 
 @dataclass(frozen=True)
 class Cell:
-    """One kind of run. `slow`: on a slow disk (tests/slow_disk)."""
+    """One kind of run. `slow`: on a slow disk (tests/slow_disk). `fsdp2`: under FSDP2 (tests/engines_on_cpu), not DDP."""
 
     script: str
     processes: int
     slow: bool
+    fsdp2: bool = False
 
     @property
     def name(self) -> str:
-        return f"{self.script.removeprefix('train_')}-{self.processes}{'-slow' if self.slow else ''}"
+        engine, disk = "-fsdp2" if self.fsdp2 else "", "-slow" if self.slow else ""
+        return f"{self.script.removeprefix('train_')}-{self.processes}{engine}{disk}"
 
 
 CELLS = [
-    Cell(script, processes, slow)
+    Cell(script, processes, slow, fsdp2)
     for script in ("train_shared", "train_module")
-    for processes in (1, 2)
+    for processes, fsdp2 in ((1, False), (2, False), (2, True))
     for slow in (False, True)
 ]
 
@@ -86,7 +89,7 @@ class Campaign:
         self.forked = forked
         if forked:
             launch.run_python("-m", "this")  # starts the server, whose imports are not part of a run's time
-        self.seconds: dict[tuple[str, int], float] = {}  # of a whole run
+        self.seconds: dict[str, float] = {}  # of a whole run on a normal disk, by the name of its cell
 
     def arguments(self, cell: Cell, folder: Path) -> list[object]:
         data = self.text if cell.script == "train_shared" else self.domain
@@ -101,6 +104,9 @@ class Campaign:
     def command(self, cell: Cell, folder: Path) -> list[str]:
         if cell.processes == 1:
             launcher = launch.LAUNCH
+        elif cell.fsdp2:
+            launcher = ("accelerate", "launch", "--config_file", str(launch.ROOT / "accelerate_configs" / "fsdp2.yaml"))
+            launcher += ("--num_processes", str(cell.processes), "--mixed_precision", "no")
         else:
             launcher = ("accelerate", "launch", "--multi_gpu", "--num_processes", str(cell.processes))
             launcher += ("--main_process_port", str(launch.free_port()), "--mixed_precision", "no")
@@ -112,6 +118,8 @@ class Campaign:
 
     def start(self, cell: Cell, folder: Path) -> subprocess.Popen | launch.Background:
         extra = {"ACCELERATE_USE_CPU": "true"} | (launch.slow_disk(0.03) if cell.slow else {})
+        if cell.fsdp2:
+            extra |= launch.fsdp2() if self.forked else launch.ENGINES_ON_CPU
         folder.parent.mkdir(parents=True, exist_ok=True)
         if self.forked:
             line = (launch.ROOT / f"{cell.script}.py", *self.arguments(cell, folder))
@@ -126,23 +134,25 @@ class Campaign:
                 start_new_session=True,
             )
 
-    def straight(self, script: str, processes: int) -> Path:
-        """The run without a kill."""
-        folder = self.home / f"straight-{script.removeprefix('train_')}-{processes}"
+    def straight(self, cell: Cell) -> Path:
+        """The run without a kill, on a normal disk."""
+        cell = replace(cell, slow=False)
+        folder = self.home / f"straight-{cell.name}"
         started = time.monotonic()
         if not (folder / "done").exists():
-            code = self.start(Cell(script, processes, False), folder).wait(launch.PATIENCE)
+            code = self.start(cell, folder).wait(launch.PATIENCE)
             assert code == 0, folder.with_suffix(".out").read_text()
             (folder / "done").write_text(str(time.monotonic() - started))
-        self.seconds[script, processes] = float((folder / "done").read_text())
+        self.seconds[cell.name] = float((folder / "done").read_text())
         return folder
 
     def run(self, cell: Cell, number: int, kills: int) -> Tally:
         """One run of `kills` + 1 launches."""
         draw = random.Random(f"{cell.name} {number}")
         folder, tally, known = self.home / cell.name / f"{number:03d}", Tally(), 0
+        longest = self.seconds[replace(cell, slow=False).name] * (1.5 if cell.slow else 1)
         while tally.kills < kills:
-            moment = draw.uniform(0, self.seconds[cell.script, cell.processes] * (1.5 if cell.slow else 1))
+            moment = draw.uniform(0, longest)
             whom = draw.choices(("all", "trainer", "launcher"), (4, 1, 1))[0]
             running = self.start(cell, folder)
             try:
@@ -168,7 +178,7 @@ class Campaign:
         return tally
 
     def compare(self, cell: Cell, folder: Path, tally: Tally) -> None:
-        straight = self.straight(cell.script, cell.processes)
+        straight = self.straight(cell)
         tally.finals += 1
         if good(folder) < self.steps:
             tally.finals_that_differ += 1
@@ -270,9 +280,9 @@ def campaign(
     """`kills` kills over `cells`, `a_run` (at least, at most) of them in a run. Runs in kills.jsonl are not repeated."""
     home.mkdir(parents=True, exist_ok=True)
     all_of_it, log = Campaign(home.absolute(), text, domain, steps, forked), home / "kills.jsonl"
-    all_of_it.straight("train_shared", 1)
+    all_of_it.straight(Cell("train_shared", 1, slow=False))  # the trunk of every module
     for cell in cells:
-        all_of_it.straight(cell.script, cell.processes)
+        all_of_it.straight(cell)
     done = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     total = Tally()
     for line in done:
@@ -288,7 +298,7 @@ def campaign(
             file.write(json.dumps({"cell": cell.name, "number": number, "tally": asdict(tally)}) + "\n")
         total.add(tally)
         print(
-            f"{cell.name:15} {number:3}  {tally.kills} kills, {tally.faults()} faults; so far {total.kills}", flush=True
+            f"{cell.name:19} {number:3}  {tally.kills} kills, {tally.faults()} faults; so far {total.kills}", flush=True
         )
 
     with ThreadPoolExecutor(workers) as pool:
@@ -303,16 +313,21 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="updates of a run")
     parser.add_argument("--most", type=int, default=4, help="kills of one run at most")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
+    parser.add_argument("--forked", action="store_true", help="no launcher and no imports in a run; one run at a time")
+    parser.add_argument("--only", default="", help="only the runs whose name has this: fsdp2, module, slow")
     parser.add_argument("--output-dir", type=Path, default=Path("runs/soak"))
     given = parser.parse_args()
+    cells = [cell for cell in CELLS if given.only in cell.name]
+    if not cells:
+        parser.error(f"--only {given.only}: no run's name has this: {', '.join(cell.name for cell in CELLS)}")
     from conftest import excerpts_of_headers, excerpts_of_library
 
     texts = given.output_dir.absolute() / "text", given.output_dir.absolute() / "domain"
     for folder, excerpts in zip(texts, (excerpts_of_library, excerpts_of_headers), strict=True):
         excerpts(folder)
     began = time.monotonic()
-    how = {"steps": given.steps, "kills": given.kills, "a_run": (1, given.most), "workers": given.workers}
-    total = campaign(given.output_dir, *texts, CELLS, **how)
+    how = {"steps": given.steps, "kills": given.kills, "a_run": (1, given.most), "forked": given.forked}
+    total = campaign(given.output_dir, *texts, cells, workers=1 if given.forked else given.workers, **how)
     print(
         f"{total.table()}\n{(time.monotonic() - began) / 60:.0f} minutes, {os.cpu_count()} cores, {os.uname().machine}"
     )

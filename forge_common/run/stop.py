@@ -64,7 +64,7 @@ class StopRequest:
         self._handled_in_main_thread = False
         self._first_signal: float | None = None  # when the thread received the first signal
         self._forced_end: float | None = None  # when a run that was to end at once is ended by force
-        self._parent = os.getppid() if any(name in os.environ for name in LAUNCHED) else None
+        self._parent = _launcher()
         self._inbox, outbox = os.pipe()
         os.set_blocking(outbox, False)
         signal.set_wakeup_fd(outbox, warn_on_full_buffer=False)
@@ -225,6 +225,26 @@ class StopRequest:
         if os.environ.get("WORLD_SIZE", "1") != "1":
             time.sleep(GRACE)  # the end of one rank ends the others: each is to print its own stack first
         os._exit(1)
+
+
+def _launcher() -> int | None:
+    """The pid of the launcher; None without one; 0 if it had ended before this was called.
+
+    torchrun's process would wait for the store of a launcher that has ended for as long as collectives may take. Process
+    1 has adopted it then. In a container a launcher may be process 1 itself, which is a Python.
+    """
+    if not any(name in os.environ for name in LAUNCHED):
+        return None
+    parent = os.getppid()
+    if parent != 1 or "TORCHELASTIC_RUN_ID" not in os.environ:  # the other variable may be set by hand
+        return parent
+    import psutil  # accelerate depends on it
+
+    try:
+        line = psutil.Process(parent).cmdline()
+    except psutil.Error:  # of another user
+        return 0
+    return parent if line and "python" in os.path.basename(line[0]) else 0
 
 
 def _cpu_seconds() -> float:

@@ -67,3 +67,18 @@ def test_a_launcher_that_ends_by_the_same_signal_is_no_second_request():
     os.killpg(running.pid, signal.SIGUSR1)
     assert running.stdout.read() == "saved\n"
     assert running.wait(60) == -signal.SIGUSR1
+
+
+@pytest.mark.parametrize(("first", "code"), [("/sbin/init", 143), ("/usr/bin/python3", 0)], ids=["init", "launcher"])
+def test_a_launcher_that_ended_before_the_run_could_watch_it_ends_the_run(first, code):
+    """It was killed while its process started. Process 1 has adopted that one; in a container it may be the launcher."""
+    run = (
+        "import os, sys, time, psutil\n"
+        "from forge_common.run.stop import StopRequest\n"
+        "os.getppid = lambda: 1\n"
+        f"psutil.Process.cmdline = lambda process: [{first!r}]\n"
+        "stop = StopRequest(0)\n"
+        "time.sleep(3)\n"
+    )
+    how = {"cwd": launch.ROOT, "env": launch.environment(TORCHELASTIC_RUN_ID="none")}
+    assert subprocess.run([sys.executable, "-c", run], **how, timeout=60, check=False).returncode == code
