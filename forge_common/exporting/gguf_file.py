@@ -99,13 +99,14 @@ def prove(folder: Path, expected: list[proof.Expected], trunk: Trunk, tokenizer:
     the largest difference of a logit from `expected`.
 
     The tokenizers are compared too, in Transformers if it knows the rule by which text is split. Transformers does not
-    read Llama 3's scaling of positions and the width of a Qwen3's heads from the file: then it gets the configuration.
+    read Llama 3's scaling of positions and another width of a head than D / H from the file: then it gets the configuration.
     """
     transformers = proof.library("transformers", "the proof of an export")
     config = trunk.config
     arguments: dict[str, Any] = {"gguf_file": FILE}
     if config.rope_scaling or config.head_dim * config.num_attention_heads != config.hidden_size or config.qk_norm:
-        arguments["config"] = transformers.AutoConfig.for_model(**config.to_hf())
+        in_file = config.to_hf() | {"model_type": ARCHITECTURES[config.model_type]}
+        arguments["config"] = transformers.AutoConfig.for_model(**in_file)
     exported = proof.load(folder, **arguments)
     if split in READ_BY_TRANSFORMERS:
         read = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=FILE)
