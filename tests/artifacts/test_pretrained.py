@@ -3,12 +3,15 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 
 import launch
 import pytest
 import torch
+from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+from transformers import AutoTokenizer
 
 from forge_common.artifacts.artifact import read_trunk
 from forge_common.data.tokenizer import train_tokenizer
@@ -43,8 +46,8 @@ NAMES = {  # of a layer: ours -> GGUF's
 pytestmark = pytest.mark.skipif(not (PACKAGES / "gguf").is_dir(), reason="gguf is not installed: make test")
 
 
-def write_gguf(path, trunk):
-    """`trunk` and TOKENIZER, as llama.cpp's converter writes a Llama."""
+def write_gguf(path, trunk, rule=None):
+    """`trunk` and TOKENIZER, as llama.cpp's converter writes a Llama. rule: by which text is split."""
     sys.path.append(str(PACKAGES))  # at the end: everything else is that of .venv
     from gguf import GGUFWriter, TokenType
 
@@ -59,6 +62,8 @@ def write_gguf(path, trunk):
     writer.add_rope_freq_base(CONFIG.rope_theta)
     writer.add_vocab_size(CONFIG.vocab_size)
     writer.add_tokenizer_model("gpt2")
+    if rule:
+        writer.add_tokenizer_pre(rule)
     tokens = [TOKENIZER.backend.id_to_token(id) for id in range(CONFIG.vocab_size)]
     tokens[1] = "<|endoftext|>"  # which Transformers would add
     writer.add_token_list(tokens)
@@ -106,6 +111,22 @@ def test_a_gguf_file_becomes_a_trunk(tmp_path):
     text = "this größe"
     assert tokenizer.encode_batch([text]) == TOKENIZER.encode_batch([text])
     assert (tmp_path / "trunk" / "chat_template.jinja").read_text() == TEMPLATE
+
+
+def test_text_is_split_by_the_rule_that_the_file_names(tmp_path):
+    """SmolLM's, which Transformers does not read from the file; a rule that is not known is refused."""
+    write_gguf(tmp_path / "model.gguf", Trunk(CONFIG), "smollm")
+    assert converted(tmp_path).returncode == 0
+    text = "x =\n    2048 it's"
+    expected = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)]).pre_tokenize_str(text)
+    _, tokenizer, _ = read_trunk(str(tmp_path / "trunk"))
+    assert tokenizer.backend.pre_tokenizer.pre_tokenize_str(text) == expected
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "trunk")
+    assert theirs(text)["input_ids"] == tokenizer.encode_batch([text])[0]
+    write_gguf(tmp_path / "model.gguf", Trunk(CONFIG), "deepseek-llm")
+    shutil.rmtree(tmp_path / "trunk")
+    done = converted(tmp_path)
+    assert "deepseek-llm" in done.stderr and "Traceback" not in done.stderr and not (tmp_path / "trunk").exists()
 
 
 @pytest.fixture(scope="module")
