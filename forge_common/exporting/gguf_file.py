@@ -31,6 +31,7 @@ NAMES = {  # a part of a layer in the checkpoint -> its name in the file
     "post_attention_layernorm": "ffn_norm",
 }
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+REFUSED = {"gemma": "llama.cpp reads its GELU from a table in float16, so that logits would differ by more than 1e-4"}
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 SPLITS = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
@@ -50,9 +51,10 @@ def write(folder: Path, name: str, trunk: Trunk, tokenizer: Tokenizer, chat_temp
         )
     rope_type = config.rope_scaling["rope_type"] if config.rope_scaling else "default"
     if config.model_type not in ARCHITECTURES or rope_type not in ("default", "llama3"):
+        reason = REFUSED.get(config.model_type, f"only {', '.join(ARCHITECTURES)} with default or llama3")
         raise UserError(
-            f"a {config.model_type} with the rope_type {rope_type} is not written as GGUF here: only {', '.join(ARCHITECTURES)} with default or "
-            "llama3. Export it as transformers, and convert that with llama.cpp's convert_hf_to_gguf.py."
+            f"a {config.model_type} with the rope_type {rope_type} is not written as GGUF here: {reason}. Export "
+            "it as transformers, and convert that with llama.cpp's convert_hf_to_gguf.py."
         )
     split = _split(tokenizer)
     architecture = ARCHITECTURES[config.model_type]
@@ -97,13 +99,14 @@ def prove(folder: Path, expected: list[proof.Expected], trunk: Trunk, tokenizer:
     the largest difference of a logit from `expected`.
 
     The tokenizers are compared too, in Transformers if it knows the rule by which text is split. Transformers does not
-    read Llama 3's scaling of positions and the width of a Qwen3's heads from the file: then it gets the configuration.
+    read Llama 3's scaling of positions and another width of a head than D / H from the file: then it gets the configuration.
     """
     transformers = proof.library("transformers", "the proof of an export")
     config = trunk.config
     arguments: dict[str, Any] = {"gguf_file": FILE}
     if config.rope_scaling or config.head_dim * config.num_attention_heads != config.hidden_size or config.qk_norm:
-        arguments["config"] = transformers.AutoConfig.for_model(**config.to_hf())
+        in_file = config.to_hf() | {"model_type": ARCHITECTURES[config.model_type]}
+        arguments["config"] = transformers.AutoConfig.for_model(**in_file)
     exported = proof.load(folder, **arguments)
     if split in READ_BY_TRANSFORMERS:
         read = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=FILE)

@@ -25,12 +25,14 @@ FIELDS = {"r": integer(1, 1 << 20), "lora_alpha": number(1e-9, 1e9)}
 PLAIN = {  # fields of adapter_config.json -> the values with which the adapter is W + alpha / r * B A
     "peft_type": ("LORA",),
     "bias": ("none", None),
-    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"), (False, None)),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
-    **dict.fromkeys(
-        ("modules_to_save", "target_parameters", "layer_replication", "trainable_token_indices"), (None, [])
-    ),
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),  # the others change W
 }
+UNSET = (None, False, {}, [])
+FREE = (  # fields that may have any value: they say how the adapter was trained, or which matrices it has
+    *("auto_mapping", "base_model_name_or_path", "eva_config", "inference_mode", "lora_dropout", "megatron_core"),
+    *("peft_version", "qalora_group_size", "revision", "task_type", "use_rslora"),
+    *("exclude_modules", "layers_pattern", "layers_to_transform", "target_modules"),
+)
 COPIES = re.compile(r"base_model\.model\.(?:model\.embed_tokens|lm_head)(?:\.base_layer)?\.weight")
 LAYER = r"model\.layers\.(?P<layer>\d+)\.(?:mlp|self_attn)\.(?P<matrix>\w+)"
 TARGET = re.compile(rf"base_model\.model\.(?P<target>{LAYER}|lm_head)\.lora_(?P<factor>[AB])\.weight")
@@ -73,6 +75,17 @@ def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> 
     peft = proof.library("peft", "an adapter")
     expected = proof.expect(model, tokenizer, spliced=False)
     adapted = peft.PeftModel.from_pretrained(proof.load(trunk_dir), str(folder)).eval()
+    loaded = {name.replace(".default.", ".") for name in adapted.state_dict()}
+    left_out = sorted(
+        name
+        for name in read_tensors(folder / "adapter_model.safetensors")
+        if TARGET.fullmatch(name) and name not in loaded
+    )
+    if left_out:
+        raise UserError(
+            f"{folder}: PEFT does not load {quoted(left_out[0])}, which target_modules, exclude_modules or layers_to_transform in "
+            "adapter_config.json leave out. Save the adapter again with PEFT, so that its two files agree."
+        )
     with torch.no_grad():
         return proof.difference(expected, lambda ids: adapted(input_ids=ids).logits)
 
@@ -85,10 +98,10 @@ def read(folder: Path, trunk: Trunk) -> tuple[Tensors, dict[str, Any]]:
     """
     file = folder / "adapter_config.json"
     config = checked(read_json(file), file, FIELDS, FIELDS)
-    for name, values in PLAIN.items():
-        if config.get(name) not in values:
+    for name, value in (dict.fromkeys(PLAIN) | config).items():
+        if name not in (*FIELDS, *FREE) and value not in PLAIN.get(name, UNSET):
             raise UserError(
-                f"{file}: {name} is {quoted(config.get(name))}. A module is a plain LoRA: one rank, no biases, no other trained "
+                f"{file}: {name} is {quoted(value)}. A module is a plain LoRA: one rank, no biases, no other trained "
                 "tensors. Train the adapter without it, or merge it into the trunk with PEFT (merge_and_unload)."
             )
     rank = config["r"]

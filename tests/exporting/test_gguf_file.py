@@ -171,9 +171,36 @@ def test_a_matrix_that_is_written_wrong_is_refused_and_leaves_nothing(tmp_path, 
 
 def test_a_family_that_is_not_written_is_refused_by_name(tmp_path, tokenizer):
     pytest.importorskip("gguf")
-    for name, change in {"olmo2": {"family": "olmo2", "qk_norm": True}, "linear": {"rope_scaling": LINEAR}}.items():
+    changes = {"olmo2": {"family": "olmo2", "qk_norm": True}, "linear": {"rope_scaling": LINEAR}}
+    for name, change in (changes | {"gemma": {"family": "gemma"}}).items():
         folder = trunk(tmp_path / name, dataclasses.replace(PLAIN, **change), tokenizer)
-        assert name in small_artifacts.refused(export.main, export.Settings(str(folder), "gguf", tmp_path / "out"))
+        message = small_artifacts.refused(export.main, export.Settings(str(folder), "gguf", tmp_path / "out"))
+        assert f"a {name}" in message or f"the rope_type {name}" in message
+        assert ("table in float16" in message) == (name == "gemma")
+
+
+def test_llama_cpp_rounds_the_gelu_of_a_gemma(tmp_path, tokenizer, monkeypatch):
+    """Why a Gemma is refused: the file that llama.cpp's converter would write gives other logits. If not, it can be written."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip(llama_cpp.PACKAGE)
+    add = gguf.GGUFWriter.add_tensor
+
+    def with_norms_of_llama_cpp(writer, name, tensor):
+        add(writer, name, tensor + 1 if "norm" in name else tensor)
+
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", with_norms_of_llama_cpp)
+    monkeypatch.setitem(gguf_file.ARCHITECTURES, "gemma", "gemma")
+    torch.manual_seed(0)
+    gemma = Trunk(dataclasses.replace(PLAIN, family="gemma"))
+    differences = []
+    for feed_forward in (1, 0):  # without it there is no GELU
+        for layer in gemma.model.layers:
+            layer.mlp.down_proj.weight.data *= feed_forward
+        gguf_file.write(tmp_path, "gemma", gemma, tokenizer, None)
+        expected = proof.expect(gemma, tokenizer, spliced=False)
+        differences.append(llama_cpp.difference(tmp_path / gguf_file.FILE, expected, tokenizer))
+    print("gemma: {:.1e} in llama.cpp, {:.1e} without feed-forwards".format(*differences))
+    assert differences[0] > proof.LIMIT and differences[1] < 1e-5
 
 
 def test_a_tokenizer_that_the_format_cannot_name_is_refused(tokenizer):

@@ -52,16 +52,21 @@ def test_a_module_becomes_an_adapter_and_a_module_again(artifacts, tmp_path, nam
         assert torch.equal(tensor.float(), after[key]), key
 
 
-@pytest.mark.parametrize("targets", [["up_proj", "lm_head"], ["q_proj", "v_proj"]])
-def test_an_adapter_that_peft_made_becomes_a_module_that_assembles(artifacts, tmp_path, targets):
+def made_by_peft(artifacts: Path, folder: Path, **how: Any) -> Any:
+    """An adapter of that trunk, saved in `folder`; the model with it."""
     peft = pytest.importorskip("peft")
-    how: dict[str, Any] = {"r": 4, "lora_alpha": 16, "use_rslora": True, "target_modules": targets}
     torch.manual_seed(0)
-    adapted = peft.get_peft_model(proof.load(artifacts / "trunk"), peft.LoraConfig(**how))
+    adapted = peft.get_peft_model(proof.load(artifacts / "trunk"), peft.LoraConfig(r=4, lora_alpha=16, **how))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    adapted.save_pretrained(tmp_path / "adapter")
+    adapted.save_pretrained(folder)
+    return adapted
+
+
+@pytest.mark.parametrize("targets", [["up_proj", "lm_head"], ["q_proj", "v_proj"]])
+def test_an_adapter_that_peft_made_becomes_a_module_that_assembles(artifacts, tmp_path, targets):
+    adapted = made_by_peft(artifacts, tmp_path / "adapter", use_rslora=True, target_modules=targets)
     module = tmp_path / "module"
     export.main(export.Settings(str(artifacts / "trunk"), "module", module, peft=tmp_path / "adapter", name="other"))
     expected = adapted.eval()(input_ids=small_artifacts.TOKENS[:, :-1]).logits.log_softmax(-1)
@@ -79,6 +84,38 @@ def test_an_adapter_that_peft_made_becomes_a_module_that_assembles(artifacts, tm
 
 
 @pytest.mark.parametrize(
+    ("how", "layers", "targets"),
+    [
+        ({"exclude_modules": ["up_proj"]}, [0, 1], ["q_proj"]),
+        ({"exclude_modules": ["model.layers.0.mlp.up_proj"]}, [0, 1], ["q_proj", "up_proj"]),
+        ({"exclude_modules": r".*layers\.0\..*"}, [1], ["q_proj", "up_proj"]),
+        ({"layers_to_transform": [1]}, [1], ["q_proj", "up_proj"]),
+        ({"init_lora_weights": "gaussian"}, [0, 1], ["q_proj", "up_proj"]),
+    ],
+)
+def test_an_adapter_of_some_matrices_changes_the_others_by_nothing(artifacts, tmp_path, how, layers, targets):
+    made_by_peft(artifacts, tmp_path / "adapter", target_modules=["q_proj", "up_proj"], **how)
+    trunk = str(artifacts / "trunk")
+    export.main(export.Settings(trunk, "module", tmp_path / "module", peft=tmp_path / "adapter", name="other"))
+    metadata = json.loads((tmp_path / "module" / "module.json").read_text())
+    assert (metadata["layers"], metadata["targets"]) == (layers, targets)
+
+
+def test_a_matrix_that_the_adapter_holds_and_excludes_is_named(artifacts, tmp_path):
+    made_by_peft(artifacts, tmp_path / "adapter", target_modules=["q_proj", "up_proj"])
+    settings = export.Settings(
+        str(artifacts / "trunk"), "module", tmp_path / "module", peft=tmp_path / "adapter", name="other"
+    )
+    for changes in ({"exclude_modules": ["up_proj"]}, {"target_modules": ["q_proj"]}, {"layers_to_transform": [0]}):
+        before = (tmp_path / "adapter" / "adapter_config.json").read_text()
+        small_artifacts.edit(tmp_path / "adapter" / "adapter_config.json", **changes)
+        message = small_artifacts.refused(export.main, settings)
+        assert "PEFT does not load" in message and "_proj.lora_A" in message and "exclude_modules" in message
+        (tmp_path / "adapter" / "adapter_config.json").write_text(before)
+    assert not (tmp_path / "module").exists()
+
+
+@pytest.mark.parametrize(
     ("changes", "name", "message"),
     [
         ({}, UP.replace("mlp.up_proj", "self_attn.q_norm"), "self_attn.q_norm"),
@@ -88,6 +125,10 @@ def test_an_adapter_that_peft_made_becomes_a_module_that_assembles(artifacts, tm
         ({"rank_pattern": {"up_proj": 3}}, UP, "rank_pattern"),
         ({"modules_to_save": ["lm_head"]}, UP, "modules_to_save"),
         ({"peft_type": "LOHA"}, UP, "peft_type"),
+        ({"peft_type": None}, UP, "peft_type"),
+        ({"init_lora_weights": "pissa"}, UP, "init_lora_weights"),
+        ({"alora_invocation_tokens": [3]}, UP, "alora_invocation_tokens"),
+        ({"some_new_field": 1}, UP, "some_new_field"),
         ({"r": -1}, UP, "r is -1"),
         ({}, UP.replace("layers.1", "layers.7"), "layers [7] do not exist"),
     ],
