@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from .command_line import flag_of
 from .errors import UserError
 from .model.config import PRESETS, ModelConfig
-from .model.module_settings import ModuleSettings, module_problems
+from .model.module_settings import ModuleSettings, check_rank, module_problems
 from .settings import UpdateSettings, read_settings, run_main
 
 if TYPE_CHECKING:
@@ -155,6 +155,8 @@ def config_of(settings: Settings) -> ModelConfig:
             f"--hidden-size {config.hidden_size} must be an even multiple of --num-attention-heads {heads}, and that a "
             f"multiple of --num-key-value-heads {groups}. Change one of them."
         )
+    if settings.kind:
+        check_rank(settings.kind, settings, config)
     return config
 
 
