@@ -32,7 +32,8 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
     sequence_length: int = 512
     """Tokens in a window."""
 
-    # -- module: forge_common/model/module_settings.py has its sizes --
+    # -- module --
+    # forge_common/model/module_settings.py has its sizes
     kind: str = "auto"
     """ffn, attention+ffn, narrow, lora or expert, with or without +head. auto: ffn+head; lora on a dense trunk made elsewhere."""
     module_dtype: Literal["bf16"] | None = None

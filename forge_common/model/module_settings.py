@@ -13,6 +13,7 @@ from .config import KINDS, MATRICES, TARGETS, ModelConfig
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleSettings:
+    # -- module --
     layers: str = "all"
     """Layers that the module changes: all, top:N, or numbers from 0 such as 2,5."""
     width: int = 0
