@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from ..errors import UserError
 from ..files.atomic import publish
 from .byte_lengths import ByteLengths
@@ -41,6 +43,8 @@ class Corpora(NamedTuple):
     """Lines of the plan."""
     fraction: float
     """Fraction of the documents that is held out; 0 with --val-data."""
+    resident: int
+    """Bytes of this process that were resident when the text was open: more where it was tokenized."""
 
 
 def log_names(sources: Sequence[str]) -> list[str]:
@@ -167,7 +171,8 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
         digests[f"held out {i}"] = digest if part.is_whole else f"{part.labels:,} tokens of {digest}"
     mixture_weights = [weight for weight in weights if weight]  # of all sources or of none
     mixture = Mixture(training, mixture_weights or None, settings.seed, log_names(settings.data))
-    return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out), fraction)
+    report = _report(settings.data, training, held_out)
+    return Corpora(mixture, held_out, digests, report, fraction, psutil.Process().memory_info().rss)
 
 
 def _check_sources(sources: Sequence[str]) -> list[str]:

@@ -4,7 +4,6 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import psutil
 import torch
 
 from ..files.atomic import write_text
@@ -15,7 +14,7 @@ from .length import MANY_PASSES
 FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
 # Of a process on a CPU, in bytes; measured (docs/PERFORMANCE.md, "The plan's memory").
 PROCESS = 260 << 20  # Python, torch and the other libraries, a small tokenizer
-LATER = 10 << 20  # what of these the first update adds
+LATER = 10 << 20  # what of these comes after the text was opened
 COMPILER = 80 << 20  # torch._dynamo, which --optimizer muon and --activation-checkpointing import
 PER_TOKEN_OF_VOCABULARY = 600  # of the tokenizer
 MAPPED_AT_ONCE = 64 << 10  # of a mapped file, where Linux finds a page of it missing
@@ -40,8 +39,9 @@ def plan(
     states, activations, temporary = memory(
         model, settings, gradients_stay=together, compute=compute, device=device.type, by_muon=by_muon
     )
-    now = 0 if settings.budget else psutil.Process().memory_info().rss  # a timed micro-batch leaves what updates reuse
-    resident = of_process(model, settings, corpora, compute, by_muon, now) if device.type == "cpu" else {}
+    read_before = vars(settings).get("trunk") or vars(settings).get("trunk_from")  # so its weights are resident
+    left = corpora.resident - (_bytes(*model.parameters()) if read_before else 0)
+    resident = of_process(model, settings, corpora, compute, by_muon, left) if device.type == "cpu" else {}
     seen = positions * T / total  # tokens for each parameter
     hint = (
         f"hint        {seen:.2g} tokens for each parameter: a smaller model would take less time and hardly learn less"
@@ -150,7 +150,7 @@ def of_process(
 ) -> dict[str, int]:
     """Estimated bytes of a process on a CPU at the peak of its resident set, beside those of `memory`, by their use.
 
-    resident: its resident set before the first update, which is larger where text was tokenized; 0: not known.
+    resident: its resident set when the text was there, without weights: it is larger where text was tokenized.
     """
     text = sum(source.tokens.tokens.nbytes for source in corpora.training.sources)
     text = min(text, settings.steps * settings.batch_size * MAPPED_AT_ONCE)
@@ -161,7 +161,7 @@ def of_process(
     libraries = PROCESS + (COMPILER if by_muon or settings.activation_checkpointing else 0)
     libraries += PER_TOKEN_OF_VOCABULARY * model.config.vocab_size
     return {
-        "Python and libraries": max(libraries, resident - _bytes(*model.parameters()) + LATER),
+        "Python and libraries": max(libraries, resident + LATER),
         "text": text,
         "copy for a checkpoint": copy * saved,
         "free in pieces": free_in_pieces(model, settings, compute),
