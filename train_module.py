@@ -33,7 +33,8 @@ class Settings(ModuleSettings, UpdateSettings, RunSettings):
     sequence_length: int = 512
     """Tokens in a window."""
 
-    # -- module: forge_common/model/module_settings.py has its sizes --
+    # -- module --
+    # forge_common/model/module_settings.py has its sizes
     kind: str = "auto"
     """ffn, attention+ffn, narrow, lora, expert; any with +head. auto: ffn+head; lora on dense trunks by others."""
     module_dtype: Literal["bf16"] | None = None

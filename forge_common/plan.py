@@ -17,7 +17,7 @@ from .command_line import read_settings, run_main
 from .errors import UserError
 from .flags import flag_of
 from .model.config import PRESETS, ModelConfig
-from .model.module_settings import ModuleSettings, module_problems
+from .model.module_settings import ModuleSettings, check_rank, module_problems
 from .settings import UpdateSettings
 
 if TYPE_CHECKING:
@@ -156,6 +156,8 @@ def config_of(settings: Settings) -> ModelConfig:
             f"--hidden-size {config.hidden_size} must be an even multiple of --num-attention-heads {heads}, and that a "
             f"multiple of --num-key-value-heads {groups}. Change one of them."
         )
+    if settings.kind:
+        check_rank(settings.kind, settings, config)
     return config
 
 

@@ -5,6 +5,7 @@ import difflib
 import math
 import os
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def problems(settings: Any) -> list[str]:
             near = difflib.get_close_matches(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             faults.append(f"--accept-change {word} is not a setting{hint}")
-    faults += _shape_problems(settings) + _folder_problems(value) + _missing(value)
+    faults += _shape_problems(settings) + _folder_problems(value, type(settings)) + _missing(value)
     if value("push_to_hub") and not faults and is_first_process():
         problem = upload_problem(value("push_to_hub"))
         if problem:
@@ -171,10 +172,13 @@ def _shape_problems(settings: Any) -> list[str]:
     return faults
 
 
-def _folder_problems(value: Any) -> list[str]:
+def _folder_problems(value: Any, kind: type[Any]) -> list[str]:
     """Problems with the folders that a run writes to."""
     faults = []
     output = Path(value("output_dir"))
+    for name in ("output_dir", "cache_dir"):
+        if Path(value(name)) == Path() and _is_given_empty(name, kind):
+            faults.append(f"{flag_of(name)} is empty; name a folder")
     for name in ("data", "val_data", "general_data"):
         for source in value(name) or ():
             folder = Path(split_weight(source)[0]).expanduser()
@@ -195,6 +199,17 @@ def _folder_problems(value: Any) -> list[str]:
             f"--resume require, but {output}/checkpoints does not exist; use --resume auto to start a new run"
         )
     return faults
+
+
+def _is_given_empty(name: str, kind: type[Any]) -> bool:
+    """Whether a path was given as an empty text, which as a Path is the current folder."""
+    words = expanded(sys.argv[1:], kind).words
+    values = [
+        word.partition("=")[2] if "=" in word else next_word
+        for word, next_word in pairwise([*words, ""])
+        if given_settings([word]) == {name}
+    ]
+    return values[-1:] == [""]
 
 
 def _would_read(folder: Path, output: Path) -> bool:

@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
+
 from ..errors import UserError
 from ..files.atomic import publish
 from .byte_lengths import ByteLengths
@@ -42,6 +44,8 @@ class Corpora(NamedTuple):
     """Lines of the plan."""
     fraction: float
     """Fraction of the documents that is held out; 0 with --val-data."""
+    resident: int
+    """Bytes of this process that were resident when the text was open: more where it was tokenized."""
 
 
 def log_names(sources: Sequence[str]) -> list[str]:
@@ -59,6 +63,7 @@ def tokenizer_for(settings: Any, print_line: Callable[[str], None] = lambda line
     """The tokenizer of --tokenizer. train:VOCAB is trained once for its sources, and cached."""
     if not settings.tokenizer.startswith("train:"):
         return resolve(settings.tokenizer, lambda characters: (), settings.eos_token)
+    _check_sources(settings.data)
     fraction = fraction_for(settings)
     # Everything that the tokenizer depends on. The name of its folder is the hash of it.
     inputs: list[Any] = [settings.tokenizer, fraction, asdict(reading_of(settings))]
@@ -113,10 +118,10 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
         cache_dir = Path(settings.cache_dir).expanduser()
         return prepare(spec, tokenizer, reading, cache_dir=cache_dir, val_fraction=val_fraction, report=print_line)
 
+    for line in _check_sources(settings.data):
+        print_line(line)
     parsed = [parse(source) for source in settings.data]
     weights = [weight for _, weight in parsed]
-    if any(weights) and not all(weights):
-        raise UserError("--data: only some sources have a weight. Give every source a weight (SOURCE@0.7), or none.")
     fraction = fraction_for(settings)
     corpora = [prepared(spec, fraction) for spec, _ in parsed]
     val_data = [prepared(parse(source)[0], 0.0).train for source in settings.val_data]
@@ -167,7 +172,34 @@ def open_corpora(settings: Any, tokenizer: Tokenizer, config: Any, print_line: C
         digests[f"held out {i}"] = digest if part.is_whole else f"{part.labels:,} tokens of {digest}"
     mixture_weights = [weight for weight in weights if weight]  # of all sources or of none
     mixture = Mixture(training, mixture_weights or None, settings.seed, log_names(settings.data))
-    return Corpora(mixture, held_out, digests, _report(settings.data, training, held_out), fraction)
+    report = _report(settings.data, training, held_out)
+    return Corpora(mixture, held_out, digests, report, fraction, psutil.Process().memory_info().rss)
+
+
+def _check_sources(sources: Sequence[str]) -> list[str]:
+    """UserError where only some sources have a weight, or none has one and a file is read for two of them.
+
+    With weights, a file of two sources is a choice: returns a warning for each of them.
+    """
+    weights = [parse(source)[1] for source in sources]
+    if any(weights) and not all(weights):
+        raise UserError("--data: only some sources have a weight. Give every source a weight (SOURCE@0.7), or none.")
+    read_for: dict[str, str] = {}  # file -> the first source that it is read for
+    warnings = []
+    for source in sources if len(sources) > 1 else ():
+        files = _files(source)
+        twice = sorted(files & read_for.keys())
+        if twice:
+            other = read_for[twice[0]]
+            both = f"both read {twice[0]}" + (f" and {len(twice) - 1} more files" if twice[1:] else "")
+            if not any(weights):
+                raise UserError(
+                    f"--data: {source} has the text of {other}: {both}. Name it once, or give every source a weight if it should "
+                    "come more often."
+                )
+            warnings.append(f"warning     --data: {source} and {other} {both}")
+        read_for |= dict.fromkeys(files, source)
+    return warnings
 
 
 def _files(source: str) -> set[str]:

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .config import KINDS, MATRICES, TARGETS
+from ..errors import UserError
+from .config import KINDS, MATRICES, TARGETS, ModelConfig
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModuleSettings:
+    # -- module --
     layers: str = "all"
     """Layers that the module changes: all, top:N, or numbers from 0 such as 2,5."""
     width: int = 0
@@ -56,3 +58,18 @@ def module_problems(value: Callable[..., Any], kinds: tuple[str, ...] = KINDS) -
             f"--targets {' '.join(targets)} is not valid; name one or more of {', '.join(TARGETS)}, each of them once"
         )
     return faults
+
+
+def check_rank(kind: str, settings: ModuleSettings, config: ModelConfig) -> None:
+    """UserError for a --rank of kind lora above the smaller side of every matrix that it changes, and above the default."""
+    if kind.removesuffix("+head") != "lora":
+        return
+    queries, keys = (n * config.head_dim for n in (config.num_attention_heads, config.num_key_value_heads))
+    outer = {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
+    sides = [outer.get(name, config.intermediate_size) for name in settings.targets]
+    sides += [config.vocab_size] * kind.endswith("+head")
+    largest = min(config.hidden_size, max(sides))
+    if settings.rank > max(largest, ModuleSettings.rank):
+        raise UserError(
+            f"--rank {settings.rank} is more than the {largest} that the changed matrices can have. Lower --rank."
+        )

@@ -35,6 +35,7 @@ from .config import AUTO, KINDS, MATRICES, TARGETS, ModelConfig
 from .feed_forward import FeedForward
 from .gated import gated_product
 from .low_rank import LowRankHead, LowRankLinear, trained_dtype
+from .module_settings import check_rank
 from .trunk import Trunk
 
 
@@ -93,6 +94,7 @@ def kind_and_layers(
             print_line(
                 "kind        lora, which suits a trunk trained on much text (docs/PRETRAINED.md). --kind changes it"
             )
+    check_rank(settings.kind, settings, config)
     return settings, chosen_layers(settings.layers, config.num_hidden_layers)
 
 

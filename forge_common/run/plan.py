@@ -14,9 +14,11 @@ from .length import MANY_PASSES
 FEW_TOKENS = 1  # for each parameter; about 20 are best for a given time. Source: Hoffmann et al., arXiv 2203.15556
 # Of a process on a CPU, in bytes; measured (docs/PERFORMANCE.md, "The plan's memory").
 PROCESS = 260 << 20  # Python, torch and the other libraries, a small tokenizer
+LATER = 10 << 20  # what of these comes after the text was opened
 COMPILER = 80 << 20  # torch._dynamo, which --optimizer muon and --activation-checkpointing import
 PER_TOKEN_OF_VOCABULARY = 600  # of the tokenizer
 MAPPED_AT_ONCE = 64 << 10  # of a mapped file, where Linux finds a page of it missing
+PAGE = 2 << 20  # a large one
 OF_THE_HEAP = 32 << 20  # a larger tensor is memory of its own, which glibc gives back when it is freed
 
 
@@ -37,7 +39,9 @@ def plan(
     states, activations, temporary = memory(
         model, settings, gradients_stay=together, compute=compute, device=device.type, by_muon=by_muon
     )
-    resident = of_process(model, settings, corpora, compute, by_muon) if device.type == "cpu" else {}
+    read_before = vars(settings).get("trunk") or vars(settings).get("trunk_from")  # so its weights are resident
+    left = corpora.resident - (_bytes(*model.parameters()) if read_before else 0)
+    resident = of_process(model, settings, corpora, compute, by_muon, left) if device.type == "cpu" else {}
     seen = positions * T / total  # tokens for each parameter
     hint = (
         f"hint        {seen:.2g} tokens for each parameter: a smaller model would take less time and hardly learn less"
@@ -141,8 +145,12 @@ def of_process(
     corpora: Any,
     compute: torch.dtype | None = None,
     by_muon: Sequence[torch.Tensor] = (),
+    resident: int = 0,
 ) -> dict[str, int]:
-    """Estimated bytes of a process on a CPU at the peak of its resident set, beside those of `memory`, by their use."""
+    """Estimated bytes of a process on a CPU at the peak of its resident set, beside those of `memory`, by their use.
+
+    resident: its resident set when the text was there, without weights: it is larger where text was tokenized.
+    """
     text = sum(source.tokens.tokens.nbytes for source in corpora.training.sources)
     text = min(text, settings.steps * settings.batch_size * MAPPED_AT_ONCE)
     text += sum(min(part.tokens.tokens.nbytes, len(part) * MAPPED_AT_ONCE) for part in corpora.held_out)
@@ -150,8 +158,9 @@ def of_process(
     saved = settings.on_full_disk == "continue" and any(0 < every < settings.steps for every in before_the_end)
     copy = 3 * _bytes(*_trained(model)) - _bytes(*by_muon)
     libraries = PROCESS + (COMPILER if by_muon or settings.activation_checkpointing else 0)
+    libraries += PER_TOKEN_OF_VOCABULARY * model.config.vocab_size
     return {
-        "Python and libraries": libraries + PER_TOKEN_OF_VOCABULARY * model.config.vocab_size,
+        "Python and libraries": max(libraries, resident + LATER),
         "text": text,
         "copy for a checkpoint": copy * saved,
         "free in pieces": 0 if gives_back(model) else free_in_pieces(model, settings, compute),
@@ -168,7 +177,8 @@ def free_in_pieces(model: Any, settings: Any, compute: torch.dtype | None = None
     """Bytes that glibc keeps free: what a layer's forward pass makes and frees between the tensors that it keeps.
 
     A request for aligned memory asks for more than its size, so that a tensor that was freed alone leaves no room for
-    one of its own size. Measured with glibc 2.36 (docs/PERFORMANCE.md).
+    one of its own size. One that begins at a large page leaves at most a page: beside it is the rest of another one.
+    Measured with glibc 2.36 (docs/PERFORMANCE.md).
     """
     config = model.config
     rows, (size, low) = settings.micro_batch_size * settings.sequence_length, _sizes(model, compute)
@@ -187,7 +197,9 @@ def free_in_pieces(model: Any, settings: Any, compute: torch.dtype | None = None
             parts += [wide, wide]  # the module's result, and its sum with the trunk's
         if settings.activation_checkpointing and not in_large_pages:  # the feed-forward's, freed too, and two results
             parts = [low * config.intermediate_size] * 3 + [wide, wide]
-        total += sum(rows * part for part in parts if rows * part <= OF_THE_HEAP)
+        sizes = [rows * part for part in parts if rows * part <= OF_THE_HEAP]
+        at_most_a_page = in_large_pages and not settings.activation_checkpointing  # with that, all of them, as measured
+        total += sum(min(size, PAGE) for size in sizes) if at_most_a_page else sum(sizes)
     return total
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import types
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from small_artifacts import CONFIG
 
 import train_shared
-from forge_common.data.corpora import general_sample, open_corpora
+from forge_common.data.corpora import general_sample, open_corpora, tokenizer_for
 from forge_common.data.fraction import FRACTION, fraction_for, too_few
 from forge_common.data.readers.document import Reading
 from forge_common.data.store import prepare
@@ -93,6 +94,24 @@ def test_one_text_is_one_source(tmp_path):
     lines: list[str] = []
     open_corpora(dataclasses.replace(one, val_data=(source,)), byte_tokenizer(), CONFIG, lines.append)
     assert lines == [f"warning     --val-data {source} has the text of a source of --data: it is trained on"]
+
+
+def test_a_file_of_two_sources_is_found_before_it_is_read(tmp_path):
+    """A folder and a file in it: nothing is tokenized. With weights it is meant, and said."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (corpus(folder, numbered(30)), corpus(folder, [f"other {i}" for i in range(30)]))
+    data = (str(folder), f"{folder}/../texts/1.*")
+    settings = corpus(tmp_path, [], data=data, sequence_length=8, batch_size=16, tokenizer="train:300")
+    expected = f"--data: {data[1]} has the text of {folder}: both read {folder / '1.jsonl'}. Name it once"
+    for read in (tokenizer_for, lambda settings: open_corpora(settings, byte_tokenizer(), CONFIG, print)):
+        with pytest.raises(UserError, match=re.escape(expected)):
+            read(settings)
+    assert not settings.cache_dir.exists()
+    lines: list[str] = []
+    weighted = dataclasses.replace(settings, data=(f"{data[0]}@0.5", f"{data[1]}@0.5"))
+    open_corpora(weighted, byte_tokenizer(), CONFIG, lines.append)
+    assert lines == [f"warning     --data: {data[1]}@0.5 and {data[0]}@0.5 both read {folder / '1.jsonl'}"]
 
 
 def test_a_file_that_is_trained_on_and_validated_on_is_named(tmp_path):

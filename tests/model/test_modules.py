@@ -216,6 +216,33 @@ def test_a_mixture_of_experts_made_elsewhere_has_no_low_rank_default():
         assert (chosen_settings.kind, layers) == (expected, [0, 1])
 
 
+@pytest.mark.parametrize(
+    ("kind", "targets", "largest"),
+    [
+        ("lora", MATRICES, 32),
+        ("lora", ("k_proj",), 24),
+        ("lora", ("k_proj", "o_proj"), 32),
+        ("lora+head", ("k_proj",), 32),
+    ],
+)
+def test_a_rank_that_no_matrix_can_have_is_refused(kind, targets, largest):
+    """A change of a matrix has at most the rank of its smaller side."""
+    settings = train_module.Settings(trunk="org/trunk", name="law", data=("law",), output_dir=Path("run"), kind=kind)
+    config = replace(
+        CONFIG,
+        hidden_size=32,
+        intermediate_size=64,
+        num_attention_heads=4,
+        num_key_value_heads=3,
+        head_dim=8,
+        vocab_size=99,
+    )
+    assert kind_and_layers(replace(settings, rank=largest, targets=targets), config, {}, print)
+    with pytest.raises(UserError, match=rf"--rank {largest + 1} is more than the {largest} .* Lower --rank\."):
+        kind_and_layers(replace(settings, rank=largest + 1, targets=targets), config, {}, print)
+    assert kind_and_layers(replace(settings, rank=999, kind="ffn"), config, {}, print)
+
+
 def evaluate(*arguments: object, fails: bool = False) -> str:
     """python -m forge_common.evaluate"""
     return launch.run_python("-m", "forge_common.evaluate", *arguments, fails=fails)

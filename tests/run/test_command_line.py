@@ -322,6 +322,14 @@ def test_help_has_the_groups_of_the_source():
     assert "--config FILE.yaml" in printed
 
 
+@pytest.mark.parametrize("script", [train_shared, train_module])
+def test_each_setting_of_a_script_is_in_a_group_with_a_plain_name(script):
+    """Those that a script inherits too; `options` is the box without a heading."""
+    headings = groups(script.Settings)
+    assert headings.keys() == {field.name for field in dataclasses.fields(script.Settings)}
+    assert "options" not in headings.values() and not any(set(":/.") & set(name) for name in headings.values())
+
+
 @pytest.mark.parametrize(
     "program", ["train_shared.py", "train_module.py", *(f"-m forge_common.{name}" for name in COMMANDS)]
 )

@@ -203,6 +203,7 @@ def test_a_wrong_flag_is_named(changes, flag):
         ({"devices": "16xL40S"}, "--between"),
         ({"optimizer": "muon"}, "--optimizer muon needs each matrix whole"),
         ({"kind": "lora", "layers": "9"}, "--layers 9"),
+        ({"kind": "lora", "rank": 129}, "--rank 129 is more than the 128 that the changed matrices can have"),
         ({"hidden_size": 100, "num_attention_heads": 8}, "--hidden-size 100 must be an even multiple"),
         ({"preset": "llama-3-8b", "sequence_length": 16384}, "--sequence-length 16384 exceeds"),
     ],

@@ -72,6 +72,20 @@ def test_the_folder_of_a_trunk_is_not_written_to(tmp_path):
     assert not problems(train_module.Settings(trunk=str(tmp_path / "run"), name="law", **beside))
 
 
+@pytest.mark.parametrize("name", ["output_dir", "cache_dir"])
+def test_an_empty_folder_is_not_the_current_one(name, monkeypatch, tmp_path):
+    """However it is written; `.` is the current folder."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(f"{name}: ''\n")
+    settings = train_shared.Settings(**{"data": ("local:docs",), "output_dir": tmp_path, name: Path("")})
+    flag = f"--{name.replace('_', '-')}"
+    for written in ((flag, ""), (f"--{name}=",), ("--config", "run.yaml")):
+        monkeypatch.setattr(sys, "argv", ["train_shared.py", *written, "--data", "local:docs"])
+        assert problems(settings) == [f"{flag} is empty; name a folder"]
+    monkeypatch.setattr(sys, "argv", ["train_shared.py", flag, ".", "--data", "local:docs"])
+    assert not problems(settings)
+
+
 def test_a_name_that_cannot_be_published_is_refused_before_training(module, tmp_path):
     printed = module(tmp_path / "run", "--name", "../law", "--licence", "MIT\nnone", "--hang-timeout", -1, fails=True)
     for expected in (

@@ -15,8 +15,9 @@ from forge_common.model.trunk import Trunk
 from forge_common.optimizers import layer_matrices
 from forge_common.run import hardware
 from forge_common.run.log import Interval, RunLog
-from forge_common.run.plan import PROCESS, memory, of_process
+from forge_common.run.plan import LATER, PROCESS, free_in_pieces, memory, of_process
 from forge_common.run.progress import Progress
+from forge_common.settings import HUGE_PAGES
 
 CPU = torch.device("cpu")
 CONFIG = ModelConfig(
@@ -173,3 +174,34 @@ def test_the_plan_counts_what_a_process_holds_beside_the_update(tmp_path):
     # Two layers: four tensors of the width, queries and keys twice.
     assert few["free in pieces"] == 4 * 64 * 2 * (4 * 32 + 2 * (32 + 16))
     assert parts(micro_batch_size=1 << 18)["free in pieces"] == 0
+
+
+def test_the_plan_counts_what_tokenizing_has_left(tmp_path):
+    """In a first run more is resident before training than Python and the libraries."""
+    trunk = Trunk(CONFIG)
+    corpora = types.SimpleNamespace(training=types.SimpleNamespace(sources=[]), held_out=[])
+    chosen = {
+        "micro_batch_size": 2,
+        "activation_checkpointing": False,
+        "batch_size": 2,
+        "save_every": 0,
+        "val_every": 0,
+    }
+    chosen |= {"on_full_disk": "continue"}
+    plain, after_a_start, after_tokenizing = (
+        of_process(trunk, settings(tmp_path, **chosen), corpora, resident=resident)["Python and libraries"]
+        for resident in (0, PROCESS // 2, 2 * PROCESS)
+    )
+    assert after_a_start == plain and after_tokenizing == 2 * PROCESS + LATER
+
+
+def test_a_gap_is_at_most_a_large_page(tmp_path, monkeypatch):
+    """A freed tensor that begins at a page leaves room for one of its size, if there is a page beside it."""
+    trunk = Trunk(CONFIG)
+    chosen = settings(tmp_path, micro_batch_size=1 << 10, sequence_length=32, activation_checkpointing=False)
+    page, wide = 2 << 20, 4 << 20  # bytes
+    assert free_in_pieces(trunk, chosen) == 2 * (4 * wide + 2 * (wide + wide // 2))
+    monkeypatch.setenv(*HUGE_PAGES)
+    assert free_in_pieces(trunk, chosen) == 2 * (4 * page + (page + 2 * page) + (page + 2 * (page // 2)))
+    chosen.activation_checkpointing = True
+    assert free_in_pieces(trunk, chosen) == 2 * (4 * wide + 2 * (wide + wide // 2))
