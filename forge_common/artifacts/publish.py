@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data.corpora import Corpora
-from ..data.tokenizer import Tokenizer, give_back_memory
+from ..data.tokenizer import Tokenizer
 from ..files.hub import local_folder, origins
 from ..files.places import hub_id
 from ..files.tensors import Tensors
 from ..flags import flag_of, switch_of
+from ..heap import give_back_memory
 from ..model.config import ModelConfig
 from ..routing import statistics
 from .metadata import training_texts

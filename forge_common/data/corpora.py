@@ -16,6 +16,7 @@ import psutil
 
 from ..errors import UserError
 from ..files.atomic import publish
+from ..heap import give_back_memory
 from .byte_lengths import ByteLengths
 from .fraction import fraction_for, too_few
 from .held_out import HeldOut, choose
@@ -23,7 +24,7 @@ from .order import Mixture
 from .readers.document import reading_of
 from .sources import facts, parse, read
 from .store import Corpus, prepare
-from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, give_back_memory
+from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer
 from .tokenizer_files import load_tokenizer, resolve
 from .windows import Tokens, Windows
 from .writer import in_validation

@@ -3,10 +3,8 @@
 The text of a document never yields a special id: '<pad>' in a text is five characters.
 """
 
-import ctypes
 import hashlib
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -185,15 +183,3 @@ def _first(texts: Iterable[str], characters: int) -> Iterator[str]:
         characters -= len(text)
         if characters <= 0:
             return
-
-
-def give_back_memory() -> None:
-    """Returns to the system the memory that tokenizing has freed.
-
-    glibc keeps it: each thread of the tokenizer has a heap of its own, from which nothing else is allocated. On other
-    systems, and with another C library, this does nothing.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(ctypes.c_size_t(0))

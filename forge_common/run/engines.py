@@ -21,8 +21,8 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..data.tokenizer import give_back_memory
 from ..files.tensors import Tensors
+from ..heap import give_back_memory
 from . import zero, zero_state
 from .plan import gives_back
 
@@ -52,7 +52,8 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
     prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
     if in_place:
-        reserve_before_forward(prepared[0], optimizer, keep_gradients=accelerator.gradient_accumulation_steps > 1)
+        if hasattr(optimizer, "make_moments"):  # one of optimizers.py, and not one that an experiment has in its place
+            reserve_before_forward(prepared[0], optimizer, keep_gradients=accelerator.gradient_accumulation_steps > 1)
         if gives_back(model) and accelerator.state.dynamo_plugin.backend.value == "NO":
             give_back_in_updates(model)
     if not accelerator.is_fsdp2:  # accelerate's looks for DTensors, whose import takes 0.4 s and 40 to 60 MiB
