@@ -216,7 +216,7 @@ def main(settings: Settings) -> int:
     else:
         checkpoint.load_best(accelerator, settings, progress, log.print_line)
         round_tensors(engines.trained_tensors(model), settings.module_dtype)  # the losses are of what will be stored
-        losses_after = domain_losses(accelerator, model, domains, settings.micro_batch_size)
+        losses_after = domain_losses(accelerator, model, domains, settings.micro_batch_size, log.print_line)
         tensors = checkpoint.full_tensors(accelerator, model)
         if accelerator.is_main_process:
             if digest({name: tensors[name] for name in frozen}) != frozen_before:

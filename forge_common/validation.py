@@ -4,7 +4,7 @@ T time, P processes
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -81,12 +81,22 @@ def validate(
 
 
 def domain_losses(
-    accelerator: Any, model: torch.nn.Module, domains: Mapping[str, Sequence[Any]], batch_size: int
+    accelerator: Any,
+    model: torch.nn.Module,
+    domains: Mapping[str, Sequence[Any]],
+    batch_size: int,
+    print_line: Callable[[str], None] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Tokens and nats per token (None without tokens) of each domain's held-out windows. A collective.
 
-    UserError, on all ranks, for a loss that is not finite.
+    print_line: prints what is scored; None: the accelerator's. UserError, on all ranks, for a loss that is not finite.
     """
+    labels = {domain: sum(part.labels for part in windows) for domain, windows in domains.items()}
+    scored = ", ".join(f"{domain} {number:,} tokens" for domain, number in labels.items() if number)
+    if scored:
+        (print_line or accelerator.print)(
+            f"scoring     held-out text, for the losses before and after training: {scored}"
+        )
     results = {domain: validate(accelerator, model, windows, batch_size) for domain, windows in domains.items()}
     for domain, result in results.items():
         if result is not None and result.tokens and not math.isfinite(result.loss):

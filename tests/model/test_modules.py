@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,14 @@ def test_the_artifact_holds_the_trained_tensors_alone(made, trunk):
         "statistics.safetensors",
         "README.md",
     }
+
+
+def test_what_is_scored_before_and_after_training_is_said(made):
+    """It can take minutes, before the first update and after the last one."""
+    _, _, printed = made
+    said = "scoring     held-out text, for the losses before and after training: own "
+    first, last = (match.start() for match in re.finditer(rf"^{said}[\d,]+ tokens$", printed, re.M))
+    assert first < printed.index("step 1/") and printed.index(f"step {STEPS}/") < last < printed.index("published")
 
 
 def test_no_frozen_weight_in_checkpoint_or_optimizer(made):
