@@ -23,6 +23,7 @@ from tokenizers import pre_tokenizers
 sys.path.insert(0, str(ROOT))
 
 from forge_common.artifacts.trunk_folder import read_trunk
+from forge_common.exporting import proof
 from forge_common.exporting.gguf_file import READ_BY_TRANSFORMERS
 from forge_common.files.atomic import publish
 
@@ -50,10 +51,9 @@ def fetched(folder: Path) -> Path:
 
 def convert(gguf: Path, folder: Path) -> None:
     """Writes the model of a GGUF file to `folder`. Its weights are dequantized to float32, what training needs."""
-    from gguf import GGUFReader  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    field = GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
+    field = proof.library("gguf", "--gguf").GGUFReader(gguf).fields.get("tokenizer.ggml.pre")
     rule = field.contents() if field else "gpt-2"
     if rule not in (*READ_BY_TRANSFORMERS, "smollm"):
         raise SystemExit(
