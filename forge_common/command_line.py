@@ -3,6 +3,7 @@
 Imports nothing heavy: a wrong flag is reported before torch is loaded.
 """
 
+import gc
 import os
 import sys
 from collections.abc import Callable
@@ -84,6 +85,7 @@ def run_main(main: Callable[[Settings], int], settings: Settings) -> NoReturn:
     """Ends the process with main's code. A UserError or a denied permission is printed without a traceback (code 1)."""
     if _trains_lora(settings) and Path("/sys/kernel/mm/transparent_hugepage").exists():
         os.environ.setdefault(*HUGE_PAGES)  # torch reads it when it is imported, which `main` does
+    gc.set_threshold(10_000, 100, 10)  # what is imported stays: to look through it each 700 objects took 0.3 of 1.6 s
     try:
         exit_code = main(settings)
         _leave_process_group()
