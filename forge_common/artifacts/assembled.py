@@ -231,7 +231,8 @@ def make_router(trunk: Trunk, trunk_statistics: Tensors | None, parts: list[Part
         assert trunk.config.eos_token_id is not None  # read_trunk takes it from the tokenizer
         if trunk_statistics is None:
             raise UserError("the trunk has no statistics, and --router context needs them. Assemble the modules again.")
-        return ContextRouter([trunk_statistics, *statistics], prior, trunk.config.eos_token_id, tuning)
+        across = trunk.config.cross_document_attention
+        return ContextRouter([trunk_statistics, *statistics], prior, trunk.config.eos_token_id, tuning, across=across)
     if router == "learned":
         return LearnedRouter([_router_rows(part.model) for part in parts], prior)
     if router == "ridge":

@@ -124,9 +124,10 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
             position_ids = (real.long().cumsum(-1) - 1).clamp(min=0)[:, past:]
 
         counted = np.pad(seen.cpu().numpy(), ((0, 0), (1, 0)), constant_values=self.config.eos_token_id)
-        evidence = self.router.evidence(counted, past + 1)
-        tokens = counted[:, past + 1 :]
-        layer_states = self.router.filter(evidence, tokens, layer_state)
+        ends = self.router.ends(counted, real)
+        evidence = self.router.evidence(counted, ends, past + 1)
+        ends = ends[:, past + 1 :]
+        layer_states = self.router.filter(evidence, ends, layer_state)
         is_limited = 0 < self.config.candidates_per_token < layer_states.shape[-1] - 1
         gates = self.router.gates(layer_states, mixed=not is_limited)
         if is_limited:
@@ -144,7 +145,7 @@ class ForgeForCausalLM(PreTrainedModel, GenerationMixin):
             if self.config.pad_token_id is not None:
                 counts = counts & (seen[:, past:] != self.config.pad_token_id)
             evidence = self.router.with_heads(evidence, log_p.masked_fill(~counts.cpu()[..., None], 0))
-            head_states = self.router.filter(evidence, tokens, head_state)
+            head_states = self.router.filter(evidence, ends, head_state)
             weights = self.router.gates(head_states, mixed=True)
         if cache is not None:
             self.write_state(cache, seen[:, past:], layer_states, head_states, hidden)

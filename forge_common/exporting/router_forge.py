@@ -3,7 +3,8 @@
 The likelihood of a token under a candidate is its probability after the token before it, from the candidate's counts of
 tokens and of pairs of tokens. The fewer counts a candidate has, the closer its probabilities are to the mean of all
 candidates, which favours none. Tokens that the document repeats count less. One more state is the unknown domain, whose
-probabilities are the mean of all candidates'. An EOS resets the filter to the prior.
+probabilities are the mean of all candidates'. An EOS resets the filter to the prior, unless the trunk attends across
+documents.
 
 B batch, T time, E candidates (the trunk first, then the modules), S = E + 1 states of the filter, V vocabulary
 """
@@ -32,13 +33,13 @@ def bigram_bucket(previous: np.ndarray, token: np.ndarray) -> np.ndarray:
     return ((previous * 2654435761 + token * 40503) & 0x7FFFFFFF) >> 9 & (BIGRAM_BUCKETS - 1)
 
 
-def repeats(seen: np.ndarray, first: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
+def repeats(seen: np.ndarray, first: int, ends: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """For each token of seen [B, first + T] from `first` on: how often its document had it before, and how many tokens
-    the document had before it.
+    the document had before it. ends [B, first + T]: after which tokens a document begins.
     """
     place = np.arange(seen.shape[1])
     begins = np.zeros_like(seen, dtype=bool)
-    begins[:, 1:] = seen[:, :-1] == eos
+    begins[:, 1:] = ends[:, :-1]
     length = (place - np.maximum.accumulate(np.where(begins, place, 0), axis=1))[:, first:]
     key = np.cumsum(begins, axis=1) * (seen.max() + 2) + seen
     order = key.argsort(axis=1, kind="stable")
@@ -58,7 +59,7 @@ class ForgeRouter(nn.Module):
 
     def __init__(self, config: ForgeConfig):
         super().__init__()
-        self.eos = config.eos_token_id
+        self.end = -1 if config.cross_document_attention else config.eos_token_id  # of a document
         self.numbers = config.router
         candidates = 1 + len(config.modules)
         self.register_buffer("unigram_codes", torch.zeros(candidates, config.vocab_size, dtype=torch.uint8))
@@ -82,11 +83,19 @@ class ForgeRouter(nn.Module):
         self.count_of = decode(torch.arange(256)).numpy()
         self.pairs_after = np.full_like(self.unigram_p, -1)  # [E, V]: sums over the next token; -1 until one is needed
 
-    def evidence(self, seen: np.ndarray, first: int) -> torch.Tensor:
+    def ends(self, seen: np.ndarray, real: torch.Tensor) -> np.ndarray:
+        """After which ids of seen [B, 1 + P + T] a document begins: the one before the text, padding, and what ends one.
+
+        real [B, P + T]: what is not padding.
+        """
+        padding = np.pad(~real.cpu().numpy(), ((0, 0), (1, 0)), constant_values=True)
+        return padding | (seen == self.end)
+
+    def evidence(self, seen: np.ndarray, ends: np.ndarray, first: int) -> torch.Tensor:
         """The weighted log p_s(x_t | x_<t) of the tokens of seen [B, first + T] from `first` on: [B, T, S]."""
         p = self.pair_p(seen[:, first - 1 : -1], seen[:, first:])  # [E, B, T]
         mean = self.mean(p)
-        times, length = repeats(seen, first, self.eos)
+        times, length = repeats(seen, first, ends)
         document = (times + DOCUMENT * mean) / (length + DOCUMENT)
         weight = self.numbers["repeats"]
         p = (1 - weight) * np.concatenate((p, mean[None])) + weight * document
@@ -123,11 +132,11 @@ class ForgeRouter(nn.Module):
         unknown = torch.logsumexp(log_p + self.shares.log(), dim=-1, keepdim=True)
         return evidence + self.numbers["own"] * torch.cat((log_p, unknown), dim=-1)
 
-    def filter(self, evidence: torch.Tensor, tokens: np.ndarray, start: torch.Tensor) -> torch.Tensor:
-        """The states [B, T, S] after evidence [B, T, S], from `start` [B, S]."""
+    def filter(self, evidence: torch.Tensor, ends: np.ndarray, start: torch.Tensor) -> torch.Tensor:
+        """The states [B, T, S] after evidence [B, T, S], from `start` [B, S]; the prior where a document ends [B, T]."""
         scores = evidence.double().numpy().transpose(1, 0, 2)
         likelihood = np.exp(scores - scores.max(-1, keepdims=True))
-        reset = (tokens == self.eos).T[..., None]
+        reset = ends.T[..., None]
         prior = self.prior.double().numpy()
         belief = start.double().numpy()
         switch = self.numbers["switch"]

@@ -26,6 +26,7 @@ COLLISIONS = 0.3  # added to it for each pair after a token beyond the token's o
 SHARED = 0.5  # share of the back-off that is the mean of all candidates' pairs; the rest is the candidate's unigrams
 DOCUMENT = 100.0  # weight, in tokens, of the mean of all candidates in the document's own counts
 NEAR_COPY = 64  # power of the similarity of two modules' unigrams: 0.98 counts as 0.27 of a copy, 0.9 as 0.001
+NONE = -2  # no token's id, and not that of an unknown one
 RIDGE = 1e-2  # added to the diagonal, as a share of its mean
 Tensors = dict[str, torch.Tensor]
 
@@ -50,13 +51,19 @@ class ContextRouter:
     The likelihood of a token under a candidate is its probability after the token before it, from the candidate's
     counts. Each candidate's probabilities sum to 1 over the vocabulary. The fewer counts a candidate has, the closer
     its probabilities are to the mean of all candidates, which favours none. Tokens that the document repeats count
-    less. One more state is the unknown domain, whose probabilities are the mean of all candidates'. An EOS resets the
-    filter to the prior. The gates at t depend only on the tokens up to t. All tensors are on the CPU.
+    less. One more state is the unknown domain, whose probabilities are the mean of all candidates'. The gates at t depend
+    only on the tokens up to t. All tensors are on the CPU.
+
+    An EOS resets the filter to the prior, unless the trunk attends across documents: there an EOS may also end a turn
+    of a chat, as in SmolLM2's template, and the answer belongs to the question.
     """
 
-    def __init__(self, statistics: list[Tensors], prior: torch.Tensor, eos_token_id: int, tuning: Tuning):
-        """statistics: of each candidate, the trunk first. prior [E]."""
+    def __init__(
+        self, statistics: list[Tensors], prior: torch.Tensor, eos_token_id: int, tuning: Tuning, *, across: bool = False
+    ):
+        """statistics: of each candidate, the trunk first. prior [E]. across: whether the trunk attends across documents."""
         self.eos = eos_token_id
+        self.end = NONE if across else eos_token_id  # the id that ends a document
         self.tuning = tuning
         unigrams = torch.stack([decode(tensors["unigrams"]) for tensors in statistics])
         totals = unigrams.sum(1, keepdim=True)
@@ -89,7 +96,7 @@ class ContextRouter:
         previous, token = seen[:, first - 1 : -1], seen[:, first:]
         p = self.pair_p(previous, token)  # [E, B, T]
         mean = self._mean(p)
-        times, length = repeats(seen, first, self.eos)
+        times, length = repeats(seen, first, self.end)
         document = (times + DOCUMENT * mean) / (length + DOCUMENT)
         p = (1 - self.tuning.repeats) * np.concatenate((p, mean[None])) + self.tuning.repeats * document
         log_p = np.where(token >= 0, np.log(p), 0)
@@ -143,7 +150,7 @@ class ContextRouter:
         """
         scores = evidence.double().numpy().transpose(1, 0, 2)
         likelihood = np.exp(scores - scores.max(-1, keepdims=True))
-        reset = (tokens.numpy() == self.eos).T[..., None]
+        reset = (tokens.numpy() == self.end).T[..., None]
         resets = reset.any((1, 2))
         prior = self.prior.double().numpy()
         belief = start.double().numpy()
@@ -180,16 +187,17 @@ class ContextRouter:
         return self.filter(evidence + self.tuning.own * heads, tokens, start)
 
 
-def repeats(seen: np.ndarray, first: int, eos: int) -> tuple[np.ndarray, np.ndarray]:
+def repeats(seen: np.ndarray, first: int, end: int) -> tuple[np.ndarray, np.ndarray]:
     """For each token of seen [B, first + T] from `first` on: how often its document had it before, and how many tokens
     the document had before it.
 
-    Both [B, T]. In `seen`, -1 (on the left) is an unknown token. An EOS belongs to the document that it ends.
+    Both [B, T]. In `seen`, -1 (on the left) is an unknown token. `end`, the id that ends a document, belongs to it.
     """
     place = np.arange(seen.shape[1])
-    ends = seen == eos
+    ends = seen == end
     begins = np.zeros_like(ends)
     begins[:, 1:] = ends[:, :-1]
+    begins[:, 1] = True  # the first id is of no document: `start` has put it there
     begin = np.maximum.accumulate(np.where(begins, place, 0), axis=1)  # place of the first token of each one's document
     begin = np.maximum(begin, (seen[:, :first] < 0).sum(1, keepdims=True))
     length = (place - begin)[:, first:]

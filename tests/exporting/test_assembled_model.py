@@ -56,7 +56,8 @@ def mixture(config: Any, top_k: int = 0, described: dict[str, Any] = MODULES) ->
         tensors = {key: torch.randn_like(plain.state_dict()[key]) * 0.3 for key in plug_in(plain, **how)}
         modules[name] = with_module(trunk, tensors, **how)
     counts = [small_artifacts.counts(seed, moments=False) for seed in range(1 + len(modules))]
-    router = ContextRouter(counts, torch.full((4,), 0.25), 1, Tuning())
+    across = config.cross_document_attention
+    router = ContextRouter(counts, torch.full((4,), 0.25), 1, Tuning(), across=across)
     return Mixture(trunk, modules, router, top_k=top_k).eval()
 
 

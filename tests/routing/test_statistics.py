@@ -123,6 +123,27 @@ def test_the_gates_follow_a_change_of_text_and_reset_at_the_end_of_a_document():
     assert torch.equal(alone[..., 1:], states[..., 1:-1])
 
 
+def test_an_eos_resets_nothing_where_the_trunk_attends_across_documents():
+    """As between the turns of a chat: the gates go on, as after any other token that no candidate has counted more."""
+    low, high = documents(4, of=range(2, 150)), documents(5, of=range(150, VOCABULARY))
+    counts = [statistics.count(texts, VOCABULARY, EOS, 1)[0] for texts in (low + high, low, high)]
+    question = documents(6, 1, 30, range(150, VOCABULARY))[0][:-1]
+    turns = torch.from_numpy(np.concatenate((question, [EOS], question[:3])))[None]
+    gates = {}
+    for across in (False, True):
+        found = ContextRouter(counts, torch.tensor((0.2, 0.4, 0.4)), EOS, Tuning(), across=across)
+        states, _ = found.route(turns, found.start(1, at_document=True))
+        gates[across] = found.gates(states, mixed=True)[0]
+        one_by_one, state = [], found.start(1, at_document=True)
+        for token in turns[0]:
+            step, _ = found.route(token[None, None], state)
+            state.layers, state.history = step[:, -1], torch.cat((state.history, token[None, None]), dim=1)
+            one_by_one.append(step[0, 0])
+        torch.testing.assert_close(torch.stack(one_by_one), states[0])
+    assert torch.equal(gates[False][:30], gates[True][:30])
+    assert gates[False][30, 2] < 0.5 and (gates[True][29:, 2] > 0.8).all()
+
+
 LARGE = 2048
 
 
