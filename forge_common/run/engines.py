@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..data.tokenizer import give_back_memory
 from ..files.tensors import Tensors
+from ..optimizers import AdamW, MuonAdamW
 from . import zero, zero_state
 from .plan import gives_back
 
@@ -51,10 +52,10 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
     prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
-    if in_place:
+    if in_place and isinstance(optimizer, (AdamW, MuonAdamW)):  # not one that an experiment puts in their place
         reserve_before_forward(prepared[0], optimizer, keep_gradients=accelerator.gradient_accumulation_steps > 1)
-        if gives_back(model) and accelerator.state.dynamo_plugin.backend.value == "NO":
-            give_back_in_updates(model)
+    if in_place and gives_back(model) and accelerator.state.dynamo_plugin.backend.value == "NO":
+        give_back_in_updates(model)
     if not accelerator.is_fsdp2:  # accelerate's looks for DTensors, whose import takes 0.4 s and 40 to 60 MiB
         accelerator._clip_grad_norm_dtensor_aware = torch.nn.utils.clip_grad_norm_
     else:  # it then gathers the parameters for next_logits as it does for `forward`
