@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 from ..data.corpora import Corpora
-from ..data.tokenizer import Tokenizer, give_back_memory
+from ..data.tokenizer import Tokenizer
 from ..files.hub import local_folder, origins
 from ..files.places import hub_id
-from ..files.tensors import Tensors
+from ..files.tensors import Tensors, give_back_memory
 from ..model.config import ModelConfig
 from ..routing import statistics
 from .artifact import DTYPES, replaced_tensors, write_module, write_trunk

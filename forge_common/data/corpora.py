@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..files.atomic import publish
+from ..files.tensors import give_back_memory
 from .byte_lengths import ByteLengths
 from .fraction import fraction_for, too_few
 from .held_out import HeldOut, choose
@@ -21,7 +22,7 @@ from .order import Mixture
 from .readers.document import reading_of
 from .sources import facts, parse, read
 from .store import Corpus, prepare
-from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, give_back_memory, load_tokenizer, resolve
+from .tokenizer import SAMPLE_PER_TOKEN, Tokenizer, load_tokenizer, resolve
 from .windows import Tokens, Windows
 from .writer import in_validation
 

@@ -19,10 +19,11 @@ from typing import Any, NamedTuple
 
 from ..errors import UserError
 from ..files.atomic import rename_if_absent, sync
+from ..files.tensors import give_back_memory
 from . import sources
 from .chat import Encoded
 from .readers.document import Document, Reading, bad_line
-from .tokenizer import Tokenizer, give_back_memory
+from .tokenizer import Tokenizer
 from .windows import Tokens, Windows
 from .writer import SplitWriter, batches, in_validation
 

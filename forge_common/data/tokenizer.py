@@ -3,11 +3,9 @@
 The text of a document never yields a special id: '<pad>' in a text is five characters.
 """
 
-import ctypes
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -313,13 +311,3 @@ def resolve(spec: str, texts: Callable[[int], Iterable[str]], eos_token: str | N
     if not os.path.exists(os.path.expanduser(spec)):
         raise UserError(f"--tokenizer {spec}: no such file or folder. Give {FORMS}.")
     return load_tokenizer(spec, eos_token)
-
-
-def give_back_memory() -> None:
-    """Returns to the system what tokenizing has freed. glibc keeps it: each thread of the tokenizer has a heap of its own,
-    from which nothing else is allocated. Nothing is done on other systems, and with another C library.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(ctypes.c_size_t(0))

@@ -21,9 +21,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from ..data.tokenizer import give_back_memory
-from ..files.tensors import Tensors
-from ..optimizers import AdamW, MuonAdamW
+from ..files.tensors import Tensors, give_back_memory
 from . import zero, zero_state
 from .plan import gives_back
 
@@ -52,7 +50,7 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
     prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
-    if in_place and isinstance(optimizer, (AdamW, MuonAdamW)):  # not one that an experiment puts in their place
+    if in_place and hasattr(optimizer, "make_moments"):  # not one that an experiment puts in place of ours
         reserve_before_forward(prepared[0], optimizer, keep_gradients=accelerator.gradient_accumulation_steps > 1)
     if in_place and gives_back(model) and accelerator.state.dynamo_plugin.backend.value == "NO":
         give_back_in_updates(model)

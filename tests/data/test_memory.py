@@ -318,7 +318,7 @@ def test_a_short_document_of_a_file_that_shrinks_is_not_cut(tmp_path):
 
 GIVE_BACK = """
 import re
-from forge_common.data.tokenizer import give_back_memory
+from forge_common.files.tensors import give_back_memory
 resident = lambda: int(re.search(r"VmRSS:\\s+(\\d+)", open("/proc/self/status").read())[1]) << 10
 blocks = [bytes(1000) for _ in range(64_000)]
 last = bytes(1000)  # after them, so that they are not at the end of the heap
