@@ -52,7 +52,7 @@ def prepare(accelerator: Any, model: torch.nn.Module, optimizer: Any) -> tuple[A
     in_place = accelerator.device.type == "cpu" and not accelerator.is_fsdp2
     prepared = accelerator.prepare(model, optimizer, device_placement=[False, False] if in_place else None)
     if in_place:
-        if hasattr(optimizer, "make_moments"):  # one of optimizers.py, and not one that an experiment has in its place
+        if hasattr(optimizer, "make_moments"):  # not one that an experiment puts in place of ours
             reserve_before_forward(prepared[0], optimizer, keep_gradients=accelerator.gradient_accumulation_steps > 1)
         if gives_back(model) and accelerator.state.dynamo_plugin.backend.value == "NO":
             give_back_in_updates(model)

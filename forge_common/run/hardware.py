@@ -88,7 +88,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
             (matrix @ matrix)[0, 0].item()
             times.append(time.perf_counter() - start)
         best = max(best, 2 * side**3 / min(times))
-        # Every run waits for this at its first row: what the next size takes may be too much.
+        # Every run waits for this before its first update: what the next size takes may be too much.
         if side > 256 and 8 * min(times) > 0.1:
             break
     return best

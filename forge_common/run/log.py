@@ -87,7 +87,7 @@ class RunLog:
             self.sample = partial(continuations, accelerator, trunk, tokenizer, settings.sample_prompt)
         self.flops_per_token = trunk.flops_per_token(settings.sequence_length) if trunk else 0
         self.dtype = compute_dtype(accelerator.mixed_precision, settings.dtype) if trunk else torch.float32
-        self.peak_flops = 0.0 if trunk else math.inf  # 0: not measured yet
+        self.peak_flops = peak_flops(accelerator.device, self.dtype) if trunk else math.inf
         self._row_start = self._start = time.perf_counter()
         self._row_start_step = progress.global_step
         self._row_start_tokens = progress.tokens
@@ -179,13 +179,13 @@ class RunLog:
         )
 
     def _mfu(self, speed: float) -> float:
-        """The MFU at `speed` tokens per second of all processes. The peak is measured for the first row.
+        """The MFU at `speed` tokens per second of all processes.
 
         An MFU above 1 shows that the peak was measured while the machine was busy: it is measured again, and set to at
         least the speed that was reached.
         """
         reached = speed * self.flops_per_token / self.accelerator.num_processes
-        if not self.peak_flops or reached > self.peak_flops:
+        if reached > self.peak_flops:
             with self.clock_paused():
                 self.peak_flops = max(reached, peak_flops(self.accelerator.device, self.dtype))
         return reached / self.peak_flops
