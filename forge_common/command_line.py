@@ -124,7 +124,16 @@ def _leave_process_group() -> None:
 
     Otherwise DDP's reducer may be the last owner of gloo's group. It destroys the group while it holds the GIL, for
     which gloo's thread may wait to free the tensors of the last collective: the process would never end.
+
+    FSDP2's meshes, which DTensor's caches keep, and its model are owners too. Python would end while gloo's threads run,
+    and abort the process where one of them frees such a tensor.
     """
     distributed = sys.modules.get("torch.distributed")
-    if distributed is not None and distributed.is_available() and distributed.is_initialized():
-        distributed.destroy_process_group()
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return
+    distributed.destroy_process_group()
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true":
+        for owner in gc.get_objects():
+            if type(owner) is distributed.device_mesh.DeviceMesh:  # isinstance would ask a dead weak proxy
+                vars(owner).get("_pg_registry", {}).clear()  # torch has no function that does it
+        gc.collect()  # the model, which refers to itself and to the group

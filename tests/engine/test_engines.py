@@ -170,6 +170,18 @@ def modules(module, tmp_path_factory):
     return one, module(one, *more), two, module(two, *more, processes=2, **FSDP2)
 
 
+def test_no_thread_of_gloo_outlives_the_run(shared, altered, tmp_path):
+    """One that frees the last collective's tensor while Python ends aborts the process: a launcher then reports failure."""
+    show = (
+        "    import atexit, pathlib\n"
+        "    threads = lambda: [path.read_text() for path in pathlib.Path('/proc/self/task').glob('*/comm')]\n"
+        "    atexit.register(lambda: print('AT THE END', threads().count('pt_gloo_runloop\\n'), flush=True))\n"
+    )
+    script = altered("train_shared.py", edits.START_LOG, show + edits.START_LOG)
+    printed = shared(tmp_path / "run", *MORE, "--steps", 3, script=script, processes=2, **FSDP2)
+    assert printed.count("AT THE END 0") == 2, printed
+
+
 def test_a_module_of_fsdp2_is_that_of_one_process(modules):
     one, printed_by_one, two, printed = modules
     assert launch.difference(published(one, "module"), published(two, "module")) < 1e-6
