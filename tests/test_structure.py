@@ -184,8 +184,7 @@ def test_every_third_party_import_is_pinned_in_requirements_and_declared_in_pypr
             "benchmarks/requirements.txt",
         )
     )
-    here_and_there = for_engines | compared | (for_pretrained & {"gguf"})
-    assert needed - declared == here_and_there, "those that are installed only where they are used"
+    assert needed - declared == for_engines | compared, "those that are installed only where they are used"
     assert for_engines <= set(pinned_for_engines) and for_pretrained == set(pinned_for_pretrained)
     assert compared <= set(pinned_for_benchmarks) | for_tests
     assert needed_by_tests <= declared | for_tests | for_engines | for_pretrained
