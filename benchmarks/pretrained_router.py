@@ -143,9 +143,9 @@ def print_found(measured: Measured) -> None:
 
 
 def print_prompts(measured: Measured, tokenizer: Tokenizer) -> None:
-    """The gates after the last token of each prompt, beside four modules."""
+    """The gates after the last token of each prompt, beside four modules. The trunk attends across documents."""
     names = ["trunk", *HOME]
-    router = measured.router([measured.module(name) for name in HOME])
+    router = measured.router([measured.module(name) for name in HOME], across=True)
     print("\n| prompt | " + " | ".join(names) + " |\n| --- |" + " --- |" * len(names))
     for prompt in PROMPTS:
         cases = {f"`{prompt}`": tokenizer.encode_prompt(prompt)}

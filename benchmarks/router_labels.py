@@ -147,9 +147,10 @@ class Measured:
     def module(self, name: str, tokens: float = COUNTED) -> dict[str, torch.Tensor]:
         return statistics.count(self.some(name, tokens), self.vocabulary, EOS, 2)[0]
 
-    def router(self, modules: list[dict[str, torch.Tensor]]) -> ContextRouter:
+    def router(self, modules: list[dict[str, torch.Tensor]], *, across: bool = False) -> ContextRouter:
+        """across: of a trunk that attends across documents."""
         prior = torch.full((len(modules) + 1,), 1 / (len(modules) + 1))
-        return ContextRouter([self.trunk, *modules], prior, EOS, Tuning())
+        return ContextRouter([self.trunk, *modules], prior, EOS, Tuning(), across=across)
 
     def gates(self, router: ContextRouter, tokens: torch.Tensor, *, mixed: bool = True) -> torch.Tensor:
         states, _ = router.route(tokens, router.start(len(tokens), at_document=True))
