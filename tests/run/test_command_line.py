@@ -244,6 +244,7 @@ def test_ctrl_c_ends_a_command_with_one_line():
     """And by the signal, so that a script in which it is ends too."""
     code = "import os, signal, sys, time, types; from forge_common.command_line import run_main\n"
     code += "sys.argv[0] = 'evaluate.py'\n"
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background jobs ignore Ctrl-C
     code += "run_main(lambda _: (os.kill(os.getpid(), signal.SIGINT), time.sleep(9)), types.SimpleNamespace())"
     done = subprocess.run([sys.executable, "-c", code], cwd=launch.ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (-signal.SIGINT, "evaluate.py: ended by Ctrl-C\n")
