@@ -37,8 +37,9 @@ CONSTANTS = {"weight_decay", "betas", "eps"}
 
 
 def full_tensors(accelerator: Any, model: torch.nn.Module) -> Tensors:
-    """All tensors of the prepared `model`, whole, under the names that it had before. The main process alone gets them.
-    A collective.
+    """All tensors of the prepared `model`, whole, under the names that it had before.
+
+    The main process alone gets them. A collective.
     """
     if accelerator.state.deepspeed_plugin:
         return zero_state.full_tensors(unwrap(accelerator, model), accelerator.is_main_process)

@@ -52,9 +52,7 @@ def completion(program: str, kind: type[Any]) -> str:
 
 @contextlib.contextmanager
 def grouped_help(words: list[str], kind: type[Any]) -> Iterator[None]:
-    """Prints tyro's --help, which is one list, in the groups of the headings `# -- name --` in the source of the
-    settings.
-    """
+    """Prints tyro's --help, which is one list, in groups: the headings `# -- name --` in the settings' source."""
     if not {"-h", "--help"} & set(words):
         yield
         return

@@ -1,6 +1,4 @@
-"""Uploads an artifact to a repository of the Hugging Face hub: the files that it consists of and no others, in one
-commit.
-"""
+"""Uploads an artifact to the Hugging Face hub: the files that it consists of and no others, in one commit."""
 
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -74,8 +72,9 @@ def upload(
 
 
 def verified_files(folder: Path) -> list[str]:
-    """The files, relative to the folder, of the artifact in it, which is read and verified. UserError where there is
-    none.
+    """The files, relative to the folder, of the artifact in it, which is read and verified.
+
+    UserError where there is none.
     """
     without_links(folder)
     if (folder / "assembled.json").exists():
@@ -107,9 +106,7 @@ def verified_files(folder: Path) -> list[str]:
 
 
 def _check_base(adapter: dict[str, Any], folder: Path) -> None:
-    """Refuses an adapter that names a folder of this machine as its model: nobody else has it, and its path may be
-    private.
-    """
+    """Refuses an adapter whose model is a folder of this machine: nobody else has it, and its path may be private."""
     base = adapter.get("base_model_name_or_path")
     if not isinstance(base, str) or not hub_id(base):
         raise UserError(

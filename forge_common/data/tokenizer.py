@@ -78,9 +78,7 @@ class Tokenizer:
 
     @property
     def ends(self) -> list[int]:
-        """The ids that end what a model writes, EOS first: also those that are declared, and what ends a turn of a
-        chat.
-        """
+        """The ids that end what a model writes: EOS, then those that are declared, and what ends a turn of a chat."""
         ends = [self.eos_token_id, *self.declared_ends]
         if self.chat and self.chat.end_of_turn is not None:
             ends.append(self.chat.end_of_turn)

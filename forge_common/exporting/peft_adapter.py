@@ -69,8 +69,9 @@ def write(folder: Path, base: str, tensors: Tensors, metadata: dict[str, Any]) -
 
 
 def prove(folder: Path, trunk_dir: Path, model: Trunk, tokenizer: Tokenizer) -> float:
-    """Loads the adapter with PEFT, on the trunk in Transformers. Returns the largest difference of a logit from
-    `model`, the trunk with the module.
+    """Loads the adapter with PEFT, on the trunk in Transformers.
+
+    Returns the largest difference of a logit from `model`, the trunk with the module.
     """
     peft = proof.library("peft", "an adapter")
     expected = proof.expect(model, tokenizer, spliced=False)

@@ -88,8 +88,9 @@ def origins(folders: dict[str, Path]) -> dict[str, str]:
 
 
 def upload_problem(repository: str) -> str | None:
-    """Why this machine cannot upload to a repository that exists, or that would be created; None where it can. Changes
-    nothing.
+    """Why this machine cannot upload to a repository that exists, or that would be created; None where it can.
+
+    Changes nothing.
     """
     from huggingface_hub import HfApi, errors, get_token
 

@@ -87,8 +87,9 @@ def missing_artifact(place: str) -> str | None:
 
 
 def check_artifacts(named: Iterable[tuple[str, str | Path | None]]) -> None:
-    """UserError for the first (flag, trunk or module) that is not there and cannot be a hub id. Called before torch is
-    imported.
+    """UserError for the first (flag, trunk or module) that is not there and cannot be a hub id.
+
+    Called before torch is imported.
     """
     for flag, place in named:
         problem = missing_artifact(str(place)) if place else None

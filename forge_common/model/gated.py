@@ -5,9 +5,7 @@ import torch.nn.functional as F
 
 
 class _GatedProduct(torch.autograd.Function):
-    """act(gate) * up, of which gate and up are kept for the backward pass; torch's own product would keep act(gate)
-    too.
-    """
+    """act(gate) * up. The backward pass has gate and up alone; torch's own product would keep act(gate) too."""
 
     @staticmethod
     def forward(ctx, gate, up, hidden_act):

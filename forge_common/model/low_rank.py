@@ -63,8 +63,9 @@ class LowRankLinear(nn.Linear):
         self.lora_A, self.lora_B = _low_rank(frozen.weight, rank)
 
     def forward(self, input, up=None, hidden_act="silu"):
-        """input [..., in] -> [..., out]. With `up` the input is act(input) * up, which is then not kept for the
-        backward pass.
+        """input [..., in] -> [..., out].
+
+        With `up` the input is act(input) * up, which is then not kept for the backward pass.
         """
         if self.dropout and self.training:
             input = input if up is None else gated_product(input, up, hidden_act)

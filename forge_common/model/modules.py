@@ -57,8 +57,7 @@ class ParallelFeedForward(nn.Module):
 class RoutedExpert(nn.Module):
     """A copy of the frozen feed-forward and the row of a router: y = (1 - p) F_0(x) + p F(x), p = sigmoid(row(x)).
 
-    This is FlexOlmo's softmax over two rows, of which the frozen one is 0; both experts are active. Source: arXiv
-    2507.07024.
+    FlexOlmo's softmax over two rows (arXiv 2507.07024), of which the frozen one is 0; both experts are active.
     """
 
     def __init__(self, feed_forward: nn.Module, hidden_size: int):
@@ -130,8 +129,7 @@ def plug_in(
     dropout: float = 0,
     targets: Sequence[str] = MATRICES,
 ) -> list[str]:
-    """Adds a new module of `kind` to `layers` and freezes the rest, in place; returns the names of the module's
-    tensors.
+    """Adds a new module of `kind` to `layers`, in place, and freezes the rest. Returns its tensors' names.
 
     width: of the feed-forward of kind narrow (0: a quarter of the trunk's). rank, alpha, dropout, targets: of kind lora
     (rank 0: 16, alpha 0: the rank). Copied tensors start as the trunk's, added ones so that the output does not change.

@@ -44,9 +44,7 @@ def rms_norm(config: ModelConfig) -> nn.RMSNorm:
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a feed-forward, each added to x: `mlp` in a dense model, `block_sparse_moe` in a mixture of
-    experts.
-    """
+    """Attention and a feed-forward, each added to x: `mlp` if dense, `block_sparse_moe` in a mixture of experts."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -245,8 +243,9 @@ class Trunk(nn.Module):
 
     @torch.no_grad()
     def next_logits(self, inputs: torch.Tensor, cache: Cache | None = None) -> torch.Tensor:
-        """Logits [B, V] of the token after inputs [B, T]. With `cache` (a list, empty at first) pass only the new
-        tokens.
+        """Logits [B, V] of the token after inputs [B, T].
+
+        With `cache` (a list, empty at first) pass only the new tokens.
         """
         hidden, _ = self.model(inputs, cache=cache)
         return hidden[:, -1] @ self.head.T

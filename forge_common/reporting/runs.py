@@ -165,8 +165,9 @@ def _written() -> str:
 
 
 class LiveReport:
-    """Writes report.html while a run trains, in at most SHARE of its time. An error is printed and does not end the
-    run.
+    """Writes report.html while a run trains, in at most SHARE of its time.
+
+    An error is printed and does not end the run.
     """
 
     def __init__(self, folder: Path, steps: int, print_line: Callable[[str], None]):

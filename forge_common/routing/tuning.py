@@ -1,5 +1,6 @@
-"""The names of the routers and their numbers. Imports nothing heavy: an unknown name is reported before torch is
-loaded.
+"""The names of the routers and their numbers.
+
+Imports nothing heavy: an unknown name is reported before torch is loaded.
 """
 
 from dataclasses import dataclass
@@ -15,8 +16,9 @@ ROUTERS = tuple(CALIBRATED)
 
 @dataclass(frozen=True)
 class Tuning:
-    """The hyperparameters of the routers (docs/RESULTS.md has the measurements). ValueError where the gates would not
-    be finite.
+    """The hyperparameters of the routers (docs/RESULTS.md has the measurements).
+
+    ValueError where the gates would not be finite.
     """
 
     temperature: float = 0.35  # weight of a token's evidence

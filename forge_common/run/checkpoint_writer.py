@@ -1,6 +1,4 @@
-"""The writer of a run's checkpoints: the loop waits for a copy of the trained state; a thread writes the copy
-(docs/DESIGN.md).
-"""
+"""The writer of checkpoints: the loop waits for a copy of the trained state, which a thread writes (docs/DESIGN.md)."""
 
 import dataclasses
 import errno
@@ -118,9 +116,7 @@ class Writer:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(save.partial))
 
     def _take_state(self, save: Save) -> None:
-        """Takes the trained state, copied if the loop goes on, and writes what is small: random states, and fp16's
-        scale.
-        """
+        """Takes the trained state, copied if the loop goes on, and writes the random states and fp16's scale."""
         accelerator = self.accelerator
         wrapped, optimizer = model_and_optimizer(accelerator)
         model = unwrap(accelerator, wrapped)

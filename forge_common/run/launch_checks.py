@@ -95,9 +95,7 @@ def check_processes() -> None:
 
 
 def processes_requested(command: list[str], arguments: list[str]) -> int:
-    """--num_processes of an `accelerate launch` whose last arguments are the script's, from its flags or its file; 0:
-    unknown.
-    """
+    """--num_processes of an `accelerate launch` that ends with the script's arguments, by flag or file; 0: unknown."""
     names = [Path(word).name for word in command[:4]]  # [python [-m]] accelerate[-launch] [launch]
     start = [i for i, name in enumerate(names) if name in ("accelerate-launch", "accelerate.commands.launch")]
     start += [i + 1 for i, name in enumerate(names[:-1]) if (name, names[i + 1]) == ("accelerate", "launch")]

@@ -1,5 +1,6 @@
-"""How long a run is and how large a new model, from the text, --budget and the speed of the machine. A resumed run
-keeps both.
+"""How long a run is and how large a new model, from the text, --budget and the speed of the machine.
+
+A resumed run keeps both.
 """
 
 import dataclasses

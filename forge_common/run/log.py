@@ -230,8 +230,9 @@ class RunLog:
         self.pace.advance(step, done, micro_batches, outcome, self._row_start)
 
     def end_warm_up(self, progress: Any) -> int:
-        """Restarts the clock of a dry run after the updates that are not timed. Returns the update that the dry run
-        ends with. A collective.
+        """Restarts the clock of a dry run after the updates that are not timed.
+
+        Returns the update that the dry run ends with. A collective.
         """
         step = progress.global_step
         if step == 1 and self.accelerator.state.dynamo_plugin.backend.value != "NO":

@@ -1,6 +1,4 @@
-"""What a console shows between the rows of the log: a bar that moves with each micro-batch, and soon how long the run
-takes.
-"""
+"""What a console shows between the rows of the log: a bar for the micro-batches, and soon how long the run takes."""
 
 import sys
 import time
@@ -21,9 +19,7 @@ def duration(seconds: float) -> str:
 
 
 class Pace:
-    """The bar, on the main process of a run with a terminal, and the lines about its first micro-batch and its first
-    update.
-    """
+    """The bar, on the main process with a terminal, and the lines about the first micro-batch and the first update."""
 
     def __init__(self, accelerator: Any, settings: Any, last: int, step: int, print_line: Callable[[str], None]):
         """last: the update that the run ends with. step: updates that are done."""

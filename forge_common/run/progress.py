@@ -58,9 +58,7 @@ ACCEPTABLE = {
 
 
 def due(step: int, every: int, last: int) -> bool:
-    """Whether something that happens every `every` updates (0: never) happens after update `step`; always after the
-    last.
-    """
+    """Whether what happens every `every` updates (0: never) happens after update `step`; always after the last."""
     return step == last or (every > 0 and step % every == 0)
 
 

@@ -191,9 +191,7 @@ class StopRequest:
             self._forced_end = None if self.phase in ("training", "ended") else now + GRACE
 
     def _stands_still(self) -> bool:
-        """Whether there was no progress for too long. The CPU time is read only where there was none since the last
-        check.
-        """
+        """Whether there was no progress for too long. Reads the CPU time only if there was none since the last check."""
         if self._last_progress != self._checked_progress:
             self._checked_progress = self._last_progress
             self._cpu = None
@@ -211,9 +209,7 @@ class StopRequest:
         return not computes or self._clock - self._last_progress > SLOW_FACTOR * limit
 
     def _abort(self) -> None:
-        """Prints the stack of every thread and ends the process: a thread that waits in a collective cannot be
-        interrupted.
-        """
+        """Prints the stack of every thread and ends the process: nothing interrupts a thread in a collective."""
         rank = f"rank {os.environ.get('RANK', '0')} of {os.environ.get('WORLD_SIZE', '1')}"
         seconds = f"{self._clock - self._last_progress:.0f} s (--hang-timeout {self.hang_timeout:g})"
         _print_unbuffered(f"{rank}: no progress for {seconds}. It hangs, or waits for a rank that does:")

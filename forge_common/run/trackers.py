@@ -131,8 +131,9 @@ class Tracker:
             self._wait()
 
     def _limit_exit(self) -> None:
-        """Ends the process where exit hooks wait for a server. A daemon thread, because those still run during the
-        hooks.
+        """Ends the process where exit hooks wait for a server.
+
+        A daemon thread, because those still run during the hooks.
         """
         threading.main_thread().join()
         time.sleep(LIMIT if self._exit_code is None else LEAVING)
@@ -150,8 +151,9 @@ class Tracker:
             self._print_line(self._lines.get())
 
     def _disable(self, why: str) -> None:
-        """Disables the tracker; may be called by any thread. A call that waits for W&B's process returns once it is
-        killed.
+        """Disables the tracker; may be called by any thread.
+
+        A call that waits for W&B's process returns once it is killed.
         """
         if self._disabled.is_set():
             return
@@ -214,8 +216,9 @@ class Tracker:
         )
 
     def _start_wandb(self, mode: str) -> None:
-        """Starts W&B under the run's id, so that a resumed run is the same run there. Its files are in the output
-        directory.
+        """Starts W&B under the run's id, so that a resumed run is the same run there.
+
+        Its files are in the output directory.
         """
         import wandb
 
