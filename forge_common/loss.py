@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from .autocast import product_dtype
+
 CHUNK_ROWS = 512  # rows of logits in memory at a time, at most
 CHUNK_LOGITS = 1 << 24  # logits in memory at a time, at most: fewer rows from a vocabulary of 32,768 on
 
@@ -108,13 +110,11 @@ def head_cross_entropy(
     Rows with the label `ignore_index` add 0 to the loss and to the gradient. Returns a scalar in at least float32. One
     backward pass: it scales the gradients in place, and torch refuses a second one.
     """
-    device = hidden.device.type
     if not torch.is_grad_enabled():  # needs_input_grad is True for parameters even then
         hidden, weight = hidden.detach(), weight.detach()
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # autocast does not cast float64
-        low = torch.get_autocast_dtype(device)
-        hidden, weight = hidden.to(low), weight.to(low)
-    with torch.autocast(device, enabled=False):
+    dtype = product_dtype(hidden)
+    hidden, weight = hidden.to(dtype), weight.to(dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
         return _HeadCrossEntropy.apply(hidden, weight, labels, ignore_index)
 
 

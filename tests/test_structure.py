@@ -15,7 +15,7 @@ PACKAGE = launch.ROOT / "forge_common"
 SCRIPTS = ("train_shared.py", "train_module.py")
 MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package its files may import
     "files": {"errors"},
-    "model": {"errors", "labels", "loss", "files"},
+    "model": {"autocast", "errors", "labels", "loss", "files"},
     "data": {"errors", "flags", "files", "heap", "labels"},
     "run": {"errors", "flags", "settings", "schedule", "files", "heap", "reporting"},
     "reporting": {"errors", "files"},
@@ -25,7 +25,7 @@ MAY_IMPORT = {  # a folder (with what is below it) -> what else of the package i
     "generation": {"errors", "data", "model", "routing"},
     "exporting": {"errors", "files", "model", "data", "routing", "artifacts"},
 }
-TOP_LEVEL = {"errors", "settings", "files", "run"}  # what a file of the package's top level may import
+TOP_LEVEL = {"autocast", "errors", "settings", "files", "run"}  # what a file of the package's top level may import
 # What is imported before the settings are checked: a --help must not load torch.
 READ_FIRST = ("settings", "settings_checks", "command_line", "config_file", "flags", "help")
 BEFORE_TORCH = {*READ_FIRST, "errors", "files", "schedule", "model.config", "model.module_settings"}

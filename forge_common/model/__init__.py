@@ -1,4 +1,4 @@
 """Shapes and weights: the configuration, the trunk, the kinds of module.
 
-May import: errors, labels, loss, files.
+May import: autocast, errors, labels, loss, files.
 """

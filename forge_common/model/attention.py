@@ -12,7 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from ..autocast import product_dtype
 from .config import ModelConfig
+from .norm import RMSNorm
 
 # For generation: the tokens so far ([B, T],), then each layer's keys and values [B, K, T, d]. A mixture appends its
 # router's state.
@@ -131,8 +133,8 @@ class Attention(nn.Module):
         self.q_normed, self.k_normed = (  # how many numbers are normed together
             self.head_dim * (heads if config.norm_after else 1) for heads in (self.heads, self.kv_heads)
         )
-        self.q_norm = nn.RMSNorm(self.q_normed, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.k_normed, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(self.q_normed, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.k_normed, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, mask, cache: Cache | None, layer: int):
         """x [B, T, D] -> [B, T, D]. rope: cos and sin [T, d]. mask: of `document_mask`, `as_bias` of it, or None for
@@ -189,11 +191,7 @@ def as_bias(mask: torch.Tensor | BlockMask | None, x: torch.Tensor) -> torch.Ten
     """
     if not isinstance(mask, torch.Tensor):
         return mask
-    device = x.device.type
-    dtype = (
-        torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else x.dtype
-    )
-    return torch.zeros(mask.shape, dtype=dtype, device=x.device).masked_fill_(~mask, -math.inf)
+    return torch.zeros(mask.shape, dtype=product_dtype(x), device=x.device).masked_fill_(~mask, -math.inf)
 
 
 def _document_blocks(document: torch.Tensor, sliding_window: int) -> BlockMask:

@@ -8,8 +8,7 @@ from torch import nn
 
 from ..loss import balance_sum, z_sum
 from .config import ModelConfig
-from .gated import gated_product
-from .low_rank import LowRankLinear
+from .gated import GatedLinear
 
 
 class FeedForward(nn.Module):
@@ -20,13 +19,10 @@ class FeedForward(nn.Module):
         self.hidden_act = hidden_act
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.down_proj = GatedLinear(intermediate_size, hidden_size)
 
     def forward(self, x):
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if isinstance(self.down_proj, LowRankLinear):
-            return self.down_proj(gate, up, self.hidden_act)
-        return self.down_proj(gated_product(gate, up, self.hidden_act))
+        return self.down_proj(self.gate_proj(x), self.up_proj(x), self.hidden_act)
 
 
 class Expert(nn.Module):
@@ -35,11 +31,11 @@ class Expert(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.w2 = GatedLinear(config.intermediate_size, config.hidden_size)
         self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x):
-        return self.w2(gated_product(self.w1(x), self.w3(x)))
+        return self.w2(self.w1(x), self.w3(x))
 
 
 class SparseFeedForward(nn.Module):

@@ -1,7 +1,10 @@
-"""act(gate) * up, the product inside a gated feed-forward: SwiGLU with silu, GeGLU with gelu."""
+"""act(gate) * up, the product inside a gated feed-forward, and the matrix after it: SwiGLU with silu, GeGLU with gelu."""
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
+from ..autocast import product_dtype
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -37,3 +40,38 @@ def _act(x: torch.Tensor, hidden_act: str) -> torch.Tensor:
 def gated_product(gate: torch.Tensor, up: torch.Tensor, hidden_act: str = "silu") -> torch.Tensor:
     """act(gate) * up, elementwise. hidden_act: silu or gelu_pytorch_tanh."""
     return _GatedProduct.apply(gate, up, hidden_act)
+
+
+class _GatedLinear(torch.autograd.Function):
+    """(act(gate) * up) W^T. The product is computed again in the backward pass, which has gate, up and W alone."""
+
+    @staticmethod
+    def forward(ctx, gate, up, weight, hidden_act):
+        ctx.save_for_backward(gate, up, weight)
+        ctx.hidden_act = hidden_act
+        return F.linear(gated_product(gate, up, hidden_act), weight)
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        gate, up, weight = ctx.saved_tensors
+        grad = grad_outputs[0]
+        weight_grad = None
+        if ctx.needs_input_grad[2]:
+            product = gated_product(gate, up, ctx.hidden_act)
+            weight_grad = grad.reshape(-1, len(weight)).T @ product.reshape(-1, weight.shape[1])
+            del product
+        if not ctx.needs_input_grad[0]:
+            return None, None, weight_grad, None
+        return *gated_product_backward(grad @ weight, gate, up, ctx.hidden_act), weight_grad, None
+
+
+class GatedLinear(nn.Linear):
+    """The last matrix of a gated feed-forward, without bias: act(gate) * up -> (act(gate) * up) W^T."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None):
+        super().__init__(in_features, out_features, bias=False, device=device)
+
+    def forward(self, gate, up, hidden_act="silu"):
+        """gate, up [..., in] -> [..., out]. Their product is not kept for the backward pass."""
+        dtype = product_dtype(gate)
+        return _GatedLinear.apply(gate.to(dtype), up.to(dtype), self.weight.to(dtype), hidden_act)

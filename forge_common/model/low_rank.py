@@ -3,11 +3,14 @@
 D width, V vocabulary, R rank
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .gated import gated_product, gated_product_backward
+from ..autocast import product_dtype
+from .gated import GatedLinear, gated_product, gated_product_backward
 
 
 class _LowRankProduct(torch.autograd.Function):
@@ -58,6 +61,7 @@ class LowRankLinear(nn.Linear):
         self.out_features = frozen.out_features
         self.weight = frozen.weight
         self.bias = frozen.bias
+        self.is_gated = isinstance(frozen, GatedLinear)
         self.scale = alpha / rank
         self.dropout = dropout
         self.lora_A, self.lora_B = _low_rank(frozen.weight, rank)
@@ -72,18 +76,16 @@ class LowRankLinear(nn.Linear):
             change = F.dropout(input, self.dropout) @ self.lora_A.T * self.scale @ self.lora_B.T
             y = input @ self.weight.T + change
             return y if self.bias is None else y + self.bias
-        device = input.device.type
         tensors = (input, up, self.weight, self.bias, self.lora_A, self.lora_B)
-        if torch.is_autocast_enabled(device) and input.dtype != torch.float64:  # autocast does not cast float64
-            low = torch.get_autocast_dtype(device)
-            tensors = [tensor if tensor is None else tensor.to(low) for tensor in tensors]
-        with torch.autocast(device, enabled=False):
+        tensors = [tensor if tensor is None else tensor.to(product_dtype(input)) for tensor in tensors]
+        with torch.autocast(input.device.type, enabled=False):
             return _LowRankProduct.apply(*tensors, self.scale, hidden_act)
 
     @torch.no_grad()
     def folded(self) -> nn.Linear:
         """An ordinary layer that computes the same."""
-        plain = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
+        linear = GatedLinear if self.is_gated else functools.partial(nn.Linear, bias=False)
+        plain = linear(self.in_features, self.out_features, device="meta")
         plain.weight = nn.Parameter(self.weight + self.lora_B @ (self.lora_A * self.scale))
         plain.bias = self.bias
         return plain

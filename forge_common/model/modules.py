@@ -33,7 +33,7 @@ from ..errors import UserError
 from ..loss import balance_sum, z_sum
 from .config import AUTO, KINDS, MATRICES, TARGETS, ModelConfig
 from .feed_forward import FeedForward
-from .gated import gated_product
+from .gated import GatedLinear
 from .low_rank import LowRankHead, LowRankLinear, trained_dtype
 from .module_settings import check_rank
 from .trunk import Trunk
@@ -47,11 +47,11 @@ class ParallelFeedForward(nn.Module):
         self.hidden_act = hidden_act
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+        self.down_proj = GatedLinear(width, hidden_size)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, normed, y, scored, router):
-        return y + self.down_proj(gated_product(self.gate_proj(normed), self.up_proj(normed), self.hidden_act)), router
+        return y + self.down_proj(self.gate_proj(normed), self.up_proj(normed), self.hidden_act), router
 
 
 class RoutedExpert(nn.Module):

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,6 +19,7 @@ from ..loss import Sums, chunk_rows, head_cross_entropy, nats_per_token
 from .attention import Attention, Cache, as_bias, document_mask, rotary
 from .config import ModelConfig
 from .feed_forward import FeedForward, SparseFeedForward
+from .norm import GemmaRMSNorm, RMSNorm
 
 # The parameters of a layer in the order of the forward pass, for flops_per_token.
 FLOW = "input_layernorm", "q_proj k_proj v_proj", "q_norm k_norm", "o_proj", "post_attention_layernorm"
@@ -27,19 +27,9 @@ FLOW += "row gate gate_proj up_proj w1 w3", "down_proj w2"
 PARALLEL = {"mlp", "block_sparse_moe", "addition"}  # side by side in a layer: none is the input of another
 
 
-class GemmaRMSNorm(nn.RMSNorm):
-    """RMSNorm that multiplies with 1 + weight."""
-
-    def reset_parameters(self):
-        nn.init.zeros_(self.weight)
-
-    def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, 1 + self.weight, self.eps)
-
-
-def rms_norm(config: ModelConfig) -> nn.RMSNorm:
+def norm_of(config: ModelConfig) -> nn.RMSNorm:
     """The norm of a residual stream."""
-    norm = GemmaRMSNorm if config.family == "gemma" else nn.RMSNorm
+    norm = GemmaRMSNorm if config.family == "gemma" else RMSNorm
     return norm(config.hidden_size, config.rms_norm_eps)
 
 
@@ -51,10 +41,10 @@ class DecoderLayer(nn.Module):
         self.self_attn = Attention(config)
         self.norm_after = config.norm_after
         if not self.norm_after:
-            self.input_layernorm = rms_norm(config)
-        self.post_attention_layernorm = rms_norm(config)
+            self.input_layernorm = norm_of(config)
+        self.post_attention_layernorm = norm_of(config)
         if self.norm_after:
-            self.post_feedforward_layernorm = rms_norm(config)
+            self.post_feedforward_layernorm = norm_of(config)
         self.sparse = config.num_local_experts > 0
         if self.sparse:
             self.block_sparse_moe = SparseFeedForward(config)
@@ -108,7 +98,7 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(*shape, _weight=values)
         layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.layers = cast(Sequence[DecoderLayer], layers)
-        self.norm = rms_norm(config)
+        self.norm = norm_of(config)
         self.fused_document_mask = False  # in training on a GPU (run/kernels.py)
 
     def forward(

@@ -1,6 +1,6 @@
 """An update with tensors that have a shape and no data, as rank 0 of a world of any size in one process: what it would take.
 
-Every operation is the run's own, but three: a GPU's kernels (gpu_kernels), DDP's buckets, which its C++ code cannot
+Every operation is the run's own, but three: a GPU's attention (gpu_attention), DDP's buckets, which its C++ code cannot
 make of such tensors, and FSDP2's optimizer and norm, which are given the local parts of its tensors, as DTensor gives
 them one by one.
 """
@@ -21,37 +21,19 @@ from .ledger import Collective, Ledger, local_part
 aten = torch.ops.aten
 
 
-class _FusedRMSNorm(torch.autograd.Function):
-    """What a GPU's kernel allocates and keeps. aten._fused_rms_norm itself is computed in steps on a CPU, which keep more."""
-
-    @staticmethod
-    def forward(ctx, input, weight):
-        ctx.save_for_backward(input, weight, input.new_empty(input.shape[:-1], dtype=torch.float32))
-        return torch.empty_like(input)
-
-    @staticmethod
-    def backward(ctx, *grad_outputs):
-        input, weight, _ = ctx.saved_tensors
-        return torch.empty_like(input), torch.empty_like(weight)
-
-
 @contextlib.contextmanager
-def gpu_kernels() -> Iterator[None]:
-    """Replaces, for fake tensors on the CPU, two functions that a CPU and a GPU compute in different steps.
+def gpu_attention() -> Iterator[None]:
+    """Replaces attention, for fake tensors on the CPU, with a GPU's.
 
-    RMSNorm: one kernel, which keeps its input and a number a row. Attention: one kernel, which keeps no scores, and
-    whose mask of documents is none in memory (flex_attention, run/kernels.py; FlashAttention keeps the same tensors).
+    It is one kernel, which keeps no scores, and whose mask of documents is none in memory (flex_attention,
+    run/kernels.py; FlashAttention keeps the same tensors).
     """
-
-    def rms_norm(input, normalized_shape, weight=None, eps=None):
-        input = input.float() if torch.is_autocast_enabled("cpu") else input  # as autocast does on a GPU
-        return _FusedRMSNorm.apply(input, weight)
 
     def attention(query, key, value, **_):
         return aten._scaled_dot_product_flash_attention(query, key, value, 0.0, True)[0]
 
     # Not a TorchFunctionMode: activation checkpointing computes again where that is not in effect.
-    with mock.patch.object(F, "rms_norm", rms_norm), mock.patch.object(F, "scaled_dot_product_attention", attention):
+    with mock.patch.object(F, "scaled_dot_product_attention", attention):
         yield
 
 
@@ -84,7 +66,7 @@ def fake_update(
     engine: one, ddp or fsdp2, in bf16. window: [micro_batch_size, sequence_length + 1]. Of several micro-batches the
     first and the last are computed; those between them are like the first.
     """
-    kernels = gpu_kernels() if on_gpu else contextlib.nullcontext()
+    kernels = gpu_attention() if on_gpu else contextlib.nullcontext()
     world = fake_group(devices) if engine == "fsdp2" else contextlib.nullcontext()
     with torch.device("meta"):
         trunk = build()  # Module.to does not convert all fake tensors

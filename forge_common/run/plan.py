@@ -36,9 +36,7 @@ def plan(
     compute = compute_dtype(accelerator.mixed_precision, settings.dtype)
     by_muon = [p for group in optimizer.param_groups if "ns_steps" in group for p in group["params"]]
     together = accumulation > 1 or processes > 1
-    states, activations, temporary = memory(
-        model, settings, gradients_stay=together, compute=compute, device=device.type, by_muon=by_muon
-    )
+    states, activations, temporary = memory(model, settings, gradients_stay=together, compute=compute, by_muon=by_muon)
     read_before = vars(settings).get("trunk") or vars(settings).get("trunk_from")  # so its weights are resident
     left = corpora.resident - (_bytes(*model.parameters()) if read_before else 0)
     resident = of_process(model, settings, corpora, compute, by_muon, left) if device.type == "cpu" else {}
@@ -80,7 +78,6 @@ def memory(
     *,
     gradients_stay: bool = True,
     compute: torch.dtype | None = None,
-    device: str = "cpu",
     by_muon: Sequence[torch.Tensor] = (),
 ) -> tuple[int, int, int]:
     """Estimated bytes on a device at the peak of an update: weights, gradients and optimizer; what is kept for the
@@ -97,7 +94,7 @@ def memory(
     )  # AdamW has two moments, Muon one
     gradients = _bytes(*_trained(model))
     size, low = _sizes(model, compute)
-    kept = kept_by_layers(model, compute, device)
+    kept = kept_by_layers(model, compute)
     layers = sum(kept)
     if settings.activation_checkpointing:  # each layer's input
         layers = size * config.hidden_size * config.num_hidden_layers
@@ -189,9 +186,9 @@ def free_in_pieces(model: Any, settings: Any, compute: torch.dtype | None = None
     in_large_pages = os.environ.get(HUGE_PAGES[0]) == HUGE_PAGES[1]
     total = 0
     for layer in model.model.layers:
-        # The squares of two norms, the results of o_proj and down_proj, queries and keys before their rotation and the
-        # two halves of its products.
-        parts = [wide, wide, low * config.hidden_size, low * config.hidden_size]
+        # The results of o_proj and down_proj, the product of gate and up, queries and keys before their rotation and
+        # the two halves of its products.
+        parts = [low * config.hidden_size, low * config.hidden_size, low * config.intermediate_size]
         parts += [queries, queries // 2, queries // 2, keys, keys // 2, keys // 2]
         if layer.addition is not None:
             parts += [wide, wide]  # the module's result, and its sum with the trunk's
@@ -230,18 +227,15 @@ def _made_by_first_step(model: Any) -> int:
     """Numbers a token that the backward pass of the last feed-forward makes, less those that only the loss needed."""
     config, layer = model.config, model.model.layers[-1]
     experts = config.num_experts_per_tok if layer.sparse else 1
-    last = layer.block_sparse_moe.experts[0].w2 if layer.sparse else layer.mlp.down_proj
-    # The gradients of the product, of gate and of up; a trained matrix then no longer needs the product itself.
-    gradients = config.intermediate_size * experts * (3 - last.weight.requires_grad)
+    gradients = 3 * config.intermediate_size * experts  # of the product, of gate and of up
     return max(0, gradients - 3 * config.hidden_size)
 
 
-def kept_by_layers(model: Any, compute: torch.dtype | None = None, device: str = "cpu") -> list[int]:
+def kept_by_layers(model: Any, compute: torch.dtype | None = None) -> list[int]:
     """Bytes that each layer keeps for the backward pass, for each token.
 
-    Frozen matrices keep no input, and nothing is kept before the first part that is trained. A low-rank change of
-    down_proj keeps its factors gate and up alone. A CPU's norm with a trained weight keeps the normalized input too, a
-    GPU's is one kernel. Not counted: what has the rank, or one number a token.
+    Frozen matrices keep no input, and nothing is kept before the first part that is trained. Norms keep their input,
+    down_proj its factors gate and up. Not counted: what has the rank, or one number a token.
     """
     config, kept = model.config, []
     wide, low = _sizes(model, compute)
@@ -253,21 +247,17 @@ def kept_by_layers(model: Any, compute: torch.dtype | None = None, device: str =
         trained = [name.split(".") for name, parameter in layer.named_parameters() if parameter.requires_grad]
         names = {part for name in trained for part in name}
         # The inputs of the norms, of the first matrices, and of q_norm and k_norm.
-        size = wide * width * sum(name.endswith("layernorm") for name in names) * (device != "cuda")
-        size += low * width * readers(names & {"q_proj", "k_proj", "v_proj"}) + wide * width * reached
+        size = low * width * readers(names & {"q_proj", "k_proj", "v_proj"}) + wide * width * reached
         if reached or "self_attn" in names:
-            size += low * heads * (2 + config.qk_norm * (1 + ("q_norm" in names)))  # q, k, v and the result
+            size += low * heads * (2 + config.qk_norm)  # q, k, v and the result
         reached = reached or bool(names & {"self_attn", "input_layernorm"})
         size += wide * width * reached + low * width * experts * readers(names & {"gate_proj", "up_proj", "w1", "w3"})
-        feed_forward = layer.block_sparse_moe.experts[0].w2 if layer.sparse else layer.mlp.down_proj
         if reached or names & {"mlp", "block_sparse_moe"}:
-            size += (
-                low * config.intermediate_size * experts * (2 + feed_forward.weight.requires_grad)
-            )  # gate, up, product
+            size += low * config.intermediate_size * experts * 2  # gate and up
             size += low * width * experts * layer.sparse  # what each expert returns
         if layer.addition is not None:
             rows = [len(p) for name, p in layer.addition.named_parameters() if name.endswith("up_proj.weight")]
-            size += low * 3 * sum(rows)
+            size += low * 2 * sum(rows)
         reached = reached or bool(names)
         kept.append(size)
     return kept

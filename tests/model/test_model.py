@@ -17,8 +17,9 @@ from forge_common.loss import CHUNK_ROWS
 from forge_common.model.attention import rotary, rotate
 from forge_common.model.config import PRESETS, ModelConfig
 from forge_common.model.feed_forward import SparseFeedForward
-from forge_common.model.gated import gated_product
+from forge_common.model.gated import GatedLinear, gated_product
 from forge_common.model.modules import chosen_layers, plug_in, put_in, untie
+from forge_common.model.norm import RMSNorm, rms_norm
 from forge_common.model.trunk import Trunk, even_load, load_of
 from forge_common.optimizers import parameter_groups
 from forge_common.routing.mixture import Mixture, with_module
@@ -536,6 +537,51 @@ def test_the_gated_product_has_torchs_bits_and_keeps_its_two_factors_alone(dtype
 def test_the_gradient_of_the_gated_product_is_its_derivative():
     pair = torch.randn(2, 3, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     assert torch.autograd.gradcheck(gated_product, [part.requires_grad_() for part in pair.unbind()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_last_matrix_of_a_feed_forward_has_torchs_bits_and_keeps_no_product(dtype):
+    draw = torch.Generator().manual_seed(0)
+    gate, up = torch.randn(2, 5, 7, 48, generator=draw).to(dtype)
+    layer = GatedLinear(48, 16).to(dtype)
+    upstream = torch.randn(5, 7, 16, generator=draw).to(dtype)
+    inputs = [gate.requires_grad_(), up.requires_grad_(), layer.weight]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.data_ptr()) or x, lambda x: x):
+        found = layer(gate, up)
+    assert kept == [x.data_ptr() for x in inputs]
+    expected = F.linear(F.silu(gate) * up, layer.weight)
+    assert torch.equal(found, expected)
+    gradients = [torch.autograd.grad(y, inputs, upstream) for y in (found, expected)]
+    assert all(map(torch.equal, *gradients))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_norm_is_torchs_and_keeps_its_input_and_one_number_a_row(dtype):
+    draw = torch.Generator().manual_seed(0)
+    x, upstream = torch.randn(2, 5, 7, 48, generator=draw).to(dtype)
+    layer = RMSNorm(48, 1e-3).to(dtype)
+    torch.nn.init.normal_(layer.weight, 1, 0.3, generator=draw)
+    inputs = [x.requires_grad_(), layer.weight]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        found = layer(x)
+    assert kept == [x.numel(), 48, 5 * 7]
+    expected = F.rms_norm(x, (48,), layer.weight, 1e-3)
+    assert found.dtype == dtype and torch.allclose(found, expected, rtol=8 * torch.finfo(dtype).eps, atol=0)
+    wide = [tensor.detach().double().requires_grad_() for tensor in inputs]
+    exact = torch.autograd.grad(F.rms_norm(wide[0], (48,), wide[1], 1e-3), wide, upstream.double())
+    for mine, other in zip(torch.autograd.grad(found, inputs, upstream), exact, strict=True):
+        assert mine.dtype == dtype
+        assert (mine - other).abs().max() < 8 * torch.finfo(dtype).eps * other.abs().max()
+
+
+@pytest.mark.parametrize("reads", ["both", "x", "weight"])
+def test_the_gradient_of_a_norm_is_its_derivative(reads):
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 3, 4, dtype=torch.float64, generator=draw).requires_grad_(reads != "weight")
+    weight = torch.randn(4, dtype=torch.float64, generator=draw).requires_grad_(reads != "x")
+    assert torch.autograd.gradcheck(lambda x, weight: rms_norm(x, weight, 1e-3), [x, weight])
 
 
 @pytest.mark.parametrize(
