@@ -9,6 +9,7 @@ import dataclasses
 import inspect
 import io
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +64,8 @@ def grouped_help(words: list[str], kind: type[Any]) -> Iterator[None]:
     finally:
         sys.stdout = console
         printed.seek(0)
+        if hasattr(signal, "SIGPIPE"):
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback
         print(f"{_in_groups(printed.read(), groups(kind))}\n{EPILOG}")
 
 

@@ -325,6 +325,13 @@ def test_trunks_and_modules_are_read_from_the_output_directories_of_their_runs(r
         read_trunk(str(root / "assembled"))
 
 
+def test_help_that_nobody_reads_to_its_end_prints_no_traceback():
+    line = [sys.executable, "train_shared.py", "--help"]
+    with subprocess.Popen(line, cwd=launch.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # as `head` does
+        assert process.stderr.read() == ""
+
+
 def test_help_has_the_groups_of_the_source():
     line = [sys.executable, "train_shared.py", "--help"]
     environment = launch.environment(PYTHONIOENCODING="utf-8")
