@@ -25,8 +25,9 @@ PROGRAM = re.compile(
 
 
 def commands(file: str) -> list[str]:
-    """The lines of a file's code blocks that are typed: those that name a program."""
-    blocks = re.findall(r"^```\n(.*?)^```", (launch.ROOT / file).read_text(), re.M | re.S)
+    """The lines of a file's code blocks that are typed: those that name a program. What is printed is in blocks of `text`."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", (launch.ROOT / file).read_text(), re.M | re.S)
+    blocks = [block for language, block in found if not language]
     lines = [line.partition("    # ")[0].strip() for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [line for line in lines if line.startswith(("make ", "export ", "accelerate ", "python "))]
 

@@ -149,7 +149,7 @@ def test_no_password_is_printed(text):
 def test_with_dropped_packets_the_run_is_recorded_offline(start):
     with wandb_server.dropped() as url:
         run = start(url, 4)
-        assert "recording offline" in run.end()
+        assert "is recorded offline" in run.end()
     assert run.is_complete(4)
 
 
@@ -159,7 +159,7 @@ def test_with_dropped_packets_the_run_is_recorded_offline(start):
 def test_with_a_server_that_refuses_the_run_is_recorded_offline(mode, start):
     with wandb_server.serve(mode) as server:
         run = start(server.url, 4)
-        assert "recording offline" in run.end()
+        assert "is recorded offline" in run.end()
     assert run.is_complete(4)
 
 
@@ -255,7 +255,7 @@ def test_a_server_that_answers_but_does_not_start_a_run(start):
     with wandb_server.serve("half") as server:
         run = start(server.url, 300, "--val-every", 0)
         run.wait_for("published ")
-        assert "recording offline" in run.end()
+        assert "is recorded offline" in run.end()
     assert run.is_complete(300)
     assert run.sync("wandb sync ") == set(range(1, 301))
 
