@@ -64,7 +64,6 @@ def test_the_commands_of_the_notebook_are_accepted():
     assert accepted == 5
 
 
-@pytest.mark.soak
 def test_the_cells_of_the_notebook_run(tmp_path):
     for name in ("forge_common", "accelerate_configs", "train_shared.py", "train_module.py"):
         (tmp_path / name).symlink_to(launch.ROOT / name)

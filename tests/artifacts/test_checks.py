@@ -121,6 +121,7 @@ def test_weights_that_spoil_the_text_of_the_modules_counts_are_refused():
     with torch.no_grad():
         other.lm_head.weight[100:140] = trunk.lm_head.weight[100:140].flip(0)
     own = trial.make_reference(trunk, "trunk")
+    assert own.writes_text
 
     def counted(first: int) -> dict[str, torch.Tensor]:
         ids = torch.randint(first, first + 40, (40, 500), generator=torch.Generator().manual_seed(0))
@@ -133,11 +134,14 @@ def test_weights_that_spoil_the_text_of_the_modules_counts_are_refused():
     assert message.startswith("place: on text that its own counts call likely, its loss is ")
 
 
-def test_a_loss_far_above_the_trunks_needs_a_flag(root, capsys):
-    """A head of larger and larger logits: accepted, then only with --allow-worse, then refused."""
+def test_a_loss_far_above_the_trunks_needs_a_flag(root, capsys, monkeypatch):
+    """A head of larger and larger logits: accepted, then only with --allow-worse if the trunk writes text, then refused."""
     rewrite(root / "one", lambda tensors: tensors["lm_head.weight"].mul_(3))
     assert not any("warning     one: its loss" in line for line in printed_by(capsys, assembling(root)))
     rewrite(root / "one", lambda tensors: tensors["lm_head.weight"].mul_(1.8))
+    shutil.rmtree(root / "new")
+    assert not any("warning     one: its loss" in line for line in printed_by(capsys, assembling(root)))
+    monkeypatch.setattr(trial, "MOST_OF_UNTRAINED_LOSS", math.inf)  # as if these random weights wrote text
     worse = assemble.Settings(str(root / "trunk"), (root / "one",), root / "new" / "worse")
     message = refused(assemble.main, worse)
     assert message.startswith("module one: its loss on text that ") and "--allow-worse" in message
