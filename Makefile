@@ -111,7 +111,7 @@ growth: $(READY)
 compare: $(READY)
 	$(BIN)/python benchmarks/recipes.py
 
-# 200 kills at random moments, the long tests, twenty times the fuzzing: an hour and a half on two cores. An interrupted campaign of kills
+# 200 kills at random moments, the long tests, twenty times the fuzzing: an hour on two cores. An interrupted campaign of kills
 # continues.
 soak: $(READY)
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/campaign.py --kills 200 --output-dir runs/soak

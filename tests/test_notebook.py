@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import launch
-import pytest
 from test_readme_commands import settings_of
 
 NOTEBOOK = launch.ROOT / "docs" / "notebook.ipynb"
