@@ -19,7 +19,7 @@ class FeedForward(nn.Module):
         self.hidden_act = hidden_act
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down_proj = GatedLinear(intermediate_size, hidden_size)
+        self.down_proj = GatedLinear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x):
         return self.down_proj(self.gate_proj(x), self.up_proj(x), self.hidden_act)
@@ -31,7 +31,7 @@ class Expert(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.w1 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.w2 = GatedLinear(config.intermediate_size, config.hidden_size)
+        self.w2 = GatedLinear(config.intermediate_size, config.hidden_size, bias=False)
         self.w3 = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
 
     def forward(self, x):

@@ -66,10 +66,7 @@ class _GatedLinear(torch.autograd.Function):
 
 
 class GatedLinear(nn.Linear):
-    """The last matrix of a gated feed-forward, without bias: act(gate) * up -> (act(gate) * up) W^T."""
-
-    def __init__(self, in_features: int, out_features: int, device: torch.device | str | None = None):
-        super().__init__(in_features, out_features, bias=False, device=device)
+    """The last matrix of a gated feed-forward, made with `bias=False`: act(gate) * up -> (act(gate) * up) W^T."""
 
     def forward(self, gate, up, hidden_act="silu"):
         """gate, up [..., in] -> [..., out]. Their product is not kept for the backward pass."""

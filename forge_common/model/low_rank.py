@@ -3,14 +3,12 @@
 D width, V vocabulary, R rank
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from ..autocast import product_dtype
-from .gated import GatedLinear, gated_product, gated_product_backward
+from .gated import gated_product, gated_product_backward
 
 
 class _LowRankProduct(torch.autograd.Function):
@@ -61,7 +59,7 @@ class LowRankLinear(nn.Linear):
         self.out_features = frozen.out_features
         self.weight = frozen.weight
         self.bias = frozen.bias
-        self.is_gated = isinstance(frozen, GatedLinear)
+        self.plain = type(frozen)  # nn.Linear or GatedLinear
         self.scale = alpha / rank
         self.dropout = dropout
         self.lora_A, self.lora_B = _low_rank(frozen.weight, rank)
@@ -84,8 +82,7 @@ class LowRankLinear(nn.Linear):
     @torch.no_grad()
     def folded(self) -> nn.Linear:
         """An ordinary layer that computes the same."""
-        linear = GatedLinear if self.is_gated else functools.partial(nn.Linear, bias=False)
-        plain = linear(self.in_features, self.out_features, device="meta")
+        plain = self.plain(self.in_features, self.out_features, bias=False, device="meta")
         plain.weight = nn.Parameter(self.weight + self.lora_B @ (self.lora_A * self.scale))
         plain.bias = self.bias
         return plain

@@ -47,7 +47,7 @@ class ParallelFeedForward(nn.Module):
         self.hidden_act = hidden_act
         self.gate_proj = nn.Linear(hidden_size, width, bias=False)
         self.up_proj = nn.Linear(hidden_size, width, bias=False)
-        self.down_proj = GatedLinear(width, hidden_size)
+        self.down_proj = GatedLinear(width, hidden_size, bias=False)
         nn.init.zeros_(self.down_proj.weight)
 
     def forward(self, normed, y, scored, router):

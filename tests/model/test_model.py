@@ -543,7 +543,7 @@ def test_the_gradient_of_the_gated_product_is_its_derivative():
 def test_the_last_matrix_of_a_feed_forward_has_torchs_bits_and_keeps_no_product(dtype):
     draw = torch.Generator().manual_seed(0)
     gate, up = torch.randn(2, 5, 7, 48, generator=draw).to(dtype)
-    layer = GatedLinear(48, 16).to(dtype)
+    layer = GatedLinear(48, 16, bias=False).to(dtype)
     upstream = torch.randn(5, 7, 16, generator=draw).to(dtype)
     inputs = [gate.requires_grad_(), up.requires_grad_(), layer.weight]
     kept = []
